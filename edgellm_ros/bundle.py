@@ -1,0 +1,311 @@
+"""The bundle: a complete directory that the offline toolchain writes and the runtime reads; the one contract between them.
+
+`manifest.json` describes the rest; its classes are here. Opening a bundle checks that every file is there, has its
+size and (unless told not to) its sha256. Nothing outside the directory is ever read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+DECODER = "decoder.onnx"
+DECODER_ORT = "decoder.ort.onnx"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the decoder is, in the terms that every executor needs."""
+
+    family: str  # a name in toolchain/families/
+    name: str  # for people
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int  # tokens the position tables and the model allow
+    rms_norm_eps: float
+    sliding_windows: tuple[int, ...] = ()  # per layer, 0 is none; empty when no layer has one
+    qk_norm: bool = False
+    tied_head: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    embed_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """The special tokens that the runtime needs by id, and those that the chat template needs by text."""
+
+    stop_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    add_bos: bool = False
+    bos_token: str = ""
+    eos_token: str = ""
+    think_start: str = ""  # the texts around reasoning, empty when the model has none
+    think_end: str = ""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How weights.safetensors stores the linear layers, the head and the embedding."""
+
+    weights: str  # int4, int8, fp16, fp32
+    group_size: int = 0  # along the input features; 0 when not quantised
+    lm_head: str = ""
+    embedding: str = ""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The tensor contract of the ONNX graphs: their inputs' and outputs' names by role.
+
+    Layer names hold a `{layer}` that is replaced by 0 to num_layers - 1.
+    """
+
+    embeds: str = "inputs_embeds"  # [B, S, hidden]
+    positions: str = "position_ids"  # [B, S] int64 (portable graph)
+    write_indices: str = "write_indices"  # [B] int64 (portable graph)
+    seqlens_k: str = "seqlens_k"  # [B] int32, last position of each sequence (ORT graph)
+    total_length: str = "total_sequence_length"  # [] int32 (ORT graph)
+    logit_indices: str = "logit_indices"  # [num_logits] int64, rows of the flattened [B * S]
+    logits: str = "logits"  # [num_logits, vocab] fp32
+    past_key: str = "past_key.{layer}"  # [B, kv_heads, capacity, head_dim]
+    past_value: str = "past_value.{layer}"
+    present_key: str = "present_key.{layer}"
+    present_value: str = "present_value.{layer}"
+    activation_dtype: str = "float32"  # of the portable graph's embeddings and KV cache
+
+
+@dataclass(frozen=True)
+class SelfTestCase:
+    """A prompt's ids, the reference's greedy continuation, and its first next-token logits at a few ids."""
+
+    prompt_ids: tuple[int, ...]
+    next_ids: tuple[int, ...]
+    logit_ids: tuple[int, ...] = ()
+    logits: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the loaded model must reproduce; `reference` says what computed it."""
+
+    reference: str = ""
+    logit_tolerance: float = 0.0  # largest absolute difference allowed
+    cases: tuple[SelfTestCase, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file's size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of manifest.json."""
+
+    schema_version: int
+    model: ModelSpec
+    tokens: TokenSpec
+    quantization: QuantSpec
+    graph: GraphSpec
+    provenance: dict[str, str]  # source, source sha256, tool versions, creation time
+    files: dict[str, FileEntry]
+    self_test: SelfTest = dataclasses.field(default_factory=SelfTest)
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse manifest.json; raises BundleError that names the field which is missing, unknown or ill-typed."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            remedy = "update edgellm_ros" if newer else "export the model again"
+            raise BundleError(f"{MANIFEST} has schema_version {version!r}; this version reads {SCHEMA_VERSION}; {remedy}")
+        return typing.cast(Manifest, _from_plain(cls, raw, MANIFEST))
+
+
+class WeightFile:
+    """Read-only, memory-mapped tensors of a safetensors file; nothing is copied until it is used."""
+
+    def __init__(self, path: Path) -> None:
+        """Map `path`; raises BundleError when the header or a tensor's range does not fit the file."""
+        self.path = path
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            length = int.from_bytes(self._map[:8], "little")
+            header = json.loads(self._map[8 : 8 + length])
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{path} has no readable safetensors header: {error}") from error
+        self._start = 8 + length
+        for name, (_, _, _, end) in self._entries.items():
+            if self._start + end > len(self._map):
+                raise BundleError(f"{path} is truncated: tensor {name} ends at byte {self._start + end} of {len(self._map)}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._entries)
+
+    def location(self, name: str) -> tuple[int, int]:
+        """Byte offset in the file and length in bytes, as ONNX external data wants them."""
+        _, _, begin, end = self._entry(name)
+        return self._start + begin, end - begin
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        dtype, shape, begin, end = self._entry(name)
+        kind = np.dtype(_SAFETENSORS_DTYPES[dtype])
+        count = (end - begin) // kind.itemsize
+        return np.frombuffer(self._map, kind, count, self._start + begin).reshape(shape)
+
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
+        if name not in self._entries:
+            raise BundleError(f"{self.path} has no tensor {name!r}; export the model again")
+        return self._entries[name]
+
+
+class Bundle:
+    """An opened bundle directory."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use `Bundle.open`."""
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
+        """Read and check the bundle at `path`; `verify` compares every file's sha256.
+
+        Raises BundleError that names the file which is missing, truncated or changed.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"{root} is not a directory; a bundle is what `edgellm export CHECKPOINT -o BUNDLE` writes")
+        try:
+            text = (root / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{root} has no readable {MANIFEST}: {error}; it is not a bundle, or not a whole one") from error
+        manifest = Manifest.from_json(text)
+        for name, entry in manifest.files.items():
+            _check_file(root, name, entry, verify)
+        return cls(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists; raises BundleError otherwise."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} has no {name}; it holds {', '.join(sorted(self.manifest.files))}")
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest lists `name`."""
+        return name in self.manifest.files
+
+    def read_text(self, name: str) -> str:
+        """Text of a listed file."""
+        return self.file(name).read_text(encoding="utf-8")
+
+    def weights(self) -> WeightFile:
+        """The decoder's weights, memory-mapped."""
+        return WeightFile(self.file(WEIGHTS))
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileEntry(path.stat().st_size, digest.hexdigest())
+
+
+def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
+    path = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BundleError(f"{root}/{MANIFEST} lists {name!r}, which is outside the bundle")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; export the model again or copy the whole bundle")
+    size = path.stat().st_size
+    if size != entry.size:
+        what = "truncated" if size < entry.size else "changed"
+        raise BundleError(f"{path} is {what}: {size} bytes instead of {entry.size}; copy the whole bundle again")
+    if verify and hash_file(path).sha256 != entry.sha256:
+        raise BundleError(f"{path} was changed: its sha256 is not the manifest's; copy the whole bundle again")
+
+
+def _from_plain(hint: Any, value: Any, where: str) -> Any:
+    """Turn JSON values into the dataclass or container that `hint` names."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise BundleError(f"{where} is {value!r}; it must be an object")
+        hints = typing.get_type_hints(hint)
+        fields = {f.name: f for f in dataclasses.fields(hint)}
+        for key in value:
+            if key not in fields:
+                raise BundleError(f"{where} has an unknown field {key!r}; known are {', '.join(fields)}")
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in value:
+                raise BundleError(f"{where} lacks the field {name!r}")
+        return typing.cast(Any, hint)(**{k: _from_plain(hints[k], v, f"{where}: {k}") for k, v in value.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BundleError(f"{where} is {value!r}; it must be a list")
+        return tuple(_from_plain(args[0], v, where) for v in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BundleError(f"{where} is {value!r}; it must be an object")
+        return {k: _from_plain(args[1], v, f"{where}: {k}") for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _from_plain(next(a for a in args if a is not type(None)), value, where)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise BundleError(f"{where} is {value!r}; it must be a {hint.__name__}")
+    return value

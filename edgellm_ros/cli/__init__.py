@@ -1,0 +1,1 @@
+"""The `edgellm` command, one module a verb."""

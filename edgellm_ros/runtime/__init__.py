@@ -1,0 +1,1 @@
+"""The runtime knows tokens: it schedules sequences over an executor, samples, stops, and detokenizes."""
