@@ -11,7 +11,7 @@ import contextvars
 import datetime
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -111,7 +111,7 @@ ChatEnvironment.code_generator_class = _BoundedCode
 class _Generation(Extension):
     """Accepts {% generation %}: it marks what a trainer learns from, and changes nothing in the text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
