@@ -202,3 +202,13 @@ class Delta:
     error: Exception | None = None
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer: what the deltas of one request add up to."""
+
+    text: str
+    finish_reason: FinishReason
+    reasoning: str = ""
+    token_ids: tuple[int, ...] = ()  # as generated, a stop id that ended the answer included
+    logprobs: tuple[TokenLogprob, ...] = ()
+    usage: Usage = dataclasses.field(default_factory=Usage)

@@ -1,0 +1,277 @@
+"""The loop that serves every request: one thread makes all calls to the executor, and waits when there is nothing to do.
+
+Each turn ends what was cancelled or is late, admits what waits, computes at most one chunk of one prompt, and then one
+token of every sequence that decodes, together in one step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+
+import numpy as np
+
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import FinishReason, Usage
+from edgellm_ros.errors import (
+    ContextOverflowError,
+    DeviceError,
+    EdgeLLMError,
+    QueueFullError,
+    RequestError,
+    ShuttingDownError,
+)
+from edgellm_ros.executors.base import Executor, SequenceStep
+from edgellm_ros.runtime.generation import Generation
+from edgellm_ros.runtime.kv_cache import SlotTable
+from edgellm_ros.runtime.metrics import Metrics, MetricsSnapshot
+from edgellm_ros.runtime.prefix_cache import PinnedStore, reuse_prefix
+from edgellm_ros.runtime.sampling import Floats
+from edgellm_ros.runtime.scheduler import Scheduler
+from edgellm_ros.runtime.sequence import Job, Sequence
+from edgellm_ros.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves jobs over an executor, which it owns from now on: `close` closes it too. All methods are thread-safe."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        pinned: PinnedStore | None = None,
+    ) -> None:
+        """Start the thread. `pinned` brings pinned prefixes from an earlier run; None starts without any."""
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._config = config
+        self._info = executor.info
+        self._pinned = PinnedStore(config.pinned_tokens) if pinned is None else pinned
+        self._slots = SlotTable(self._info.num_slots, self._info.capacity)
+        self._scheduler = Scheduler(config, self._info.num_slots)
+        self._metrics = Metrics()
+        self._changed = threading.Condition()  # guards the waiting list, who has which slot, and what follows
+        self._num_submitted = 0
+        self._closing = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="edgellm-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(self, job: Job) -> Generation:
+        """Accept a job and return at once.
+
+        Raises, before any work: RequestError for token ids that the model does not have, ContextOverflowError for a
+        prompt that leaves no room for one token, QueueFullError, ShuttingDownError after `close`, and DeviceError
+        after the executor has failed. An answer longer than the rest of the context ends with FinishReason.LENGTH.
+        """
+        self._check(job)
+        with self._changed:
+            self._num_submitted += 1
+            order = self._num_submitted
+        sequence = Sequence(job, order, self._tokenizer, self._info.vocab_size, self._info.capacity)
+        with self._changed:
+            if self._failure is not None:
+                raise DeviceError(f"the executor failed earlier and must be loaded again: {self._failure}")
+            if self._closing:
+                raise ShuttingDownError("the engine is closed")
+            if self._scheduler.is_full():
+                self._metrics.count_rejected()
+                raise QueueFullError(
+                    f"all {self._info.num_slots} slots are busy and {self._config.max_queue} requests wait already "
+                    "(max_queue); try again later"
+                )
+            self._scheduler.enqueue(sequence)
+            self._metrics.count_submitted()
+            self._changed.notify()
+        return Generation(sequence.channel)
+
+    def reset_session(self, session_id: str) -> bool:
+        """Forget what is resident for a session, at its end where it is running; False when there is nothing."""
+        with self._changed:
+            return self._slots.forget_session(session_id)
+
+    def metrics(self) -> MetricsSnapshot:
+        """Counters and timings up to now."""
+        with self._changed:
+            waiting, active = len(self._scheduler.waiting), len(self._scheduler.active)
+        return self._metrics.snapshot(waiting, active)
+
+    def close(self) -> None:
+        """End everything and wait for the thread: what runs ends CANCELLED, what waits with ShuttingDownError."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        atexit.unregister(self.close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check(self, job: Job) -> None:
+        length, capacity, vocab = len(job.prompt_ids), self._info.capacity, self._info.vocab_size
+        if not length:
+            raise RequestError("the prompt has no tokens")
+        if length + 1 > capacity:
+            raise ContextOverflowError(
+                f"the prompt has {length} tokens and at least 1 must be generated, but the context holds {capacity}; "
+                "shorten the prompt or load with a larger max_context"
+            )
+        ids = np.asarray(job.prompt_ids)
+        if ids.dtype.kind not in "iu" or int(ids.min()) < 0 or int(ids.max()) >= vocab:
+            raise RequestError(f"the prompt has a token id that is not a whole number from 0 to {vocab - 1}")
+        for token in job.sampling.logit_bias:
+            if token >= vocab:
+                raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._turn()
+        except Exception as error:
+            _log.exception("the engine stops: the executor failed")
+            if not isinstance(error, DeviceError):
+                cause, error = error, DeviceError(f"the executor failed: {type(error).__name__}: {error}")
+                error.__cause__ = cause
+            with self._changed:
+                self._failure = error
+            self._end_all(FinishReason.ERROR, error)
+        else:
+            self._end_all(FinishReason.CANCELLED, None)
+        finally:
+            try:
+                self._executor.close()
+            except Exception:
+                _log.exception("the executor could not be closed")
+
+    def _wait(self) -> bool:
+        """Sleep until there is work; False when the engine is to end."""
+        with self._changed:
+            while not (self._closing or self._scheduler.waiting or self._scheduler.active):
+                self._changed.wait()
+            return not self._closing
+
+    def _turn(self) -> None:
+        self._reap()
+        self._admit()
+        sequence = self._scheduler.next_prefill()
+        if sequence is not None:
+            self._prefill(sequence)
+        self._decode()
+
+    def _reap(self) -> None:
+        """End what was cancelled or is late."""
+        now = time.monotonic()
+        with self._changed:
+            waiting = list(self._scheduler.waiting)
+        for sequence in (*waiting, *self._scheduler.active):
+            reason = sequence.due(now)
+            if reason is not None:
+                self._end(sequence, reason)
+
+    def _admit(self) -> None:
+        admitted = []
+        with self._changed:
+            while self._scheduler.can_admit():
+                sequence = self._scheduler.admit()
+                slot = self._slots.choose(sequence.prompt, sequence.job.session_id)
+                assert slot is not None, "a running sequence has a slot"
+                self._slots.acquire(slot, sequence.job.session_id)
+                admitted.append((sequence, slot))
+            waiting = list(self._scheduler.waiting)
+        for sequence, slot in admitted:
+            sequence.admitted(slot)
+        for position, sequence in enumerate(waiting):
+            sequence.queued(position)
+
+    def _prefill(self, sequence: Sequence) -> None:
+        """Compute one chunk of a prompt; its last one gives the first token."""
+        started = time.monotonic()
+        slot = sequence.slot
+        if not sequence.prefill_started:
+            sequence.prefill_started = True
+            if self._config.prefix_cache:
+                count = reuse_prefix(self._executor, self._slots, self._pinned, slot, sequence.prompt)
+                sequence.num_computed = sequence.num_cached = count
+            else:
+                self._slots.truncate(slot, 0)
+        start = sequence.num_computed
+        end = start + self._scheduler.chunk(sequence)
+        last = end == len(sequence.prompt)
+        tokens = sequence.prompt[start:end]
+        logits = self._executor.step([SequenceStep(slot, tokens, start, int(last))])
+        self._slots.extend(slot, tokens)
+        sequence.num_computed = end
+        self._metrics.count_prefill(len(tokens), time.monotonic() - started)
+        self._pin(sequence)
+        if last:
+            self._accept(sequence, logits[0])
+
+    def _decode(self) -> None:
+        """Compute one more token of every sequence that has drawn one."""
+        started = time.monotonic()
+        batch = self._scheduler.decoding()
+        if not batch:
+            return
+        tokens = np.array([sequence.token_ids[-1] for sequence in batch], np.int32)
+        logits = self._executor.step(
+            [SequenceStep(s.slot, tokens[i : i + 1], s.num_computed) for i, s in enumerate(batch)]
+        )
+        for i, sequence in enumerate(batch):
+            self._slots.append(sequence.slot, sequence.token_ids[-1])
+            sequence.num_computed += 1
+            self._accept(sequence, logits[i])
+        self._metrics.count_decode(len(batch), time.monotonic() - started)
+
+    def _accept(self, sequence: Sequence, logits: Floats) -> None:
+        """Draw a token; what goes wrong here ends this sequence only."""
+        reason = sequence.due(time.monotonic())
+        if reason is None:
+            try:
+                reason = sequence.accept(logits)
+            except Exception as error:
+                _log.exception("a generation failed")
+                self._end(sequence, FinishReason.ERROR, error)
+                return
+        if reason is not None:
+            self._end(sequence, reason)
+
+    def _pin(self, sequence: Sequence) -> None:
+        """Keep the start of a prompt past eviction, as soon as it is computed, where the job asks for it."""
+        length = sequence.job.pin_length
+        if not length or sequence.num_computed < length:
+            return
+        tokens = sequence.prompt[:length]
+        if self._pinned.fits(tokens) and not self._pinned.touch(tokens):
+            self._pinned.add(tokens, self._executor.save_prefix(sequence.slot, length))
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        with self._changed:
+            self._scheduler.remove(sequence)
+            if sequence.slot >= 0:
+                self._slots.release(sequence.slot, keep=reason is not FinishReason.ERROR)
+        if error is not None and not isinstance(error, EdgeLLMError):
+            cause, error = error, EdgeLLMError(f"the generation failed: {type(error).__name__}: {error}")
+            error.__cause__ = cause
+        usage = _finish(sequence, reason, error)
+        self._metrics.count_finished(reason, usage)
+
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
+        with self._changed:
+            self._closing = True
+            waiting, active = list(self._scheduler.waiting), list(self._scheduler.active)
+        for sequence in active:
+            self._end(sequence, reason, error)
+        for sequence in waiting:
+            self._end(sequence, FinishReason.ERROR, error or ShuttingDownError("the engine is closing"))
+
+
+def _finish(sequence: Sequence, reason: FinishReason, error: Exception | None) -> Usage:
+    try:
+        return sequence.finish(reason, error)
+    except Exception as fault:  # a splitter that fails at the end must not leave a caller waiting
+        _log.exception("the end of a generation failed")
+        return sequence.abandon(error or EdgeLLMError(f"the end of the generation failed: {fault}"))

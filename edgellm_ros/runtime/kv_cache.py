@@ -1,0 +1,125 @@
+"""Which tokens' keys and values are in which slot, who uses it, and which slot a new sequence gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+MIN_REUSE = 16  # tokens; a shorter common prefix is no reason to choose a slot or to copy
+
+
+class SlotTable:
+    """Bookkeeping of an executor's slots. A free slot's tokens stay resident until a new sequence overwrites them."""
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self._tokens = np.zeros((num_slots, capacity), np.int32)
+        self._lengths = [0] * num_slots
+        self._sessions = [""] * num_slots
+        self._busy = [False] * num_slots
+        self._forgotten = [False] * num_slots  # while busy: forget the tokens at release
+        self._released_at = [0] * num_slots
+        self._clock = 0
+
+    def length(self, slot: int) -> int:
+        """Tokens resident in a slot."""
+        return self._lengths[slot]
+
+    def resident(self, slot: int) -> Tokens:
+        """The tokens resident in a slot (a view)."""
+        return self._tokens[slot, : self._lengths[slot]]
+
+    def common_prefix(self, slot: int, prompt: Tokens) -> int:
+        """Length of the longest common prefix of a slot's tokens and `prompt`."""
+        return common_prefix(self.resident(slot), prompt)
+
+    def choose(self, prompt: Tokens, session_id: str) -> int | None:
+        """The slot that a new sequence should get, or None when all are busy.
+
+        In this order: the session's own; the one with the longest common prefix; one beside the busy ones, so that
+        the executor can compute them as one range, and of these an empty one or else the one unused longest. Slots
+        kept for other sessions are only taken when nothing else is free, the one unused longest first.
+        """
+        free = [slot for slot in range(self.num_slots) if not self._busy[slot]]
+        if not free:
+            return None
+        if session_id:
+            for slot in free:
+                if self._sessions[slot] == session_id:
+                    return slot
+        unclaimed = [slot for slot in free if not self._sessions[slot]]
+        if not unclaimed:
+            return min(free, key=self._released_at.__getitem__)
+        best = max(unclaimed, key=lambda slot: self.common_prefix(slot, prompt))
+        if self.common_prefix(best, prompt) >= MIN_REUSE:
+            return best
+        return min(unclaimed, key=lambda slot: (self._gap(slot), self._lengths[slot] > 0, self._released_at[slot], slot))
+
+    def donor(self, target: int, prompt: Tokens) -> tuple[int, int]:
+        """The slot other than `target` with the longest common prefix, busy or not, and that length."""
+        others = [(self.common_prefix(slot, prompt), -slot) for slot in range(self.num_slots) if slot != target]
+        length, slot = max(others, default=(0, 0))
+        return -slot, length
+
+    def acquire(self, slot: int, session_id: str) -> None:
+        """Give a free slot to a sequence; its tokens stay until `truncate`."""
+        assert not self._busy[slot]
+        self._busy[slot] = True
+        self._sessions[slot] = session_id
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget a slot's tokens from `length` on."""
+        assert length <= self._lengths[slot]
+        self._lengths[slot] = length
+
+    def extend(self, slot: int, tokens: Tokens | Sequence[int]) -> None:
+        """Note that more tokens were computed in a slot."""
+        start = self._lengths[slot]
+        self._tokens[slot, start : start + len(tokens)] = tokens
+        self._lengths[slot] = start + len(tokens)
+
+    def append(self, slot: int, token: int) -> None:
+        """Note that one more token was computed in a slot."""
+        self._tokens[slot, self._lengths[slot]] = token
+        self._lengths[slot] += 1
+
+    def release(self, slot: int, keep: bool = True) -> None:
+        """Take a slot from its sequence; `keep` leaves the tokens for reuse."""
+        assert self._busy[slot]
+        self._busy[slot] = False
+        self._clock += 1
+        self._released_at[slot] = self._clock
+        if self._forgotten[slot] or not keep:
+            self._forget(slot)
+
+    def forget_session(self, session_id: str) -> bool:
+        """Drop what is resident for a session, at its end where it is running; False when there is nothing."""
+        found = [slot for slot in range(self.num_slots) if self._sessions[slot] == session_id and session_id]
+        for slot in found:
+            if self._busy[slot]:
+                self._forgotten[slot] = True
+            else:
+                self._forget(slot)
+        return bool(found)
+
+    def _forget(self, slot: int) -> None:
+        self._lengths[slot], self._sessions[slot], self._forgotten[slot] = 0, "", False
+
+    def _gap(self, slot: int) -> int:
+        busy = [other for other in range(self.num_slots) if self._busy[other]]
+        if not busy:
+            return 0
+        return max(busy[0] - slot, slot - busy[-1], 1) if not busy[0] < slot < busy[-1] else 0
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """Length of the longest common prefix of two arrays of tokens."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length

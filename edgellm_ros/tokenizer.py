@@ -1,0 +1,105 @@
+"""Text to token ids and back, with the `tokenizers` library alone; what a special token in a text means is decided here.
+
+Special and added tokens in a text are always parsed into their ids: a rendered chat prompt depends on it. The price is
+that `<|im_end|>` typed by a user is also that token, as in Hugging Face; a caller that does not trust its users' texts
+removes such strings before it renders them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+
+from edgellm_ros.errors import BundleError, RequestError
+
+
+class Tokenizer:
+    """A bundle's tokenizer.json. Thread-safe once built."""
+
+    def __init__(self, text: str, visible: Iterable[str] = ()) -> None:
+        """Build from the text of a tokenizer.json; raises BundleError when it is not one.
+
+        `visible` names special tokens that `decode` must not skip (the marks around reasoning, say).
+        """
+        shown = {token for token in visible if token}
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            for entry in raw.get("added_tokens") or []:
+                if entry["content"] in shown:
+                    entry["special"] = False
+            self._inner = tokenizers.Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"tokenizer.json cannot be read: {error}; export the model again") from error
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        added = self._inner.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        self._special_texts = frozenset(token.content for token in added.values() if token.special)
+        self.byte_level: bool = (raw.get("decoder") or {}).get("type") == "ByteLevel"
+        self.vocab_size: int = self._inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; `add_special_tokens` lets the tokenizer's own post-processor add BOS and the like."""
+        try:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate has no UTF-8
+            raise RequestError(f"the text is not valid Unicode: {error}") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; ids that the tokenizer does not know give nothing."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of the token written exactly so in the vocabulary, or None."""
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token, or None for an id without one (a padded row of the head)."""
+        found: str | None = self._inner.id_to_token(token_id)
+        return found
+
+    def is_skipped(self, token_id: int) -> bool:
+        """Whether `decode` gives nothing for this id: a special token, or an id without a token."""
+        token = self.id_to_token(token_id)
+        return token is None or token in self._special_texts
+
+    def byte_value(self, token_id: int) -> int | None:
+        """The byte that a byte-fallback token (`<0x0A>`) stands for, else None."""
+        token = self.id_to_token(token_id)
+        if token is None or len(token) != 6 or not token.startswith("<0x") or token[5] != ">":
+            return None
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token adds in the middle of a text; for byte-level tokenizers exactly."""
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.byte_level:
+            try:
+                return bytes([_BYTE_OF_CHAR[char] for char in token])
+            except KeyError:  # an added token with a character outside the alphabet stands for itself
+                return token.encode()
+        value = self.byte_value(token_id)
+        return token.replace("\u2581", " ").encode() if value is None else bytes([value])
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte, inverted (openai/gpt-2, src/encoder.py: bytes_to_unicode)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    alphabet = {chr(byte): byte for byte in plain}
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
