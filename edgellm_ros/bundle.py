@@ -81,6 +81,10 @@ class QuantSpec:
     lm_head: str = ""
     embedding: str = ""
 
+    def head_tensor(self, model: ModelSpec) -> str:
+        """Stem of the tensors that hold the head: the embedding's own when it is tied and stored the same way."""
+        return "embed" if model.tied_head and self.lm_head == self.embedding else "head"
+
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -105,20 +109,27 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class SelfTestCase:
-    """A prompt's ids, the reference's greedy continuation, and its first next-token logits at a few ids."""
+    """A prompt and what the reference says of it.
+
+    next_ids: the most likely token after each of the last len(next_ids) prefixes of the prompt;
+    logits: the next-token logits after the whole prompt, at logit_ids.
+    """
 
     prompt_ids: tuple[int, ...]
     next_ids: tuple[int, ...]
-    logit_ids: tuple[int, ...] = ()
-    logits: tuple[float, ...] = ()
+    logit_ids: tuple[int, ...]
+    logits: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the loaded model must reproduce; `reference` says what computed it."""
+    """What the loaded model must reproduce; `reference` says what computed it.
+
+    max_error: largest allowed ‖logits - reference‖ / ‖reference - its mean‖ over all cases' logits.
+    """
 
     reference: str = ""
-    logit_tolerance: float = 0.0  # largest absolute difference allowed
+    max_error: float = 0.0
     cases: tuple[SelfTestCase, ...] = ()
 
 

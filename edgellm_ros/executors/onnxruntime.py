@@ -1,0 +1,217 @@
+"""The CPU executor: ONNX Runtime over `decoder.ort.onnx`, its KV cache bound as both past and present.
+
+All buffers are made here once and bound by address; a step only writes into them. Single-token steps of neighbouring
+slots run as one batch, longer ones alone: GroupQueryAttention continues a prompt for one sequence at a time.
+
+MatMulNBits' int8 kernels round one row differently from two or more (by 1e-6, which the next layer's int8 activations
+amplify) when int4 groups have 64 or more weights; with 32, or int8 groups up to 64, every row count gives the same
+bits (measured, ONNX Runtime 1.32, AVX-512). Such bundles therefore decode sequence by sequence unless the
+configuration prefers speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from edgellm_ros.bundle import DECODER_ORT, WEIGHTS, Bundle, QuantSpec
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import BundleError, ConfigError, DeviceError
+from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.executors.embedding import EmbeddingTable
+from edgellm_ros.executors.memory import available_memory, physical_cores
+
+DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
+_WORKSPACE = 64 << 20  # bytes: activations of a prefill chunk and ONNX Runtime's own, a generous guess
+
+
+class OnnxRuntimeExecutor(Executor):
+    """Runs a bundle's decoder on the CPU."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        """Load the decoder and reserve everything.
+
+        Raises ConfigError when the settings ask for more context than the bundle has or more memory than there is,
+        BundleError when ONNX Runtime refuses the graph.
+        """
+        model, self._graph = bundle.manifest.model, bundle.manifest.graph
+        capacity = config.max_context or min(model.max_context, DEFAULT_CONTEXT)
+        if capacity > model.max_context:
+            raise ConfigError(
+                f"max_context {capacity} exceeds the bundle's {model.max_context}; "
+                f"export again with --max-context {capacity}, if the model allows it"
+            )
+        self._model = model
+        self._layers = model.num_layers
+        threads = config.num_threads or physical_cores()
+        kv_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+        weight_bytes = bundle.manifest.files[WEIGHTS].size
+        planned = weight_bytes + config.max_slots * capacity * kv_per_token + _WORKSPACE
+        free = available_memory()
+        if planned > free:
+            raise ConfigError(
+                f"the plan needs {planned / 1e6:.0f} MB ({weight_bytes / 1e6:.0f} MB weights, max_slots "
+                f"{config.max_slots} x max_context {capacity} x {kv_per_token} bytes of KV cache) but "
+                f"{free / 1e6:.0f} MB are free; lower max_slots or max_context"
+            )
+        self._embedding = EmbeddingTable(bundle)
+        self._session = self._load(bundle, threads)
+        shape = (config.max_slots, model.num_kv_heads, capacity, model.head_dim)
+        # Fresh zero pages: the kernel backs them as they are first written.
+        self._cache = [np.zeros(shape, np.float32) for _ in range(2 * model.num_layers)]  # key, value, key, …
+        self._max_tokens = max(config.prefill_chunk, config.prefill_chunk_busy) + 1
+        rows = max(self._max_tokens, config.max_slots)
+        self._embeds = np.zeros((rows, model.hidden_size), np.float32)
+        self._seqlens = np.zeros(config.max_slots, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._indices = np.zeros(rows, np.int64)
+        self._logits = np.zeros((config.max_slots, model.vocab_size), np.float32)
+        self._scratch = np.zeros((config.max_slots, model.vocab_size), np.float32)  # one run's share of a step
+        self._bindings: dict[tuple[int, int], Any] = {}
+        quant = bundle.manifest.quantization
+        self._batches = config.decode_batching == "fast" or not _rounds_single_rows_apart(quant)
+        self.info = ExecutorInfo(
+            name="onnxruntime",
+            device=f"CPU, {threads} threads",
+            precision=f"{quant.weights} weights, fp32 KV cache",
+            num_slots=config.max_slots,
+            capacity=capacity,
+            vocab_size=model.vocab_size,
+            kv_bytes_per_token=kv_per_token,
+            memory_bytes=planned,
+        )
+
+    def _load(self, bundle: Bundle, threads: int) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # sequence lengths vary: a pattern would be kept for each
+        options.log_severity_level = 3
+        try:
+            return ort.InferenceSession(
+                str(bundle.file(DECODER_ORT)), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises a family of its own that derives from Exception alone
+            raise BundleError(f"ONNX Runtime cannot load {bundle.path / DECODER_ORT}: {error}") from error
+
+    def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
+        """See Executor.step. One decoding sequence costs one run; n in neighbouring slots cost one run as well."""
+        starts, total = [], 0
+        for item in batch:
+            starts.append(total)
+            total += item.num_logits
+        if total > len(self._logits):
+            self._logits = np.zeros((total, self._model.vocab_size), np.float32)  # verifying drafts, self-test
+        single = sorted((i for i, s in enumerate(batch) if len(s.token_ids) == 1), key=lambda i: batch[i].slot)
+        groups: list[list[int]] = []
+        for i in single:
+            if self._batches and groups and batch[groups[-1][-1]].slot + 1 == batch[i].slot:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        groups += [[i] for i, s in enumerate(batch) if len(s.token_ids) > 1]
+        direct = len(groups) == 1
+        for group in groups:
+            members = [batch[i] for i in group]
+            rows = self._run(members, self._logits[:total] if direct and group == sorted(group) else None)
+            if rows is None:
+                continue
+            offset = 0
+            for i in group:
+                count = batch[i].num_logits
+                self._logits[starts[i] : starts[i] + count] = rows[offset : offset + count]
+                offset += count
+        return self._logits[:total]
+
+    def _run(self, members: list[SequenceStep], out: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
+        """Run neighbouring slots together; fills `out` if given, else returns the logits."""
+        first, count = members[0].slot, len(members)
+        length = len(members[0].token_ids)
+        rows = count * length
+        if rows > len(self._embeds):
+            self._embeds = np.zeros((rows, self._model.hidden_size), np.float32)
+            self._indices = np.zeros(rows, np.int64)
+        num_logits = 0
+        longest = 0
+        for i, item in enumerate(members):
+            end = item.position + length
+            assert item.slot == first + i and 0 <= item.position and end <= self.info.capacity, item
+            self._embedding.lookup(item.token_ids, self._embeds[i * length : (i + 1) * length])
+            self._seqlens[i] = end - 1
+            longest = max(longest, end)
+            wanted = range((i + 1) * length - item.num_logits, (i + 1) * length)
+            self._indices[num_logits : num_logits + item.num_logits] = wanted
+            num_logits += item.num_logits
+        self._total[...] = longest
+        # A product without rows is not worth a special case in every kernel: one row is computed and dropped.
+        computed = max(num_logits, 1)
+        if not num_logits:
+            self._indices[0] = rows - 1
+        if out is not None and num_logits:
+            result = out
+        elif computed <= len(self._scratch):
+            result = self._scratch[:computed]
+        else:
+            result = np.empty((computed, self._model.vocab_size), np.float32)
+        binding = self._binding(first, count)
+        names = self._graph
+        _bind(binding, names.embeds, self._embeds, (count, length, self._model.hidden_size))
+        _bind(binding, names.seqlens_k, self._seqlens, (count,))
+        _bind(binding, names.total_length, self._total, ())
+        _bind(binding, names.logit_indices, self._indices, (computed,))
+        binding.bind_output(names.logits, "cpu", 0, np.float32, (computed, result.shape[1]), result.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as in _load
+            raise DeviceError(f"ONNX Runtime failed in a step of {rows} tokens: {error}") from error
+        return None if result is out else result
+
+    def _binding(self, first: int, count: int) -> Any:
+        """The IOBinding for slots `first` to `first + count - 1`, with their caches bound as past and present."""
+        key = (first, count)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            names = self._graph
+            for i, cache in enumerate(self._cache):
+                past, present = (names.past_key, names.present_key) if i % 2 == 0 else (names.past_value, names.present_value)
+                view = cache[first : first + count]
+                _bind(binding, past.format(layer=i // 2), view, view.shape)
+                binding.bind_output(
+                    present.format(layer=i // 2), "cpu", 0, np.float32, view.shape, view.ctypes.data
+                )
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See Executor.copy_prefix."""
+        for cache in self._cache:
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def save_prefix(self, slot: int, length: int) -> npt.NDArray[np.uint8]:
+        """See Executor.save_prefix."""
+        return np.concatenate([cache[slot, :, :length].reshape(-1) for cache in self._cache]).view(np.uint8)
+
+    def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
+        """See Executor.load_prefix."""
+        shape = (len(self._cache), self._model.num_kv_heads, length, self._model.head_dim)
+        for cache, saved in zip(self._cache, data.view(np.float32).reshape(shape), strict=True):
+            cache[slot, :, :length] = saved
+
+    def close(self) -> None:
+        """See Executor.close."""
+        self._bindings.clear()
+        self._cache.clear()
+        self._session = None
+
+
+def _rounds_single_rows_apart(quant: QuantSpec) -> bool:
+    return quant.weights == "int4" and quant.group_size >= 64 or quant.weights == "int8" and quant.group_size >= 128
+
+
+def _bind(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+

@@ -1,0 +1,56 @@
+"""Compares a loaded executor with the reference logits in the bundle, so that a wrong engine never serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgellm_ros.bundle import Manifest
+from edgellm_ros.errors import BundleError
+from edgellm_ros.executors.base import Executor, SequenceStep
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """How close the executor came: relative error of the logits, and how many next tokens were the same."""
+
+    error: float
+    max_error: float
+    num_agreeing: int
+    num_tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not pass."""
+        return self.error <= self.max_error
+
+
+def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
+    """Run the bundle's self-test cases in slot 0, which must be unused, and measure."""
+    test = manifest.self_test
+    difference = reference_energy = 0.0
+    agreeing = tokens = 0
+    for case in test.cases:
+        prompt = np.asarray(case.prompt_ids, np.int32)
+        logits = executor.step([SequenceStep(0, prompt, 0, len(case.next_ids))])
+        expected = np.asarray(case.logits, np.float64)
+        got = logits[-1, list(case.logit_ids)].astype(np.float64)
+        difference += float(np.sum((got - expected) ** 2))
+        reference_energy += float(np.sum((expected - expected.mean()) ** 2))
+        agreeing += int(np.sum(logits.argmax(-1) == np.asarray(case.next_ids)))
+        tokens += len(case.next_ids)
+    error = float(np.sqrt(difference / reference_energy)) if reference_energy else 0.0
+    return SelfTestResult(error, test.max_error, agreeing, tokens)
+
+
+def run_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
+    """Measure, and raise BundleError with the numbers when the executor does not agree with the reference."""
+    result = measure_self_test(executor, manifest)
+    if not result.passed:
+        raise BundleError(
+            f"self-test failed: {executor.info.name}'s logits differ from {manifest.self_test.reference or 'the reference'} "
+            f"by {result.error:.3g} (relative), allowed is {result.max_error:.3g}; {result.num_agreeing} of "
+            f"{result.num_tokens} next tokens agree; export the model again, or load with self_test off to look into it"
+        )
+    return result

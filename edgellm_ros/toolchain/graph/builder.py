@@ -1,0 +1,81 @@
+"""Appends ONNX nodes and initializers; weights are named by their byte range in weights.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgellm_ros.bundle import WEIGHTS, WeightFile
+
+CONTRIB = "com.microsoft"
+
+
+class GraphBuilder:
+    """One graph under construction. Node outputs are named after their node, which is named after its place."""
+
+    def __init__(self, weights: WeightFile) -> None:
+        """Weights are looked up in `weights` and never read."""
+        self._weights = weights
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._uses_contrib = False
+        self._made: set[str] = set()
+
+    def input(self, name: str, dtype: int, shape: list[int | str]) -> str:
+        """Declare a graph input."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: list[int | str]) -> str:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def node(self, op: str, inputs: list[str], name: str, *, outputs: list[str] | None = None,
+             contrib: bool = False, **attributes: Any) -> str:  # fmt: skip
+        """Append a node; returns its first output, which is `name` unless `outputs` says otherwise."""
+        names = outputs or [name]
+        domain = CONTRIB if contrib else ""
+        self._uses_contrib |= contrib
+        self._made.update(names)
+        self._nodes.append(helper.make_node(op, inputs, names, name=f"{name}/{op}", domain=domain, **attributes))
+        return names[0]
+
+    def has(self, output: str) -> bool:
+        """Whether a node already makes `output`."""
+        return output in self._made
+
+    def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
+        """A small inline constant; the same name twice is the same constant."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
+        return name
+
+    def weight(self, name: str, dtype: int, shape: tuple[int, ...], alias: str = "") -> str:
+        """The tensor `name` of the weight file, seen as `dtype` and `shape` (its bytes are reinterpreted)."""
+        key = alias or name
+        if key not in self._initializers:
+            offset, length = self._weights.location(name)
+            tensor = TensorProto(name=key, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
+            for field, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=field, value=value)
+            self._initializers[key] = tensor
+        return key
+
+    def save(self, path: Path, *, opset: int, ir_version: int, producer: str) -> None:
+        """Write the model; the weight file must lie beside it when it is loaded."""
+        graph = helper.make_graph(
+            self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        if self._uses_contrib:
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name=producer)
+        path.write_bytes(model.SerializeToString())

@@ -1,0 +1,165 @@
+"""The decoder with ONNX Runtime's fused operators: MatMulNBits, GroupQueryAttention, skip layer norms.
+
+Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Weights are stored once for
+all executors; what MatMulNBits wants differently (offset-8 nibbles, fp32 scales) is made by constants that ONNX
+Runtime folds when it loads the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from edgellm_ros.bundle import GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.toolchain.graph.builder import GraphBuilder
+
+_FLOAT = TensorProto.FLOAT
+OPSET = 21
+IR_VERSION = 10
+_INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: products in int8, sums in fp32
+
+
+def write_onnxruntime_graph(
+    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile
+) -> None:
+    """Write `decoder.ort.onnx` to `path`."""
+    _Decoder(model, quant, graph, weights).save(path)
+
+
+class _Decoder:
+    def __init__(self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
+        self.model, self.quant, self.graph, self.weights = model, quant, graph, weights
+        self.g = GraphBuilder(weights)
+        self._declare()
+        x = graph.embeds
+        y = self._norm(x, "layers.0.input_norm.weight", "layers.0.input_norm")
+        for layer in range(model.num_layers):
+            x, y = self._layer(layer, x, y)
+        self._head(y)
+
+    def save(self, path: Path) -> None:
+        self.g.save(path, opset=OPSET, ir_version=IR_VERSION, producer="edgellm_ros")
+
+    def _declare(self) -> None:
+        m, names, g = self.model, self.graph, self.g
+        g.input(names.embeds, _FLOAT, ["batch", "sequence", m.hidden_size])
+        g.input(names.seqlens_k, TensorProto.INT32, ["batch"])
+        g.input(names.total_length, TensorProto.INT32, [])
+        g.input(names.logit_indices, TensorProto.INT64, ["num_logits"])
+        g.output(names.logits, _FLOAT, ["num_logits", m.vocab_size])
+        cache: list[int | str] = ["batch", m.num_kv_heads, "capacity", m.head_dim]
+        for layer in range(m.num_layers):
+            for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
+                g.input(past.format(layer=layer), _FLOAT, cache)
+                g.output(present.format(layer=layer), _FLOAT, cache)
+
+    def _layer(self, layer: int, x: str, y: str) -> tuple[str, str]:
+        """Returns the residual stream and its norm for the next layer."""
+        m, g, at = self.model, self.g, f"layers.{layer}"
+        attention = self._attention(layer, y)
+        o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        x, y = self._skip_norm(x, o, f"{at}.post_norm.weight", f"{at}.post_norm")
+        gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
+        gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
+        g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
+        # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, in one operator.
+        activated = g.node("QuickGelu", [gate], f"{at}.mlp.silu", contrib=True, alpha=1.0)
+        product = g.node("Mul", [activated, up], f"{at}.mlp.product")
+        down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        if layer == m.num_layers - 1:
+            return "", g.node("Add", [x, down], f"{at}.output")
+        following = f"layers.{layer + 1}.input_norm"
+        return self._skip_norm(x, down, f"{following}.weight", following)
+
+    def _attention(self, layer: int, y: str) -> str:
+        m, g, names, at = self.model, self.g, self.graph, f"layers.{layer}.attn"
+        q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        qkv = self._linear(y, f"{at}.qkv", q_width + 2 * kv_width, m.hidden_size)
+        query, key, value = qkv, "", ""
+        if m.qk_norm:
+            query, key, value = f"{at}.q", f"{at}.k", f"{at}.v"
+            sizes = g.constant("qkv_sizes", [q_width, kv_width, kv_width], np.int64)
+            g.node("Split", [qkv, sizes], f"{at}.split", outputs=[query, key, value], axis=-1)
+            query = self._head_norm(query, m.num_heads, f"{at}.q_norm")
+            key = self._head_norm(key, m.num_kv_heads, f"{at}.k_norm")
+        half = m.head_dim // 2
+        cos = g.weight("rope.cos", _FLOAT, (m.max_context, half))
+        sin = g.weight("rope.sin", _FLOAT, (m.max_context, half))
+        past = [n.format(layer=layer) for n in (names.past_key, names.past_value)]
+        present = [n.format(layer=layer) for n in (names.present_key, names.present_value)]
+        # The operator's window counts the token itself, as Hugging Face's sliding_window does.
+        window = m.sliding_windows[layer] if m.sliding_windows else 0
+        local = {"local_window_size": window} if window else {}
+        inputs = [query, key, value, *past, names.seqlens_k, names.total_length, cos, sin]
+        return g.node(
+            "GroupQueryAttention", inputs, at, outputs=[at, *present], contrib=True, num_heads=m.num_heads,
+            kv_num_heads=m.num_kv_heads, do_rotary=1, rotary_interleaved=0, scale=m.head_dim**-0.5, **local,
+        )  # fmt: skip
+
+    def _head(self, x: str) -> None:
+        m, g = self.model, self.g
+        flat = g.node("Reshape", [x, g.constant("rows", [-1, m.hidden_size], np.int64)], "flat")
+        # Only the wanted rows go through the head: it is the largest product of a small model.
+        rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
+        y = self._norm(rows, "final_norm.weight", "final_norm")
+        self._linear(y, self.quant.head_tensor(m), m.vocab_size, m.hidden_size, scheme=self.quant.lm_head, output=self.graph.logits)
+
+    def _norm(self, x: str, weight: str, name: str) -> str:
+        gain = self.g.weight(weight, _FLOAT, (self.model.hidden_size,))
+        return self.g.node(
+            "SimplifiedLayerNormalization", [x, gain], name, axis=-1, epsilon=self.model.rms_norm_eps, stash_type=1
+        )
+
+    def _skip_norm(self, x: str, addend: str, weight: str, name: str) -> tuple[str, str]:
+        gain = self.g.weight(weight, _FLOAT, (self.model.hidden_size,))
+        total = f"{name}.sum"
+        y = self.g.node(
+            "SkipSimplifiedLayerNormalization", [x, addend, gain], name, outputs=[name, "", "", total], contrib=True,
+            epsilon=self.model.rms_norm_eps,
+        )  # fmt: skip
+        return total, y
+
+    def _head_norm(self, x: str, heads: int, name: str) -> str:
+        """RMSNorm over head_dim of [B, S, heads * head_dim], as Qwen3 has it before RoPE."""
+        m, g = self.model, self.g
+        split = g.constant(f"to_{heads}_heads", [0, 0, heads, m.head_dim], np.int64)
+        joined = g.constant(f"from_{heads}_heads", [0, 0, heads * m.head_dim], np.int64)
+        gain = g.weight(f"{name}.weight", _FLOAT, (m.head_dim,))
+        y = g.node("Reshape", [x, split], f"{name}.split")
+        y = g.node("SimplifiedLayerNormalization", [y, gain], name, axis=-1, epsilon=m.rms_norm_eps, stash_type=1)
+        return g.node("Reshape", [y, joined], f"{name}.joined")
+
+    def _linear(self, x: str, name: str, n: int, k: int, *, scheme: str = "", output: str = "") -> str:
+        """x [..., k] times the stored [n, k] weight, plus its bias if there is one."""
+        scheme = scheme or self.quant.weights
+        bias = f"{name}.bias" if f"{name}.bias" in self.weights else ""
+        result = output or f"{name}.out"
+        if scheme in ("int4", "int8"):
+            return self._matmul_nbits(x, name, n, k, scheme, bias, result)
+        g = self.g
+        dtype = _FLOAT if scheme == "fp32" else TensorProto.FLOAT16
+        weight = g.weight(f"{name}.weight", dtype, (n, k))
+        if scheme == "fp16":
+            weight = g.node("Cast", [weight], f"{name}.fp32", to=_FLOAT)
+        transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])
+        y = g.node("MatMul", [x, transposed], f"{name}.product" if bias else result)
+        return g.node("Add", [y, g.weight(bias, _FLOAT, (n,))], result) if bias else y
+
+    def _matmul_nbits(self, x: str, name: str, n: int, k: int, scheme: str, bias: str, result: str) -> str:
+        g, group = self.g, self.quant.group_size
+        bits = 4 if scheme == "int4" else 8
+        stored = g.weight(f"{name}.weight", TensorProto.UINT8, (n, k // group, group * bits // 8))
+        # Signed to offset binary: the sign bit of each nibble (or byte) flips.
+        flip = g.constant(f"flip_{bits}", 0x88 if bits == 4 else 0x80, np.uint8)
+        weight = g.node("BitwiseXor", [stored, flip], f"{name}.offset")
+        scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
+        scale = g.node("Cast", [scale], f"{name}.scale32", to=_FLOAT)
+        inputs = [x, weight, scale]
+        if bias:
+            inputs += ["", "", g.weight(bias, _FLOAT, (n,))]
+        return g.node(
+            "MatMulNBits", inputs, result, contrib=True, K=k, N=n, bits=bits, block_size=group,
+            accuracy_level=_INT8_ACTIVATIONS,
+        )  # fmt: skip

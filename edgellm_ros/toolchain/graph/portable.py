@@ -1,0 +1,170 @@
+"""The decoder in standard ONNX operators (opset 24): what TensorRT builds from, and any ONNX runtime can check.
+
+TensorScatter updates the linear cache, Attention reads it under an additive mask that is made inside the graph from
+the positions (see https://onnx.ai/onnx/operators/). Weights are named by their byte range in weights.safetensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from edgellm_ros.bundle import GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.toolchain.graph.builder import GraphBuilder
+
+OPSET = 24
+IR_VERSION = 12
+_MASKED = -65504.0  # the most negative fp16: after softmax it is zero, and it stays finite in fp16
+
+
+def write_portable_graph(
+    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile
+) -> None:
+    """Write `decoder.onnx` to `path`."""
+    _Decoder(model, quant, graph, weights).save(path)
+
+
+class _Decoder:
+    def __init__(self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
+        self.model, self.quant, self.graph, self.weights = model, quant, graph, weights
+        half = graph.activation_dtype == "float16"
+        self.dtype, self.np_dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+        self.g = GraphBuilder(weights)
+        self._declare()
+        self._masks = {window: self._mask(window) for window in sorted(set(model.sliding_windows or (0,)))}
+        self._rope = [self._activation(f"rope.{t}", (model.max_context, model.head_dim // 2)) for t in ("cos", "sin")]
+        x = graph.embeds
+        for layer in range(model.num_layers):
+            x = self._layer(layer, x)
+        self._head(x)
+
+    def save(self, path: Path) -> None:
+        self.g.save(path, opset=OPSET, ir_version=IR_VERSION, producer="edgellm_ros")
+
+    def _declare(self) -> None:
+        m, names, g = self.model, self.graph, self.g
+        g.input(names.embeds, self.dtype, ["batch", "sequence", m.hidden_size])
+        g.input(names.positions, TensorProto.INT64, ["batch", "sequence"])
+        g.input(names.write_indices, TensorProto.INT64, ["batch"])
+        g.input(names.logit_indices, TensorProto.INT64, ["num_logits"])
+        g.output(names.logits, TensorProto.FLOAT, ["num_logits", m.vocab_size])
+        cache: list[int | str] = ["batch", m.num_kv_heads, "capacity", m.head_dim]
+        for layer in range(m.num_layers):
+            for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
+                g.input(past.format(layer=layer), self.dtype, cache)
+                g.output(present.format(layer=layer), self.dtype, cache)
+
+    def _mask(self, window: int) -> str:
+        """[B, 1, S, capacity]: 0 where the cached position may be attended to, else very negative."""
+        g, at = self.g, f"mask.{window}"
+        shape = g.node("Shape", [self.graph.past_key.format(layer=0)], f"{at}.shape", start=2, end=3)
+        capacity = g.node("Squeeze", [shape], f"{at}.capacity")
+        zero, one = g.constant("zero", 0, np.int64), g.constant("one", 1, np.int64)
+        cached = g.node("Range", [zero, capacity, one], f"{at}.cached")
+        position = g.node("Unsqueeze", [self.graph.positions, g.constant("axes_1_3", [1, 3], np.int64)], f"{at}.position")
+        allowed = g.node("LessOrEqual", [cached, position], f"{at}.causal")
+        if window:
+            first = g.node("Sub", [position, g.constant(f"window_{window}", window, np.int64)], f"{at}.before")
+            near = g.node("Greater", [cached, first], f"{at}.near")
+            allowed = g.node("And", [allowed, near], f"{at}.allowed")
+        seen = g.constant("seen", 0.0, self.np_dtype)
+        masked = g.constant("masked", _MASKED, self.np_dtype)
+        return g.node("Where", [allowed, seen, masked], at)
+
+    def _layer(self, layer: int, x: str) -> str:
+        m, g, at = self.model, self.g, f"layers.{layer}"
+        y = self._norm(x, f"{at}.input_norm", m.hidden_size)
+        attention = self._attention(layer, y)
+        o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        x = g.node("Add", [x, o], f"{at}.attn.residual")
+        y = self._norm(x, f"{at}.post_norm", m.hidden_size)
+        gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
+        gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
+        g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
+        silu = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
+        product = g.node("Mul", [silu, up], f"{at}.mlp.product")
+        down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        return g.node("Add", [x, down], f"{at}.output")
+
+    def _attention(self, layer: int, y: str) -> str:
+        m, g, names, at = self.model, self.g, self.graph, f"layers.{layer}.attn"
+        q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        qkv = self._linear(y, f"{at}.qkv", q_width + 2 * kv_width, m.hidden_size)
+        sizes = g.constant("qkv_sizes", [q_width, kv_width, kv_width], np.int64)
+        parts = [f"{at}.{p}" for p in "qkv"]
+        g.node("Split", [qkv, sizes], f"{at}.split", outputs=parts, axis=-1)
+        query = self._rotate(self._to_heads(parts[0], m.num_heads, f"{at}.q_norm"), f"{at}.q")
+        key = self._rotate(self._to_heads(parts[1], m.num_kv_heads, f"{at}.k_norm"), f"{at}.k")
+        value = self._to_heads(parts[2], m.num_kv_heads, "")
+        cached = []
+        for new, past, present in (
+            (key, names.past_key, names.present_key), (value, names.past_value, names.present_value)
+        ):  # fmt: skip
+            target = present.format(layer=layer)
+            inputs = [past.format(layer=layer), new, names.write_indices]
+            g.node("TensorScatter", inputs, f"{target}.write", outputs=[target], axis=-2, mode="linear")
+            cached.append(target)
+        window = m.sliding_windows[layer] if m.sliding_windows else 0
+        # TensorRT has a fused fp16 attention; fp32 has to be decomposed, and says so only through this attribute.
+        extra = {"TRT_decomposable": 1} if self.np_dtype is np.float32 else {}
+        attention = g.node(
+            "Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0, **extra
+        )
+        joined = g.node("Transpose", [attention], f"{at}.transposed", perm=[0, 2, 1, 3])
+        return g.node("Reshape", [joined, g.constant("from_heads", [0, 0, q_width], np.int64)], f"{at}.joined")
+
+    def _to_heads(self, x: str, heads: int, norm: str) -> str:
+        """[B, S, heads * head_dim] to [B, heads, S, head_dim], normalised over head_dim where the family does."""
+        m, g = self.model, self.g
+        shape = g.constant(f"to_{heads}_heads", [0, 0, heads, m.head_dim], np.int64)
+        y = g.node("Reshape", [x, shape], f"{x}.heads")
+        if m.qk_norm and norm:
+            y = self._norm(y, norm, m.head_dim)
+        return g.node("Transpose", [y], f"{x}.by_head", perm=[0, 2, 1, 3])
+
+    def _rotate(self, x: str, name: str) -> str:
+        return self.g.node(
+            "RotaryEmbedding", [x, *self._rope, self.graph.positions], f"{name}.rotated", interleaved=0
+        )
+
+    def _head(self, x: str) -> None:
+        m, g = self.model, self.g
+        flat = g.node("Reshape", [x, g.constant("rows", [-1, m.hidden_size], np.int64)], "flat")
+        rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
+        y = self._norm(rows, "final_norm", m.hidden_size)
+        y = self._linear(y, self.quant.head_tensor(m), m.vocab_size, m.hidden_size, scheme=self.quant.lm_head)
+        g.node("Cast", [y], self.graph.logits, to=TensorProto.FLOAT)
+
+    def _norm(self, x: str, name: str, width: int) -> str:
+        gain = self._activation(f"{name}.weight", (width,))
+        return self.g.node(
+            "RMSNormalization", [x, gain], name, axis=-1, epsilon=self.model.rms_norm_eps, stash_type=1
+        )
+
+    def _activation(self, name: str, shape: tuple[int, ...]) -> str:
+        """A stored fp32 tensor in the activations' dtype."""
+        weight = self.g.weight(name, TensorProto.FLOAT, shape)
+        if self.np_dtype is np.float32:
+            return weight
+        cast = f"{name}.cast"
+        return cast if self.g.has(cast) else self.g.node("Cast", [weight], cast, to=self.dtype)
+
+    def _linear(self, x: str, name: str, n: int, k: int, *, scheme: str = "") -> str:
+        scheme = scheme or self.quant.weights
+        g, group = self.g, self.quant.group_size
+        if scheme in ("int4", "int8"):
+            dtype = TensorProto.INT4 if scheme == "int4" else TensorProto.INT8
+            stored = g.weight(f"{name}.weight", dtype, (n, k))
+            scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
+            if self.np_dtype is np.float32:
+                scale = g.node("Cast", [scale], f"{name}.scale32", to=TensorProto.FLOAT)
+            weight = g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=1, block_size=group)
+        else:
+            weight = g.weight(f"{name}.weight", TensorProto.FLOAT if scheme == "fp32" else TensorProto.FLOAT16, (n, k))
+        transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])
+        y = g.node("MatMul", [x, transposed], f"{name}.product")
+        if f"{name}.bias" in self.weights:
+            y = g.node("Add", [y, self._activation(f"{name}.bias", (n,))], f"{name}.out")
+        return y

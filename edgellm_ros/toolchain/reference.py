@@ -1,0 +1,75 @@
+"""The decoder in plain NumPy and fp32, fed one layer at a time: the reference that a bundle's self-test stores.
+
+It reads the original weights, never the quantised ones, and shares nothing with the ONNX graphs or the executors.
+It is fed while export walks through the checkpoint anyway, so it costs no second read and one layer of memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.bundle import ModelSpec
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class ReferenceDecoder:
+    """Runs a few prompts through the decoder, layer by layer as their weights come."""
+
+    def __init__(self, model: ModelSpec, cos: FloatArray, sin: FloatArray) -> None:
+        """cos, sin: (positions, head_dim / 2)."""
+        self._model, self._cos, self._sin = model, cos, sin
+        self._hidden: list[FloatArray] = []
+
+    def embed(self, embedding: FloatArray, prompts: list[npt.NDArray[np.int64]]) -> None:
+        """Start with the prompts' rows of the (vocab, hidden) embedding."""
+        self._hidden = [embedding[p].astype(np.float32) * np.float32(self._model.embed_scale) for p in prompts]
+
+    def layer(self, index: int, weights: dict[str, FloatArray]) -> None:
+        """Run layer `index`; `weights` has the stems of toolchain/weights.py, without the layer's own prefix."""
+        m = self._model
+        window = m.sliding_windows[index] if m.sliding_windows else 0
+        for i, x in enumerate(self._hidden):
+            x = x + self._attention(_rms_norm(x, weights["input_norm"], m.rms_norm_eps), weights, window)
+            y = _linear(_rms_norm(x, weights["post_norm"], m.rms_norm_eps), weights, "mlp.gate_up")
+            gate, up = np.split(y, 2, -1)
+            self._hidden[i] = x + _linear(gate / (1 + np.exp(-gate)) * up, weights, "mlp.down")
+
+    def logits(self, final_norm: FloatArray, head: FloatArray, last: int) -> list[FloatArray]:
+        """(min(last, prompt length), vocab) logits after the last positions of each prompt."""
+        return [_rms_norm(x[-last:], final_norm, self._model.rms_norm_eps) @ head.T for x in self._hidden]
+
+    def _attention(self, y: FloatArray, weights: dict[str, FloatArray], window: int) -> FloatArray:
+        m = self._model
+        length = len(y)
+        qkv = _linear(y, weights, "attn.qkv").reshape(length, -1, m.head_dim).swapaxes(0, 1)
+        q, k, v = np.split(qkv, [m.num_heads, m.num_heads + m.num_kv_heads])
+        if m.qk_norm:
+            q = _rms_norm(q, weights["attn.q_norm"], m.rms_norm_eps)
+            k = _rms_norm(k, weights["attn.k_norm"], m.rms_norm_eps)
+        q, k = self._rotate(q), self._rotate(k)
+        group = m.num_heads // m.num_kv_heads
+        k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
+        scores = q @ k.swapaxes(1, 2) * np.float32(m.head_dim**-0.5)
+        distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+        hidden = (distance < 0) | ((distance >= window) if window else False)
+        scores = np.where(hidden, np.float32(-np.inf), scores)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (scores / scores.sum(-1, keepdims=True)) @ v
+        return _linear(mixed.swapaxes(0, 1).reshape(length, -1), weights, "attn.o")
+
+    def _rotate(self, x: FloatArray) -> FloatArray:
+        cos, sin = self._cos[: x.shape[1]], self._sin[: x.shape[1]]
+        first, second = np.split(x, 2, -1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _rms_norm(x: FloatArray, gain: FloatArray, eps: float) -> FloatArray:
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * gain
+
+
+def _linear(x: FloatArray, weights: dict[str, FloatArray], stem: str) -> FloatArray:
+    y = x @ weights[f"{stem}.weight"].T
+    bias = weights.get(f"{stem}.bias")
+    return y if bias is None else y + bias

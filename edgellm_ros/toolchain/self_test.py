@@ -1,0 +1,83 @@
+"""Makes the self-test that a bundle carries: prompts, the reference's logits, and how far the bundle may be from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from edgellm_ros.bundle import Bundle, Manifest, SelfTestCase
+from edgellm_ros.config import EngineConfig
+from dataclasses import replace
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+from edgellm_ros.executors.selftest import measure_self_test
+from edgellm_ros.toolchain.reference import FloatArray
+
+# Own sentences of the kinds a robot meets; long enough that a wrong position or mask shows.
+_TEXTS = (
+    "The robot moves to the kitchen, opens the fridge and takes out a bottle of",
+    "Question: What is the capital of France?\nAnswer: The capital of France is",
+    'def add(a, b):\n    """Return the sum of two numbers."""\n    return',
+)
+_NUM_TOP = 48
+_NUM_SPREAD = 48
+
+# Largest relative error of the logits that an export may have, by scheme. The rounding of int4 moves logits a lot and
+# a wrong graph moves them by about 1.4 (two unrelated vectors), so these separate the two with room on both sides.
+_QUALITY_MARKS = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}
+_MARGIN = 1.5  # an executor on other hardware rounds differently from the one that measured here
+_FLOOR = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2, "int4": 0.1}
+
+
+def encode_prompts(tokenizer_json: str, vocab_size: int) -> list[np.ndarray]:
+    """The texts as token ids."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    prompts = [np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in _TEXTS]
+    for prompt in prompts:
+        if prompt.size == 0 or prompt.max() >= vocab_size:
+            raise ToolchainError(
+                f"the tokenizer gives ids up to {prompt.max(initial=0)} but the model has {vocab_size} embeddings; "
+                "tokenizer and weights are not of the same model"
+            )
+    return prompts
+
+
+def make_cases(prompts: list[np.ndarray], logits: list[FloatArray]) -> tuple[SelfTestCase, ...]:
+    """One case a prompt; logits are (last positions, vocab)."""
+    cases = []
+    for prompt, rows in zip(prompts, logits, strict=True):
+        last = rows[-1]
+        top = np.argsort(-last)[:_NUM_TOP]
+        spread = np.linspace(0, len(last) - 1, min(_NUM_SPREAD, len(last))).astype(np.int64)
+        ids = np.unique(np.concatenate([top, spread]))
+        cases.append(
+            SelfTestCase(
+                prompt_ids=tuple(map(int, prompt)),
+                next_ids=tuple(map(int, rows.argmax(-1))),
+                logit_ids=tuple(map(int, ids)),
+                logits=tuple(round(float(v), 5) for v in last[ids]),
+            )
+        )
+    return tuple(cases)
+
+
+def finish_self_test(root: Path, manifest: Manifest) -> Manifest:
+    """Run the exported decoder, refuse it when it is too far from the reference, and set how far others may be."""
+    scheme = manifest.quantization.weights
+    longest = max(len(c.prompt_ids) for c in manifest.self_test.cases)
+    config = EngineConfig(max_slots=1, max_context=min(manifest.model.max_context, max(longest, 16)))
+    executor = OnnxRuntimeExecutor(Bundle(root, manifest), config)
+    try:
+        result = measure_self_test(executor, manifest)
+    finally:
+        executor.close()
+    mark = _QUALITY_MARKS[scheme]
+    if not result.error <= mark:
+        raise ToolchainError(
+            f"the {scheme} bundle's logits differ from the original's by {result.error:.3g} (relative), allowed is "
+            f"{mark:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; choose more bits with --weights"
+        )
+    allowed = max(_MARGIN * result.error, _FLOOR[scheme])
+    return replace(manifest, self_test=replace(manifest.self_test, max_error=allowed))

@@ -1,0 +1,113 @@
+"""How weights.safetensors is laid out, and a writer that streams it one tensor at a time.
+
+Linear layers keep Hugging Face's [out, in] order, so that rows of fused layers (q, k, v; gate, up) stay contiguous.
+int4 is two signed nibbles a byte along the input features, low nibble first: exactly ONNX's INT4 [out, in], which
+`decoder.onnx` names by byte offset; `decoder.ort.onnx` turns the same bytes into MatMulNBits' offset-8 nibbles with
+one constant-folded BitwiseXor. int8 is signed, one byte. Both have fp16 scales [out, in / group].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.errors import ToolchainError
+
+ALIGNMENT = 64  # bytes: a cache line, and what vector loads of the native executor want
+
+_DTYPE_NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor's name, dtype and shape, known before its data is."""
+
+    name: str
+    dtype: npt.DTypeLike
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def plan_linear(name: str, out_features: int, in_features: int, scheme: str, group: int) -> list[TensorPlan]:
+    """The tensors that store one linear layer's weight under `scheme` (int4, int8, fp16 or fp32)."""
+    weight = f"{name}.weight"
+    if scheme in ("int4", "int8"):
+        if in_features % group:
+            raise ToolchainError(
+                f"{name} has {in_features} input features, which do not divide into groups of {group}; "
+                "export with --weights fp16"
+            )
+        scale = TensorPlan(f"{name}.scale", np.float16, (out_features, in_features // group))
+        if scheme == "int4":
+            return [TensorPlan(weight, np.uint8, (out_features, in_features // 2)), scale]
+        return [TensorPlan(weight, np.int8, (out_features, in_features)), scale]
+    dtype = np.float16 if scheme == "fp16" else np.float32
+    return [TensorPlan(weight, dtype, (out_features, in_features))]
+
+
+class WeightWriter:
+    """Writes a safetensors file whose tensors arrive in any order, each straight to its place.
+
+    The header is written first, from the plan: peak memory is one tensor, whatever the model's size.
+    """
+
+    def __init__(self, path: Path, plan: list[TensorPlan], metadata: dict[str, str]) -> None:
+        """Create `path` with room for the tensors of `plan`."""
+        # Tensors whose size is a multiple of the alignment come first, so that every one of them is aligned: the
+        # format allows no holes.
+        ordered = sorted(plan, key=lambda t: (t.num_bytes % ALIGNMENT != 0, -np.dtype(t.dtype).itemsize))
+        header: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
+        self._offsets: dict[str, int] = {}
+        self._plan = {t.name: t for t in plan}
+        for tensor in ordered:
+            end = offset + tensor.num_bytes
+            header[tensor.name] = {
+                "dtype": _DTYPE_NAMES[np.dtype(tensor.dtype)],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            self._offsets[tensor.name] = offset
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        self._start = 8 + len(text)
+        self._missing = set(self._plan)
+        self._file: IO[bytes] = open(path, "wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + offset)
+
+    def write(self, name: str, data: npt.NDArray[Any]) -> None:
+        """Write one planned tensor; its dtype and shape must be the plan's."""
+        plan = self._plan[name]
+        assert data.dtype == np.dtype(plan.dtype) and data.shape == plan.shape, (name, data.dtype, data.shape, plan)
+        self._file.seek(self._start + self._offsets[name])
+        self._file.write(np.ascontiguousarray(data).data)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Finish the file; a tensor that was planned but never written is our own bug."""
+        self._file.close()
+        assert not self._missing, f"never written: {sorted(self._missing)[:4]}"
+
+    def abort(self) -> None:
+        """Close without the completeness check, after an error."""
+        self._file.close()
+
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
