@@ -1,0 +1,240 @@
+"""What `edgellm doctor` looks at: each check names a thing, says what was found, and how to get it if it is missing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import enum
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm_ros.cli.inspect import human_bytes
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import BundleError
+
+BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
+TOOLCHAIN = ("onnx",)
+MINIMUM_PYTHON = (3, 10)
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+
+
+class State(enum.Enum):
+    """OK is here, MISSING can be done without, FAILED stops the base from working."""
+
+    OK = "ok"
+    MISSING = "missing"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    group: str
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def all_checks(bundle: Path | None = None) -> Iterator[Check]:
+    """Every check, one after the other; a `bundle` is opened, verified and compared with the memory."""
+    yield check_python()
+    yield from (check_package("base", name, State.FAILED, "pip install edgellm_ros") for name in BASE)
+    yield from (check_package("toolchain", n, State.MISSING, "pip install 'edgellm_ros[toolchain]'") for n in TOOLCHAIN)
+    yield from check_ros(os.environ)
+    yield from check_compiler()
+    yield check_gpu()
+    yield check_tensorrt()
+    yield check_cpu(_read(Path("/proc/cpuinfo")))
+    available = memory_available(_read(Path("/proc/meminfo")))
+    yield Check("machine", "free memory", State.OK, human_bytes(available) if available else "unknown")
+    if bundle is not None:
+        yield from check_bundle(bundle, available)
+
+
+def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Check:
+    """Whether this Python is new enough."""
+    text = ".".join(map(str, version))
+    if version < MINIMUM_PYTHON:
+        needed = ".".join(map(str, MINIMUM_PYTHON))
+        return Check("base", "Python", State.FAILED, text, f"use Python {needed} or newer")
+    return Check("base", "Python", State.OK, f"{text} ({sys.executable})")
+
+
+def check_package(group: str, name: str, otherwise: State, remedy: str) -> Check:
+    """Whether a distribution is installed; `otherwise` is the state when it is not."""
+    try:
+        return Check(group, name, State.OK, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(group, name, otherwise, "not installed", remedy)
+
+
+def check_ros(environment: os._Environ[str] | dict[str, str]) -> Iterator[Check]:
+    """Whether ROS 2 is there (sourced or as wheels), and this package's interfaces are built."""
+    distribution = environment.get("ROS_DISTRO", "")
+    rclpy = importlib.util.find_spec("rclpy")
+    if rclpy is None:
+        remedy = "source /opt/ros/DISTRO/setup.bash, or install the ROS wheels as `make demo` does"
+        found = f"{distribution} is sourced, but rclpy cannot be found" if distribution else "none"
+        yield Check("ROS", "rclpy", State.MISSING, found, remedy)
+    else:
+        source = f"{distribution}, sourced" if environment.get("AMENT_PREFIX_PATH") else "wheels"
+        yield Check("ROS", "rclpy", State.OK, f"{source} ({rclpy.origin})")
+    built = [kind for kind in ("msg", "srv", "action") if importlib.util.find_spec(f"edgellm_ros.{kind}") is not None]
+    if len(built) == 3:
+        yield Check("ROS", "interfaces", State.OK, "built")
+    else:
+        yield Check(
+            "ROS",
+            "interfaces",
+            State.MISSING,
+            "not built",
+            "colcon build and source install/setup.bash, or `make demo`",
+        )
+
+
+def check_compiler() -> Iterator[Check]:
+    """What building the interfaces and the native module needs."""
+    tools = {"C++ compiler": ("c++", "g++", "clang++"), "CMake": ("cmake",), "CUDA compiler": ("nvcc",)}
+    remedies = {
+        "C++ compiler": "apt install g++ (only for building the ROS interfaces)",
+        "CMake": "apt install cmake, or pip install cmake (only for building the ROS interfaces)",
+        "CUDA compiler": "install the CUDA toolkit (only for building the GPU executors)",
+    }
+    for name, commands in tools.items():
+        path = next(filter(None, map(shutil.which, commands)), None)
+        if path:
+            yield Check("build", name, State.OK, path)
+        else:
+            yield Check("build", name, State.MISSING, "not found", remedies[name])
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if header.exists():
+        yield Check("build", "Python headers", State.OK, str(header.parent))
+    else:
+        remedy = f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev (only for building)"
+        yield Check("build", "Python headers", State.MISSING, f"no {header}", remedy)
+
+
+def check_gpu() -> Check:
+    """An NVIDIA GPU and its driver: asked of the driver where cuda-python is installed, else of /proc and PATH."""
+    found = _gpus_by_driver() or _gpus_by_proc(Path("/proc/driver/nvidia"))
+    if found:
+        return Check("machine", "NVIDIA GPU", State.OK, found)
+    if Path("/etc/nv_tegra_release").exists():
+        return Check("machine", "NVIDIA GPU", State.OK, "Jetson, " + _read(Path("/etc/nv_tegra_release")).split(",")[0])
+    if shutil.which("nvidia-smi"):
+        return Check("machine", "NVIDIA GPU", State.OK, "nvidia-smi is here; pip install cuda-python to see more")
+    return Check("machine", "NVIDIA GPU", State.MISSING, "none", "not needed: the CPU executor runs without")
+
+
+def check_tensorrt() -> Check:
+    """TensorRT, as a Python package or a system library."""
+    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
+        try:
+            return Check("machine", "TensorRT", State.OK, f"{importlib.metadata.version(name)} (Python package)")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    library = ctypes.util.find_library("nvinfer")
+    if library:
+        return Check("machine", "TensorRT", State.OK, library)
+    return Check("machine", "TensorRT", State.MISSING, "none", "not needed on a CPU; part of JetPack on a Jetson")
+
+
+def check_cpu(cpuinfo: str) -> Check:
+    """The processor, and those of its features that make quantised models fast."""
+    model = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    have = set(flags.group(1).split()) if flags else set()
+    known = [flag for flag in CPU_FLAGS if flag in have]
+    name = model.group(1) if model else platform.processor() or platform.machine()
+    found = f"{name}, {os.cpu_count()} logical; {' '.join(known) or 'no feature flags known'}"
+    if have and platform.machine() == "x86_64" and "avx2" not in have:
+        return Check("machine", "CPU", State.MISSING, found, "without AVX2 decoding is several times slower")
+    return Check("machine", "CPU", State.OK, found)
+
+
+def memory_available(meminfo: str) -> int:
+    """Bytes that programs can still take, of /proc/meminfo's text; 0 when it does not say."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    return int(match.group(1)) * 1024 if match else 0
+
+
+def check_bundle(path: Path, available: int, config: EngineConfig | None = None) -> Iterator[Check]:
+    """Whether a bundle opens with every file as exported, and fits `available` bytes with the engine's defaults."""
+    from edgellm_ros.bundle import DECODER, DECODER_ORT, Bundle
+
+    try:
+        bundle = Bundle.open(path)
+    except BundleError as error:
+        yield Check("bundle", "files", State.FAILED, str(error), "copy the whole bundle again, or export again")
+        return
+    manifest = bundle.manifest
+    yield Check("bundle", "files", State.OK, f"{manifest.model.name}: {len(manifest.files)} files as exported")
+    config = config or EngineConfig()
+    model = manifest.model
+    capacity = config.max_context or min(model.max_context, 4096)
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4 * capacity * config.max_slots  # fp32
+    graphs = (DECODER, DECODER_ORT)
+    weights = sum(entry.size for name, entry in manifest.files.items() if name not in graphs)
+    found = (
+        f"about {human_bytes(weights)} + {human_bytes(cache)} of KV cache "
+        f"({config.max_slots} slots of {capacity} tokens), {human_bytes(available)} free"
+    )
+    if available and weights + cache > available:
+        remedy = "lower --max-slots or --max-context, or export with --weights int4"
+        yield Check("bundle", "memory", State.FAILED, found, remedy)
+    else:
+        yield Check("bundle", "memory", State.OK, found)
+
+
+def _gpus_by_driver() -> str:
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        return ""
+
+    def ask(function: Callable[..., tuple[object, ...]], *args: object) -> object:
+        status, *values = function(*args)
+        if int(status) != 0:  # type: ignore[call-overload]
+            raise OSError(f"{function.__name__} returned {status}")
+        return values[0] if values else None
+
+    try:
+        ask(driver.cuInit, 0)
+        attribute = driver.CUdevice_attribute
+        names = []
+        for index in range(int(ask(driver.cuDeviceGetCount))):  # type: ignore[call-overload]
+            device = ask(driver.cuDeviceGet, index)
+            name = ask(driver.cuDeviceGetName, 128, device)
+            major = ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+            minor = ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+            label = name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name)
+            names.append(f"{label} (compute capability {major}.{minor})")
+        return f"{', '.join(names)}; driver for CUDA {ask(driver.cuDriverGetVersion)}" if names else ""
+    except (OSError, RuntimeError):  # no driver library, or no device
+        return ""
+
+
+def _gpus_by_proc(root: Path) -> str:
+    version = re.search(r"Kernel Module\D*([\d.]+)", _read(root / "version"))
+    models = [re.search(r"Model:\s*(.+)", _read(file)) for file in sorted(root.glob("gpus/*/information"))]
+    names = [match.group(1).strip() for match in models if match]
+    if not names and not version:
+        return ""
+    return f"{', '.join(names) or 'unknown model'}; driver {version.group(1) if version else 'unknown'}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,76 @@
+"""`edgellm export`: makes a bundle of a checkpoint, with a progress bar, and shows the result."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "make a bundle of a Hugging Face directory or a GGUF file"
+EXAMPLES = """\
+examples:
+  edgellm export SmolLM2-135M-Instruct -o smollm2               int4, the smallest and fastest
+  edgellm export Qwen3-0.6B -o qwen3 --weights int8             closer to the original
+  edgellm export model-Q4_1.gguf -o model --max-context 16384
+
+No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory with safetensors, or .gguf file")
+    parser.add_argument("-o", "--output", type=Path, metavar="BUNDLE", required=True, help="directory to write")
+    parser.add_argument(
+        "--weights",
+        choices=("int4", "int8", "fp16", "fp32"),
+        default="int4",
+        help="how weights are stored (default int4)",
+    )
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens that prompt and answer may take together (default: the model's)",
+    )
+    parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Export, then show the bundle's table."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    from edgellm_ros.cli.inspect import print_bundle
+    from edgellm_ros.errors import ToolchainError
+
+    try:
+        from edgellm_ros.toolchain.export import export_bundle
+    except ImportError as error:
+        raise ToolchainError(f"export needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        bundle = export_bundle(
+            args.checkpoint,
+            args.output,
+            weights=args.weights,
+            max_context=args.max_context,
+            name=args.name,
+            overwrite=args.force,
+            progress=show,
+        )
+    print_bundle(bundle, "just written")
+    return 0

@@ -1,0 +1,111 @@
+"""`edgellm inspect`: shows what a bundle holds, for people as a table or for programs as its manifest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgellm_ros.bundle import Bundle, Manifest
+
+HELP = "show what a bundle holds"
+EXAMPLES = """\
+examples:
+  edgellm inspect smollm2                                   check every file and show the table
+  edgellm inspect smollm2 --no-verify                       only sizes, for a large bundle on a slow disk
+  edgellm inspect smollm2 --json | jq .model.max_context    for a script
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare each file's sha256 (default on)"
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Open, check and show the bundle."""
+    from edgellm_ros.bundle import Bundle
+
+    bundle = Bundle.open(args.bundle, verify=args.verify)
+    if args.json:
+        print(bundle.manifest.to_json(), end="")
+    else:
+        print_bundle(bundle, "not checked" if not args.verify else "sizes and sha256 agree")
+    return 0
+
+
+def print_bundle(bundle: Bundle, files_state: str) -> None:
+    """Print the table of a bundle to stdout."""
+    from rich.console import Console
+
+    Console(highlight=False).print(bundle_table(bundle, files_state))
+
+
+def bundle_table(bundle: Bundle, files_state: str) -> Table:
+    """What people want to know of a bundle, a line each."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(str(bundle.path)), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _facts(bundle.manifest):
+        table.add_row(name, escape(text))
+    table.add_section()
+    files = bundle.manifest.files
+    table.add_row("files", f"{len(files)}, {human_bytes(sum(f.size for f in files.values()))}; {files_state}")
+    for name, entry in sorted(files.items(), key=lambda item: -item[1].size):
+        table.add_row(f"  {escape(name)}", f"{human_bytes(entry.size):>10}  {entry.sha256[:12]}")
+    return table
+
+
+def human_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    model, tokens, quant, test = manifest.model, manifest.tokens, manifest.quantization, manifest.self_test
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim}"
+    extras = [
+        name
+        for name, here in (
+            ("q/k norms", model.qk_norm),
+            ("tied head", model.tied_head),
+            ("sliding window", model.sliding_windows),
+        )
+        if here
+    ]
+    rope = f"theta {model.rope_theta:g}"
+    if model.rope_scaling:
+        rope += ", " + ", ".join(f"{key} {value}" for key, value in model.rope_scaling.items())
+    weights = quant.weights + (f" in groups of {quant.group_size}" if quant.group_size else "")
+    if quant.lm_head or quant.embedding:
+        weights += f"; head {quant.lm_head or quant.weights}, embedding {quant.embedding or quant.weights}"
+    thinking = f"{tokens.think_start} … {tokens.think_end}" if tokens.think_start else "no tags"
+    checked = f"{len(test.cases)} prompts against {test.reference}" if test.cases else "none"
+    return [
+        ("model", f"{model.name} ({model.family})"),
+        ("layers", f"{model.num_layers} of width {model.hidden_size}, MLP {model.intermediate_size}"),
+        ("attention", "; ".join([heads, *extras])),
+        ("rope", rope),
+        ("context", f"{model.max_context} tokens"),
+        ("vocabulary", f"{model.vocab_size} tokens"),
+        ("stop ids", ", ".join(map(str, tokens.stop_ids)) or "none"),
+        ("BOS", f"{tokens.bos_id} {tokens.bos_token!r}" + (", added to raw prompts" if tokens.add_bos else "")),
+        ("reasoning", thinking),
+        ("weights", weights),
+        ("self-test", checked),
+        *((f"from: {key}", value) for key, value in manifest.provenance.items()),
+    ]

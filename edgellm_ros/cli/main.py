@@ -1,0 +1,75 @@
+"""The `edgellm` command: picks the verb, and decides what an error looks like and which exit code it has."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from edgellm_ros import __version__
+from edgellm_ros.cli import chat, doctor, export, inspect, run
+from edgellm_ros.cli.options import FORMATTER
+from edgellm_ros.errors import EdgeLLMError
+
+VERBS = (export, inspect, run, chat, doctor)
+
+EPILOG = """\
+from a checkpoint to an answer:
+  edgellm export path/to/SmolLM2-135M-Instruct -o smollm2    make a bundle (once, on a workstation)
+  edgellm inspect smollm2                                    see what is in it
+  edgellm chat smollm2                                       talk to it
+  edgellm run --bundle smollm2 --input-file in.json --output-file out.json
+  ros2 launch edgellm_ros llm.launch.py bundle:=smollm2      serve it over ROS 2
+
+exit codes: 0 done, 1 an unexpected failure, 2 a mistake that the message explains, 130 interrupted
+`edgellm VERB --help` shows the options of a verb; `edgellm doctor` says what this machine lacks.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; importing nothing that is slow."""
+    parser = argparse.ArgumentParser(
+        prog="edgellm", description="Run a language model on a robot.", epilog=EPILOG, formatter_class=FORMATTER
+    )
+    parser.add_argument("--version", action="version", version=f"edgellm {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for module in VERBS:
+        verb = verbs.add_parser(
+            module.__name__.rpartition(".")[2],
+            help=module.HELP,
+            description=module.HELP[0].upper() + module.HELP[1:] + ".",
+            epilog=module.EXAMPLES,
+            formatter_class=FORMATTER,
+        )
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        verb.set_defaults(execute=module.execute)
+        module.configure(verb)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; the entry point of `edgellm`."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.execute(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader (head, less) went away; nothing can be said to it
+        sys.stdout = None
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        expected = isinstance(error, EdgeLLMError)
+        message = str(error) if expected or isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        hint = "" if expected or args.debug else " (--debug shows where)"
+        print(f"error: {message}{hint}", file=sys.stderr)
+        return 2 if expected else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
