@@ -1,0 +1,96 @@
+"""What a checkpoint is to the toolchain: a configuration, float32 tensors one at a time, and a tokenizer.
+
+`open_checkpoint` decides by what lies at the path: a Hugging Face directory or a GGUF file.
+"""
+
+from __future__ import annotations
+
+import abc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.bundle import TokenSpec
+from edgellm_ros.errors import CheckpointError
+
+
+class Checkpoint(abc.ABC):
+    """A trained model on disk. Tensors carry Hugging Face's names and layout ([out, in]) whatever the file's format."""
+
+    path: Path
+    kind: str  # "safetensors" or "gguf"
+    config: dict[str, Any]  # as Hugging Face's config.json
+
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What people call the model."""
+
+    @abc.abstractmethod
+    def names(self) -> list[str]:
+        """All tensor names, in the file's order."""
+
+    @abc.abstractmethod
+    def __contains__(self, name: object) -> bool: ...
+
+    @abc.abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape; CheckpointError when there is no such tensor."""
+
+    @abc.abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start to stop - 1 of the first axis, as an own float32 array; only they are in memory."""
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """The whole tensor as an own float32 array; CheckpointError when there is no such tensor."""
+        shape = self.shape(name)
+        return self.read_rows(name, 0, shape[0]) if shape else self.read_rows(name, 0, 1).reshape(())
+
+    @abc.abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that all tensors take on disk."""
+
+    @abc.abstractmethod
+    def source_files(self) -> list[Path]:
+        """Every file that was or will be read, for provenance."""
+
+    @abc.abstractmethod
+    def tokenizer_json(self) -> str:
+        """The text of a tokenizer.json for the `tokenizers` library."""
+
+    @abc.abstractmethod
+    def chat_template(self) -> str | None:
+        """The provider's Jinja template; None when the model has none."""
+
+    @abc.abstractmethod
+    def token_spec(self) -> TokenSpec:
+        """The special tokens that the runtime and the chat template need."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the Hugging Face directory or the GGUF file at `path`.
+
+    Raises CheckpointError when there is none, and for files that are missing, truncated or of a kind that export
+    cannot read (pickled weights, weights that are already quantised, parts of a split GGUF); the text says what to do.
+    """
+    from edgellm_ros.toolchain.gguf_checkpoint import GgufCheckpoint
+    from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
+
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a directory with config.json, or a .gguf file")
+    if path.is_file():
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file; give a .gguf file or the directory that holds config.json")
+        return GgufCheckpoint(path)
+    if not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) == 1:
+            return GgufCheckpoint(found[0])
+        if found:
+            raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one, such as {found[0]}")
+        raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face checkpoint, or not a whole one")
+    return HfCheckpoint(path)

@@ -1,0 +1,190 @@
+"""How a GGUF file becomes a Hugging Face checkpoint: its metadata's keys, its tensors' names and their row order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.bundle import TokenSpec
+from edgellm_ros.errors import CheckpointError
+from edgellm_ros.toolchain.checkpoint import Checkpoint
+from edgellm_ros.toolchain.families import FAMILIES
+from edgellm_ros.toolchain.gguf_file import GgufFile
+from edgellm_ros.toolchain.gguf_tokenizer import GgufTokenizer
+
+_KEYS = {  # Hugging Face's name: GGUF's, after the architecture
+    "max_position_embeddings": "context_length",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "head_dim": "attention.key_length",
+    "sliding_window": "attention.sliding_window",
+    "rope_theta": "rope.freq_base",
+}
+_REFUSED = ("expert_count", "attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # other decoders
+_YARN_KEYS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "original_context_length":
+              "original_max_position_embeddings"}  # fmt: skip
+_GLOBAL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file, quantised or not; reading a tensor dequantises it."""
+
+    kind = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        """Parse the header; raises CheckpointError for a part of a split model, and for what is not whole."""
+        self.path = path
+        self._file = GgufFile(path)
+        parts = self._file.metadata.get("split.count", 1)
+        if parts > 1:
+            raise CheckpointError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST WHOLE")
+        self._names = {_hf_name(name): name for name in self._file.names() if name != _ROPE_FACTORS}
+        architecture = self._file.metadata.get("general.architecture")
+        self.config = self._translate(str(architecture))
+        interleaved = {a for family in FAMILIES if family.gguf_interleaved_rope for a in family.gguf_architectures}
+        self._interleaved = architecture in interleaved
+
+    def name(self) -> str:
+        """general.name, or the file's."""
+        return str(self._file.metadata.get("general.name") or self.path.stem)
+
+    def names(self) -> list[str]:
+        """All tensor names; one without a Hugging Face counterpart keeps its own."""
+        return list(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._file.shape(self._own_name(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start to stop - 1 of the first axis, q and k rows in Hugging Face's order."""
+        own = self._own_name(name)
+        if not (self._interleaved and re.search(r"self_attn\.[qk]_proj\.", name)):
+            return self._file.read_rows(own, start, stop)
+        whole = self._file.read_rows(own, 0, self._file.shape(own)[0])
+        heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+        if whole.shape[0] % (2 * heads):
+            raise CheckpointError(f"{self.path}: {own} has {whole.shape[0]} rows, which do not make {heads} heads")
+        pairs = whole.reshape(heads, -1, 2, *whole.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(whole.shape)[start:stop]
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return self._file.num_bytes()
+
+    def source_files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
+    def tokenizer_json(self) -> str:
+        """Built from the vocabulary, merges or scores in the metadata."""
+        return self._tokenizer().tokenizer_json()
+
+    def chat_template(self) -> str | None:
+        """tokenizer.chat_template."""
+        return self._tokenizer().chat_template()
+
+    def token_spec(self) -> TokenSpec:
+        """From the metadata's token ids."""
+        return self._tokenizer().token_spec()
+
+    def _tokenizer(self) -> GgufTokenizer:
+        return GgufTokenizer(self.path, self._file.metadata)
+
+    def _own_name(self, name: str) -> str:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        return self._names[name]
+
+    def _translate(self, architecture: str) -> dict[str, Any]:
+        known = {k.removeprefix(architecture + "."): v for k, v in self._file.metadata.items()
+                 if k.startswith(architecture + ".")}  # fmt: skip
+        for key in _REFUSED:
+            if known.get(key):
+                raise CheckpointError(f"{self.path}: {architecture}.{key} is {known[key]}; no family has that")
+        config: dict[str, Any] = {ours: known[theirs] for ours, theirs in _KEYS.items() if theirs in known}
+        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        config.setdefault("sliding_window", None)
+        config["model_type"] = architecture
+        if architecture == "llama" and config["sliding_window"]:
+            config["model_type"] = "mistral"  # both are written as llama; only one family has a window
+        config["use_sliding_window"] = bool(config["sliding_window"])
+        if "model.embed_tokens.weight" in self:
+            config["vocab_size"] = self.shape("model.embed_tokens.weight")[0]
+        if "head_dim" not in config and "hidden_size" in config and config.get("num_attention_heads"):
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        if known.get("attention.value_length", config.get("head_dim")) != config.get("head_dim"):
+            raise CheckpointError(f"{self.path}: values of {known['attention.value_length']} channels a head, "
+                                  f"keys of {config.get('head_dim')}; no family has that")  # fmt: skip
+        config["tie_word_embeddings"] = "lm_head.weight" not in self
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self
+        config["rope_parameters"] = self._rope(known, config)
+        return config
+
+    def _rope(self, known: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        rope: dict[str, Any] = {}
+        if "rope.dimension_count" in known and known["rope.dimension_count"] != config.get("head_dim"):
+            rope["partial_rotary_factor"] = known["rope.dimension_count"] / config["head_dim"]
+        scaling = {k.removeprefix("rope.scaling."): v for k, v in known.items() if k.startswith("rope.scaling.")}
+        scaling.pop("finetuned", None)  # says how the model came about
+        if known.get("rope.scale_linear", 1.0) != 1.0:  # what old files have
+            scaling = {"type": "linear", "factor": known["rope.scale_linear"]}
+        kind = scaling.pop("type", "none")
+        if _ROPE_FACTORS in self._file:
+            if kind not in ("none", "linear") or scaling.get("factor", 1.0) != 1.0:
+                raise CheckpointError(f"{self.path} has both {_ROPE_FACTORS} and {kind} rope scaling; one is understood")
+            factors = self._file.read_rows(_ROPE_FACTORS, 0, self._file.shape(_ROPE_FACTORS)[0])
+            return {**rope, "rope_type": "factors", "factors": factors.tolist()}
+        if kind == "none":
+            return rope
+        rope.update(rope_type=kind, factor=scaling.pop("factor", None))
+        if kind == "linear":
+            scaling.pop("original_context_length", None)
+        if kind == "yarn":
+            for theirs, ours in _YARN_KEYS.items():
+                if theirs in scaling:
+                    rope[ours] = scaling.pop(theirs)
+        if scaling:
+            raise CheckpointError(f"{self.path}: rope.scaling.{', rope.scaling.'.join(scaling)} with {kind} rope scaling "
+                                  "is not understood")  # fmt: skip
+        return rope
+
+
+def _hf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in _GLOBAL_NAMES:
+        return f"{_GLOBAL_NAMES[stem]}.{kind}"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if match and match[2] in _LAYER_NAMES:
+        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{kind}"
+    return name

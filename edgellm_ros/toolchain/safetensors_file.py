@@ -1,0 +1,105 @@
+"""Which bytes of a safetensors file are which tensor: read without torch, bfloat16 included.
+
+Format: 8 bytes little-endian header length, a JSON header, the data (github.com/huggingface/safetensors). The bundle
+reader in edgellm_ros.bundle is separate: it knows no bfloat16, and a robot needs nothing from here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.errors import CheckpointError
+
+_DTYPES: dict[str, npt.DTypeLike] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_REMEDY = "download or copy the file again"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+class SafetensorsFile:
+    """Read-only, memory-mapped; a tensor's bytes are touched when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        """Map `path` and check every tensor's range; raises CheckpointError when the file is not whole."""
+        self.path = path
+        self.size = path.stat().st_size
+        if self.size < 8:
+            raise CheckpointError(f"{path} is truncated: {self.size} bytes are no safetensors header; {_REMEDY}")
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._entries = self._read_header()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """All tensor names, in the header's order."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._entries[name].shape
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes in the file."""
+        return self._entries[name].end - self._entries[name].begin
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start to stop - 1 of a tensor's first axis, as an own float32 array."""
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {entry.dtype}; read are {', '.join(_DTYPES)}: "
+                "use the model's unquantised checkpoint"
+            )
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        row = math.prod(entry.shape[1:])
+        raw = np.frombuffer(self._map, dtype, (stop - start) * row, entry.begin + start * row * dtype.itemsize)
+        raw = raw.reshape(stop - start, *entry.shape[1:])
+        if entry.dtype == "BF16":  # the upper half of a float32
+            widened: npt.NDArray[np.float32] = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
+            return widened
+        return raw.astype(np.float32)
+
+    def _read_header(self) -> dict[str, _Entry]:
+        length = int.from_bytes(self._map[:8], "little")
+        start = 8 + length
+        if start > self.size:
+            raise CheckpointError(f"{self.path} is truncated or no safetensors file: its header ends at byte {start} of "
+                                  f"{self.size}; {_REMEDY}")  # fmt: skip
+        try:
+            header: dict[str, Any] = json.loads(self._map[8:start])
+            header.pop("__metadata__", None)
+            entries = {
+                name: _Entry(e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0], start + e["data_offsets"][1])
+                for name, e in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{self.path} has no readable safetensors header: {error!r}; {_REMEDY}") from error
+        for name, entry in entries.items():
+            if not start <= entry.begin <= entry.end <= self.size:
+                raise CheckpointError(
+                    f"{self.path} is truncated: tensor {name} ends at byte {entry.end} of {self.size}; {_REMEDY}"
+                )
+            if entry.dtype in _DTYPES:
+                needed = math.prod(entry.shape) * np.dtype(_DTYPES[entry.dtype]).itemsize
+                if needed != entry.end - entry.begin:
+                    raise CheckpointError(
+                        f"{self.path}: tensor {name} of shape {entry.shape} needs {needed} bytes and has "
+                        f"{entry.end - entry.begin}; {_REMEDY}"
+                    )
+        return entries

@@ -1,0 +1,163 @@
+"""Which tokenizer, chat template and special tokens a Hugging Face directory has, over the files they are spread over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros.bundle import TokenSpec
+from edgellm_ros.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+THINK_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+class HfTokenizerFiles:
+    """The tokenizer's side of a Hugging Face directory; files are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the directory; a file that is optional may be missing."""
+        self.path = path
+
+    def tokenizer_json(self) -> str:
+        """tokenizer.json as it is; raises CheckpointError when it is missing or not one."""
+        path = self.path / "tokenizer.json"
+        if not path.is_file():
+            slow = [name for name in ("tokenizer.model", "vocab.json") if (self.path / name).is_file()]
+            if slow:
+                raise CheckpointError(
+                    f"{self.path} has {slow[0]} and no tokenizer.json; write one with transformers: "
+                    "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                )
+            raise CheckpointError(f"{self.path} has no tokenizer.json; download the model's tokenizer files")
+        if not isinstance(read_json_object(path).get("model"), dict):
+            raise CheckpointError(f"{path} has no model; it is not a file of the tokenizers library")
+        return path.read_text(encoding="utf-8")
+
+    def chat_template(self) -> str | None:
+        """chat_template.jinja, else chat_template.json's, else tokenizer_config.json's; of several named the default."""
+        path = self.path / "chat_template.jinja"
+        if path.is_file():
+            return _read_text(path)
+        template = self._optional("chat_template.json").get("chat_template")
+        if template is None:
+            template = self._optional("tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):
+            named = {item["name"]: item["template"] for item in template}
+            if "default" not in named and len(named) > 1:
+                raise CheckpointError(f"{self.path}: of the chat templates {', '.join(named)} none is called default")
+            template = named.get("default", next(iter(named.values()), None))
+        if template is not None and not isinstance(template, str):
+            raise CheckpointError(f"{self.path}: chat_template is {type(template).__name__}; it must be a text")
+        return template
+
+    def token_spec(self, config: Mapping[str, Any]) -> TokenSpec:
+        """Special tokens; `config` is config.json. Stop ids are those of all files, then end-of-turn tokens."""
+        tokenizer = json.loads(self.tokenizer_json())
+        ids = vocabulary(tokenizer)
+        settings = self._optional("tokenizer_config.json")
+        texts = {**self._optional("special_tokens_map.json"), **settings}
+        generation = self._optional("generation_config.json")
+        bos, eos, pad = (_token_text(texts.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
+        bos_id = ids[bos] if bos in ids else _first(config.get("bos_token_id"))
+        pad_id = ids[pad] if pad in ids else _first(generation.get("pad_token_id"), config.get("pad_token_id"))
+        add_bos = settings.get("add_bos_token")
+        if not isinstance(add_bos, bool):
+            add_bos = _template_starts_with(tokenizer.get("post_processor"), bos)
+        template = self.chat_template() or ""
+        think_start, think_end = think_marks(ids, template)
+        stops = [*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id")), *_ids(ids.get(eos))]
+        return TokenSpec(
+            stop_ids=unique([*stops, *end_of_turn_ids(ids, template)]),
+            bos_id=bos_id,
+            pad_id=pad_id,
+            add_bos=add_bos and bos_id is not None,
+            bos_token=bos,
+            eos_token=eos,
+            think_start=think_start,
+            think_end=think_end,
+        )
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return read_json_object(path) if path.is_file() else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises CheckpointError when it holds none."""
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; it must hold an object")
+    return value
+
+
+def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Every token of a parsed tokenizer.json and its id, added tokens included."""
+    vocab = tokenizer["model"].get("vocab") or {}
+    if isinstance(vocab, list):  # a Unigram model has pairs of text and score
+        vocab = {item[0]: index for index, item in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}}
+
+
+def end_of_turn_ids(ids: Mapping[str, int], template: str) -> list[int]:
+    """Tokens that end a turn in this chat template: known by name, in the vocabulary, and written in the template."""
+    return [ids[token] for token in END_OF_TURN if token in ids and token in template]
+
+
+def think_marks(ids: Mapping[str, int], template: str) -> tuple[str, str]:
+    """The texts around reasoning if the vocabulary or the template has both of them, else empty ones."""
+    for start, end in THINK_MARKS:
+        if (start in ids and end in ids) or (start in template and end in template):
+            return start, end
+    return "", ""
+
+
+def unique(values: Iterable[int]) -> tuple[int, ...]:
+    """The values without repetitions, in order."""
+    return tuple(dict.fromkeys(values))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+
+
+def _token_text(value: Any) -> str:
+    """A special token is written as its text, or as an object with the text in `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _first(*values: Any) -> int | None:
+    return next((number for value in values for number in _ids(value)), None)
+
+
+def _template_starts_with(post_processor: Any, token: str) -> bool:
+    """Whether a tokenizer.json's post-processor puts `token` in front of a text."""
+    if not isinstance(post_processor, dict) or not token:
+        return False
+    for part in post_processor.get("processors", [post_processor]):
+        if part.get("type") == "TemplateProcessing" and part.get("single"):
+            first = part["single"][0].get("SpecialToken")
+            return bool(first and first.get("id") == token)
+    return False
