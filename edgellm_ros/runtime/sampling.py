@@ -179,25 +179,51 @@ def _kth_largest(scores: Floats, k: int) -> float:
 def _nucleus(ids: Ids | None, weights: Floats, top_p: float) -> tuple[Ids, Floats]:
     """Keep the most likely tokens whose predecessors have less than `top_p` of the mass (Holtzman et al. 2019)."""
     goal = top_p * float(weights.sum(dtype=np.float64))
-    if ids is None:
-        for bound in (1e-2, 1e-4, 1e-6):
-            ids = np.flatnonzero(weights >= bound)
-            if float(weights[ids].sum(dtype=np.float64)) >= goal:
-                break
+    pool = weights
+    for bound in (1e-2, 1e-4):  # mostly a few tokens have all of the mass that counts
+        likely = weights[np.flatnonzero(weights >= bound)]
+        if float(likely.sum(dtype=np.float64)) >= goal:
+            pool = likely
+            break
+    # A quickselect by mass: the border lies in `pool`, and above that lie num_above weights with the mass `above`.
+    above, num_above = 0.0, 0
+    while len(pool) > 4096:
+        sample = np.sort(pool[:: len(pool) // 32])
+        is_high = pool >= sample[len(sample) // 2]
+        high = pool[is_high]
+        mass = above + float(high.sum(dtype=np.float64))
+        if len(high) == len(pool):
+            break
+        if mass >= goal:
+            pool = high
         else:
-            ids = np.arange(len(weights))
-        weights = weights[ids]
-    order = np.argsort(-weights, kind="stable")
-    sums = np.cumsum(weights[order], dtype=np.float64)
-    num_kept = 1 + int(np.searchsorted(sums[:-1], goal, side="left"))
-    order = order[:num_kept]
-    return ids[order], weights[order]
+            above, num_above, pool = mass, num_above + len(high), pool[~is_high]
+    falling = np.sort(pool)[::-1]
+    place = int(np.searchsorted(above + np.cumsum(falling[:-1], dtype=np.float64), goal, side="left"))
+    border, num_kept = falling[place], num_above + place + 1
+    kept = np.flatnonzero(weights >= border)
+    if len(kept) > num_kept:  # of equally likely tokens at the border the last ones go
+        equal = np.flatnonzero(weights[kept] == border)
+        kept = np.delete(kept, equal[num_kept - len(kept) :])
+    return (kept if ids is None else ids[kept]), weights[kept]
 
 
 def _pick(ids: Ids | None, weights: Floats, share: float) -> int:
+    """The id at `share` of the mass; its block is looked for first, which saves the sums inside all others."""
+    goal, first = None, 0
+    if len(weights) > 16 * _GROUP:
+        sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _GROUP), dtype=np.float64))
+        goal = share * float(sums[-1])
+        block = _place(sums, goal)
+        goal -= float(sums[block - 1]) if block else 0.0
+        first = block * _GROUP
+        weights = weights[first : first + _GROUP]
     sums = np.cumsum(weights, dtype=np.float64)
-    # A weight of 0 must not be drawn: side="right" passes over the flat parts of the sums.
-    place = int(np.searchsorted(sums, share * sums[-1], side="right"))
-    if place == len(sums):  # the product was rounded up to the whole
-        place = int(np.searchsorted(sums, sums[-1], side="left"))
+    place = first + _place(sums, share * float(sums[-1]) if goal is None else goal)
     return place if ids is None else int(ids[place])
+
+
+def _place(sums: Floats, goal: float) -> int:
+    """Where the running sum passes `goal`; never at a weight of 0, also where rounding took `goal` to the end."""
+    place = int(np.searchsorted(sums, goal, side="right"))
+    return place if place < len(sums) else int(np.searchsorted(sums, sums[-1], side="left"))

@@ -95,6 +95,30 @@ def test_drawn_frequencies_follow_the_distribution(fields: dict[str, Any]) -> No
     assert chi_square < freedom + 4.0 * np.sqrt(2.0 * freedom) + 4.0
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_p": 0.97}, {"temperature": 3.0}])
+def test_drawn_frequencies_follow_the_distribution_of_a_large_vocabulary(fields: dict[str, Any]) -> None:
+    vocab, count = 49152, 4000
+    params, logits = SamplingParams(seed=2, **fields), logits_of(vocab, 6, 2.0)
+    logits[:1000] = -np.inf
+    sampler = Sampler(params, vocab)
+    probabilities = sampler.distribution(logits)
+    drawn = np.bincount([sampler.draw(logits) for _ in range(count)], minlength=vocab)
+    assert not drawn[probabilities == 0].any()
+    bins = np.arange(vocab) % 32  # spread over all blocks
+    places = np.arange(vocab) * 32 // vocab  # and along them
+    for group in (bins, places):
+        expected = np.bincount(group, probabilities, 32) * count
+        found = np.bincount(group, drawn, 32)
+        kept = expected > 1
+        assert ((found - expected)[kept] ** 2 / expected[kept]).sum() < 31 + 4.0 * np.sqrt(62.0) + 4.0
+
+
+def test_equally_likely_tokens_at_the_border_of_top_p_are_cut_to_the_smallest_set() -> None:
+    for vocab in (10, 4000):
+        found = Sampler(SamplingParams(top_p=0.55), vocab).distribution(np.zeros(vocab, np.float32))
+        assert np.count_nonzero(found) == int(0.55 * vocab) + (vocab == 10)
+
+
 def test_uniform_numbers_are_uniform_and_independent_of_neighbours() -> None:
     grid = np.array([[uniform(seed, index) for index in range(64)] for seed in range(64)])
     assert 0.0 <= grid.min() and grid.max() < 1.0

@@ -1,0 +1,212 @@
+"""Prefix reuse: computes less, changes no answer, survives eviction where pinned, and a restart where asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import Completion, SamplingParams
+from edgellm_ros.runtime.engine import Engine
+from edgellm_ros.runtime.kv_cache import SlotTable, common_prefix
+from edgellm_ros.runtime.prefix_cache import PinnedStore
+from edgellm_ros.runtime.sequence import Job
+
+WAIT_S = 20.0
+TOKENIZER = byte_tokenizer()
+SYSTEM = "You are a careful robot that speaks little. "
+
+
+class Rig:
+    """An engine over a fake executor, and what it computed."""
+
+    def __init__(self, num_slots: int = 2, pinned: PinnedStore | None = None, **settings: Any) -> None:
+        self.executor = FakeExecutor(num_slots=num_slots, allowed=128)
+        self.engine = Engine(self.executor, TOKENIZER, EngineConfig(**settings), pinned)
+
+    def job(self, text: str, max_tokens: int = 4, **fields: Any) -> Job:
+        return Job(tuple(text.encode()), SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)
+
+    def run(self, text: str, max_tokens: int = 4, **fields: Any) -> Completion:
+        result = self.engine.submit(self.job(text, max_tokens, **fields)).result(WAIT_S)
+        assert list(result.token_ids) == reference_greedy(text.encode(), max_tokens, BYTE_VOCAB, 128)
+        return result
+
+
+@pytest.fixture
+def rigs() -> Iterator[list[Rig]]:
+    made: list[Rig] = []
+    yield made
+    for rig in made:
+        rig.engine.close()
+
+
+def rig_of(rigs: list[Rig], *args: Any, **kwargs: Any) -> Rig:
+    rigs.append(Rig(*args, **kwargs))
+    return rigs[-1]
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs)
+    first = rig.run(SYSTEM + "Hello", 8)
+    turn = SYSTEM + "Hello" + first.text + " And now?"
+    second = rig.run(turn, 8)
+    assert second.usage.cached_tokens == len(SYSTEM + "Hello") + 7  # the last drawn token was never computed
+    before = rig.executor.computed_tokens
+    assert rig.run(turn, 1).usage.cached_tokens == len(turn) - 2
+    assert rig.executor.computed_tokens == before + 2
+
+
+def test_without_the_prefix_cache_everything_is_computed(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, prefix_cache=False)
+    assert [rig.run(SYSTEM + "Hello").usage.cached_tokens for _ in range(3)] == [0, 0, 0]
+
+
+def test_a_prefix_is_copied_from_a_busy_slot(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 3)
+    long = rig.engine.submit(rig.job(SYSTEM + "first", 60))
+    second = rig.engine.submit(rig.job(SYSTEM + "second", 5))
+    third = rig.engine.submit(rig.job(SYSTEM + "third", 5))
+    assert second.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
+    assert third.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
+    for name, generation in (("first", long), ("second", second), ("third", third)):
+        tokens = list(generation.result(WAIT_S).token_ids)
+        assert tokens == reference_greedy((SYSTEM + name).encode(), len(tokens), BYTE_VOCAB, 128)
+    assert len(rig.executor.copies) == 2
+
+
+def test_reuse_never_changes_an_answer(rigs: list[Rig]) -> None:
+    rng = random.Random(5)
+    rig = rig_of(rigs, 3, prefill_chunk=16, prefill_chunk_busy=16, pinned_tokens=100, max_queue=100)
+    texts = [SYSTEM, SYSTEM[:20], "ab", "abc" * 12, "x"]
+    running = []
+    for i in range(60):
+        text = rng.choice(texts) + "".join(rng.choice("pq ") for _ in range(rng.randrange(12)))
+        session = rng.choice(["", "", "s1", "s2", "s3", "s4"])
+        pin = rng.choice([0, 0, min(20, len(text))])
+        running.append((text, rig.engine.submit(rig.job(text, rng.randrange(1, 20), session_id=session, pin_length=pin))))
+        if rng.random() < 0.3:
+            running[rng.randrange(len(running))][1].cancel()
+        if rng.random() < 0.1:
+            rig.engine.reset_session("s1")
+        if rng.random() < 0.3:
+            running[-1][1].result(WAIT_S)
+    for text, generation in running:
+        tokens = list(generation.result(WAIT_S).token_ids)
+        assert tokens == reference_greedy(text.encode(), len(tokens), BYTE_VOCAB, 128), text
+    assert rig.executor.copies and rig.executor.loads and rig.engine.metrics().cached_tokens > 500
+
+
+def test_a_session_stays_resident_while_others_come_and_go(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 2)
+    kept = rig.run("a long talk with the first person", session_id="first")
+    for i in range(5):
+        rig.run(f"{i} somebody without a session passes by")
+    again = rig.run("a long talk with the first person" + kept.text + "!", session_id="first")
+    assert again.usage.cached_tokens >= len("a long talk with the first person")
+
+
+def test_of_too_many_sessions_the_one_unused_longest_is_evicted(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 2)
+    texts = {name: f"{name} has a talk of its own, longer than sixteen tokens" for name in "abc"}
+    for name in ("a", "b", "a", "c"):
+        rig.run(texts[name], session_id=name)
+    assert rig.run(texts["a"], session_id="a").usage.cached_tokens > 20
+    assert rig.run(texts["b"], session_id="b").usage.cached_tokens == 0
+
+
+def test_a_reset_session_is_forgotten_also_while_it_runs(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs)
+    text = "the session that is going to be forgotten"
+    rig.run(text, session_id="s")
+    assert rig.engine.reset_session("s") and not rig.engine.reset_session("s")
+    assert not rig.engine.reset_session("") and not rig.engine.reset_session("never")
+    assert rig.run(text, session_id="s").usage.cached_tokens == 0
+    generation = rig.engine.submit(rig.job(text + "!", 150, session_id="s"))
+    for delta in generation:
+        if delta.token_ids:
+            assert rig.engine.reset_session("s")
+            break
+    generation.result(WAIT_S)
+    assert rig.run(text, session_id="s").usage.cached_tokens == 0
+
+
+def test_a_pinned_prefix_survives_eviction(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 1)
+    rig.run(SYSTEM + "one", pin_length=len(SYSTEM))
+    rig.run("something else that overwrites the only slot there is")
+    assert rig.run(SYSTEM + "two").usage.cached_tokens == len(SYSTEM)
+    assert rig.executor.saves == [(0, len(SYSTEM))] and rig.executor.loads == [(0, len(SYSTEM))]
+    rig.run(SYSTEM + "three", pin_length=len(SYSTEM))
+    assert len(rig.executor.saves) == 1, "what is pinned is not saved again"
+
+
+def test_pinned_prefixes_keep_within_their_limit(rigs: list[Rig]) -> None:
+    store = PinnedStore(60)
+    rig = rig_of(rigs, 1, store)
+    for start in ("a" * 25, "b" * 25, "a" * 25, "c" * 25):
+        rig.run(start + "?", pin_length=25)
+    assert store.num_tokens == 50
+    rig.run("d" * 61 + "?", pin_length=61)
+    assert store.num_tokens == 50
+    found = [store.find(np.full(30, ord(letter), np.int32))[1] for letter in "abcd"]
+    assert found == [25, 0, 25, 0], "b was used least recently"
+
+
+def test_a_pinned_prefix_survives_a_restart_of_the_same_model_only(rigs: list[Rig], tmp_path: Path) -> None:
+    rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "one", pin_length=len(SYSTEM))
+    assert rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "two").usage.cached_tokens == len(SYSTEM)
+    assert len(PinnedStore(1000, tmp_path, "model B")) == 0
+
+
+def test_a_damaged_saved_prefix_is_reported_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokens, data = np.arange(20, dtype=np.int32), np.arange(80, dtype=np.uint8)
+    PinnedStore(100, tmp_path, "k").add(tokens, data)
+    (path,) = tmp_path.iterdir()
+    assert PinnedStore(100, tmp_path, "k").find(tokens)[1] == 20
+    path.write_bytes(path.read_bytes()[:150])
+    assert len(PinnedStore(100, tmp_path, "k")) == 0
+    assert path.name in caplog.text
+
+
+def test_a_dropped_prefix_leaves_the_disk_too(tmp_path: Path) -> None:
+    store = PinnedStore(30, tmp_path, "k")
+    for first in (0, 100, 200):
+        store.add(np.arange(first, first + 20, dtype=np.int32), np.zeros(80, np.uint8))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_active_slots_are_contiguous_and_idle_ones_are_used_in_turn() -> None:
+    table, nothing = SlotTable(4, 64), np.arange(30, dtype=np.int32)
+    taken = []
+    for i in range(3):
+        slot = table.choose(nothing + 100 * i, "")
+        assert slot is not None
+        table.acquire(slot, "")
+        table.extend(slot, nothing + 100 * i)
+        taken.append(slot)
+    assert taken == [0, 1, 2]
+    table.release(1)
+    assert table.choose(nothing + 900, "") == 1, "the gap is filled first"
+    table.release(0)
+    table.release(2)
+    assert table.choose(nothing + 900, "") == 3, "an empty slot before one that may still be of use"
+    table.acquire(3, "")
+    assert table.choose(nothing + 100, "") == 1, "the longest common prefix before all else"
+    assert table.choose(nothing + 900, "") == 2
+    for slot in range(3):
+        table.acquire(slot, "")
+    assert table.choose(nothing, "") is None
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"), [([], [], 0), ([1], [], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0)]
+)
+def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
+    assert common_prefix(np.array(a, np.int32), np.array(b, np.int32)) == length
