@@ -43,7 +43,8 @@ class ReasoningSplitter:
                 self._held = text[len(text) - keep :]
                 self._emit(text[: len(text) - keep], out)
                 return "".join(content), "".join(reasoning)
-            self._emit(before.rstrip("\n") if self._inside or self._fresh else before, out)
+            vanishes = self._inside or (self._fresh and not before.strip("\n"))
+            self._emit(before.rstrip("\n") if vanishes else before, out)
             self._inside = not self._inside
             self._at_tag = True
             self._fresh = False

@@ -21,7 +21,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_STEPS = 1_000_000  # loop passes and calls of one rendering
+MAX_STEPS = 250_000  # about a second: loop passes and calls of one rendering
 MAX_CHARS = 16 * 2**20  # of the output, and of any text on the way to it
 
 _steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps_left")
