@@ -84,7 +84,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file; give a .gguf file or the directory that holds config.json")
+            raise CheckpointError(f"{path} is not a GGUF file; give one, or the directory that holds config.json")
         return GgufCheckpoint(path)
     if not (path / "config.json").is_file():
         found = sorted(path.glob("*.gguf"))

@@ -29,8 +29,11 @@ _KEYS = {  # Hugging Face's name: GGUF's, after the architecture
     "rope_theta": "rope.freq_base",
 }
 _REFUSED = ("expert_count", "attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # other decoders
-_YARN_KEYS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "original_context_length":
-              "original_max_position_embeddings"}  # fmt: skip
+_YARN_KEYS = {
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "original_context_length": "original_max_position_embeddings",
+}
 _GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -63,7 +66,7 @@ class GgufCheckpoint(Checkpoint):
         self._file = GgufFile(path)
         parts = self._file.metadata.get("split.count", 1)
         if parts > 1:
-            raise CheckpointError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST WHOLE")
+            raise CheckpointError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge FIRST WHOLE")
         self._names = {_hf_name(name): name for name in self._file.names() if name != _ROPE_FACTORS}
         architecture = self._file.metadata.get("general.architecture")
         self.config = self._translate(str(architecture))
@@ -126,8 +129,11 @@ class GgufCheckpoint(Checkpoint):
         return self._names[name]
 
     def _translate(self, architecture: str) -> dict[str, Any]:
-        known = {k.removeprefix(architecture + "."): v for k, v in self._file.metadata.items()
-                 if k.startswith(architecture + ".")}  # fmt: skip
+        known = {
+            k.removeprefix(architecture + "."): v
+            for k, v in self._file.metadata.items()
+            if k.startswith(architecture + ".")
+        }
         for key in _REFUSED:
             if known.get(key):
                 raise CheckpointError(f"{self.path}: {architecture}.{key} is {known[key]}; no family has that")
@@ -143,8 +149,10 @@ class GgufCheckpoint(Checkpoint):
         if "head_dim" not in config and "hidden_size" in config and config.get("num_attention_heads"):
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         if known.get("attention.value_length", config.get("head_dim")) != config.get("head_dim"):
-            raise CheckpointError(f"{self.path}: values of {known['attention.value_length']} channels a head, "
-                                  f"keys of {config.get('head_dim')}; no family has that")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path}: values of {known['attention.value_length']} channels a head, "
+                f"keys of {config.get('head_dim')}; no family has that"
+            )
         config["tie_word_embeddings"] = "lm_head.weight" not in self
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self
@@ -162,7 +170,7 @@ class GgufCheckpoint(Checkpoint):
         kind = scaling.pop("type", "none")
         if _ROPE_FACTORS in self._file:
             if kind not in ("none", "linear") or scaling.get("factor", 1.0) != 1.0:
-                raise CheckpointError(f"{self.path} has both {_ROPE_FACTORS} and {kind} rope scaling; one is understood")
+                raise CheckpointError(f"{self.path} has both {_ROPE_FACTORS} and {kind} rope scaling; one is known")
             factors = self._file.read_rows(_ROPE_FACTORS, 0, self._file.shape(_ROPE_FACTORS)[0])
             return {**rope, "rope_type": "factors", "factors": factors.tolist()}
         if kind == "none":
@@ -175,8 +183,8 @@ class GgufCheckpoint(Checkpoint):
                 if theirs in scaling:
                     rope[ours] = scaling.pop(theirs)
         if scaling:
-            raise CheckpointError(f"{self.path}: rope.scaling.{', rope.scaling.'.join(scaling)} with {kind} rope scaling "
-                                  "is not understood")  # fmt: skip
+            keys = ", ".join(f"rope.scaling.{key}" for key in scaling)
+            raise CheckpointError(f"{self.path}: {keys} beside {kind} rope scaling is not understood")
         return rope
 
 

@@ -45,7 +45,8 @@ class GgufFile:
         try:
             self._read_header()
         except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged at byte {self._at}: {error}; download it again") from error
+            what = f"{path} is truncated or damaged at byte {self._at}: {error}; download it again"
+            raise CheckpointError(what) from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -83,7 +84,7 @@ class GgufFile:
     def _read_header(self) -> None:
         magic, version, num_tensors, num_keys = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
-            raise CheckpointError(f"{self.path} is a GGUF of version {version}; read are versions 2 and 3, little-endian")
+            raise CheckpointError(f"{self.path} is a GGUF of version {version}; read are 2 and 3, little-endian")
         self.metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string()
@@ -100,7 +101,8 @@ class GgufFile:
             kind = gguf.GGMLQuantizationType(type_number)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             if not shape or shape[-1] % block:
-                raise CheckpointError(f"{self.path}: {name} has shape {list(shape)}, not whole blocks of {block} ({kind.name})")
+                what = f"{self.path}: {name} has shape {list(shape)}, not whole blocks of {block} ({kind.name})"
+                raise CheckpointError(what)
             entry = _Entry(kind, shape, start + offset, shape[-1] // block * block_bytes)
             end = entry.begin + _entry_bytes(entry)
             if end > len(self._map):

@@ -23,7 +23,8 @@ _LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _TAIL
 _QWEN2 = _WORDS + r"|\p{N}" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _START = r"[^\r\n\p{L}\p{N}]?"
-_TEKKEN = f"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_TEKKEN_WORDS = f"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*"
+_TEKKEN = _TEKKEN_WORDS + r"|\p{N}" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class GgufTokenizer:
         self._types: list[int] = self._meta.get("ggml.token_type") or [1] * len(self._tokens)
         if len(self._types) != len(self._tokens):
             raise CheckpointError(f"{path}: {len(self._tokens)} tokens and {len(self._types)} token types")
-        self._vocab = {t: i for i, (t, kind) in enumerate(zip(self._tokens, self._types, strict=True)) if kind != _UNUSED}
+        self._vocab = {token: i for i, token in enumerate(self._tokens) if self._types[i] != _UNUSED}
 
     def tokenizer_json(self) -> str:
         """The text of a tokenizer.json with the same vocabulary."""
@@ -136,12 +137,21 @@ class GgufTokenizer:
             "normalizer": {"type": "Sequence", "normalizers": steps},
             "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": back},
-            "model": self._bpe(self._merges_from_scores(), byte_fallback=True, fuse_unk=True, unk_token=self._unknown()),
+            "model": self._bpe(
+                self._merges_from_scores(), byte_fallback=True, fuse_unk=True, unk_token=self._unknown()
+            ),
         }
 
     def _bpe(self, merges: list[list[str]], **options: Any) -> dict[str, Any]:
-        plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                 "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}  # fmt: skip
+        plain = {
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+        }
         return {"type": "BPE", **plain, **options, "vocab": self._vocab, "merges": merges}
 
     def _merges_from_scores(self) -> list[list[str]]:
@@ -170,8 +180,7 @@ class GgufTokenizer:
     def _post_processor(self) -> dict[str, Any] | None:
         bos_id = self._token_id("bos")
         if bos_id is None or not self._adds_bos():
-            return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True} if (
-                self._model == "gpt2") else None  # fmt: skip
+            return _byte_level(True) if self._model == "gpt2" else None
         bos = self._tokens[bos_id]
         first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
         marks = [{"SpecialToken": {"id": bos, "type_id": kind}} for kind in range(2)]
@@ -192,8 +201,8 @@ class GgufTokenizer:
             return "qwen2"  # files from before `pre` was written; one vocabulary for all models of that name
         if pre not in _PRE_TOKENIZERS:
             raise CheckpointError(
-                f"{self.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(_PRE_TOKENIZERS)}: convert the model "
-                "again with a newer converter, or export from the Hugging Face directory"
+                f"{self.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(_PRE_TOKENIZERS)}: convert the "
+                "model again with a newer converter, or export from the Hugging Face directory"
             )
         return str(pre)
 
@@ -207,5 +216,6 @@ class GgufTokenizer:
         if index is None:
             return None
         if not 0 <= index < len(self._tokens):
-            raise CheckpointError(f"{self.path}: {key}_token_id is {index}; the vocabulary has {len(self._tokens)} tokens")
+            size = len(self._tokens)
+            raise CheckpointError(f"{self.path}: {key}_token_id is {index}; the vocabulary has {size} tokens")
         return int(index)

@@ -105,7 +105,9 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
     if len(found) == 1:
         return [SafetensorsFile(found[0])]
     if found:
-        raise CheckpointError(f"{path} has {len(found)} .safetensors files and no {INDEX} that says which belong together")
+        raise CheckpointError(
+            f"{path} has {len(found)} .safetensors files and no {INDEX} that says which are one model"
+        )
     pickled = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in path.glob(suffix))
     if pickled:
         raise CheckpointError(

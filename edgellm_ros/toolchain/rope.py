@@ -71,11 +71,14 @@ def read_rope(config: Mapping[str, Any], max_context: int) -> tuple[float, dict[
     both = {**config, **{key: value for key, value in raw.items() if value is not None}}
     theta = positive_float(both, "rope_theta", 10000.0)
     if positive_float(both, "partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"partial_rotary_factor is {both['partial_rotary_factor']}; only whole heads can be turned")
+        raise CheckpointError(f"partial_rotary_factor is {both['partial_rotary_factor']}; whole heads are turned")
     kind = _rope_type(raw)
     originals = [source.get("original_max_position_embeddings") for source in (config, raw)]
-    original = positive_int({"original_max_position_embeddings": originals[0] or originals[1]},
-                            "original_max_position_embeddings", max_context)  # fmt: skip
+    original = positive_int(
+        {"original_max_position_embeddings": originals[0] or originals[1]},
+        "original_max_position_embeddings",
+        max_context,
+    )
     if kind == "linear":
         return theta, {"rope_type": kind, "factor": positive_float(raw, "factor")}
     if kind == "llama3":

@@ -79,8 +79,10 @@ class SafetensorsFile:
         length = int.from_bytes(self._map[:8], "little")
         start = 8 + length
         if start > self.size:
-            raise CheckpointError(f"{self.path} is truncated or no safetensors file: its header ends at byte {start} of "
-                                  f"{self.size}; {_REMEDY}")  # fmt: skip
+            raise CheckpointError(
+                f"{self.path} is truncated or no safetensors file: its header ends at byte {start} of "
+                f"{self.size}; {_REMEDY}"
+            )
         try:
             header: dict[str, Any] = json.loads(self._map[8:start])
             header.pop("__metadata__", None)

@@ -1,4 +1,4 @@
-"""Which tokenizer, chat template and special tokens a Hugging Face directory has, over the files they are spread over."""
+"""Which tokenizer, chat template and special tokens a Hugging Face directory has: they are spread over six files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class HfTokenizerFiles:
         return path.read_text(encoding="utf-8")
 
     def chat_template(self) -> str | None:
-        """chat_template.jinja, else chat_template.json's, else tokenizer_config.json's; of several named the default."""
+        """chat_template.jinja, else chat_template.json's, else tokenizer_config.json's; of several the default."""
         path = self.path / "chat_template.jinja"
         if path.is_file():
             return _read_text(path)
