@@ -1,4 +1,4 @@
-"""A loaded model: requests in words go in, the template and the tokenizer make tokens of them, and answers stream out."""
+"""A loaded model: requests in words go in, template and tokenizer make tokens of them, and answers stream out."""
 
 from __future__ import annotations
 
@@ -151,7 +151,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _job(self, request: Request, notify: Callable[[], object] | None) -> Job:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the `tokenizers` library alone; what a special token in a text means is decided here.
+"""Text to token ids and back, with the `tokenizers` library alone; what a special token in a text means is said here.
 
 Special and added tokens in a text are always parsed into their ids: a rendered chat prompt depends on it. The price is
 that `<|im_end|>` typed by a user is also that token, as in Hugging Face; a caller that does not trust its users' texts

@@ -1,4 +1,4 @@
-"""Which text may be shown after each token: never half a character, and in the end exactly what decoding all ids gives."""
+"""Which text may be shown after each token: never half a character, and in the end what decoding all ids gives."""
 
 from __future__ import annotations
 

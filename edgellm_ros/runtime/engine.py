@@ -1,4 +1,4 @@
-"""The loop that serves every request: one thread makes all calls to the executor, and waits when there is nothing to do.
+"""The loop that serves every request: one thread makes all calls to the executor, and sleeps when there is no work.
 
 Each turn ends what was cancelled or is late, admits what waits, computes at most one chunk of one prompt, and then one
 token of every sequence that decodes, together in one step.

@@ -58,7 +58,9 @@ class SlotTable:
         best = max(unclaimed, key=lambda slot: self.common_prefix(slot, prompt))
         if self.common_prefix(best, prompt) >= MIN_REUSE:
             return best
-        return min(unclaimed, key=lambda slot: (self._gap(slot), self._lengths[slot] > 0, self._released_at[slot], slot))
+        return min(
+            unclaimed, key=lambda slot: (self._gap(slot), self._lengths[slot] > 0, self._released_at[slot], slot)
+        )
 
     def donor(self, target: int, prompt: Tokens) -> tuple[int, int]:
         """The slot other than `target` with the longest common prefix, busy or not, and that length."""

@@ -27,7 +27,7 @@ class PinnedPrefix:
 
 
 class PinnedStore:
-    """Pinned prefixes in host memory, the least recently used dropped first; on disk as well where a directory is given.
+    """Pinned prefixes in host memory, the least recently used dropped first; also on disk where a directory is given.
 
     `key` says for what the data is valid (the bundle's hash, executor, adapter); files of another key are left alone.
     """

@@ -50,9 +50,7 @@ class Sampler:
         self._top_k = params.top_k if params.top_k < vocab_size else 0
         self._bias_ids = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
-        self._penalised = bool(
-            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        )
+        self._penalised = bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
         self._seen: _SeenTokens | None = _SeenTokens(prompt_ids) if self._penalised else None
         self._plain = not self._penalised and not params.logit_bias
 

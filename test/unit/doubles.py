@@ -70,7 +70,7 @@ class FakeExecutor(Executor):
         rows = []
         for s in batch:
             end = s.position + len(s.token_ids)
-            assert 0 < len(s.token_ids) and end <= self.info.capacity, "a step outside the slot"
+            assert len(s.token_ids) > 0 and end <= self.info.capacity, "a step outside the slot"
             assert s.position <= self._valid[s.slot], "a step after tokens that were not computed"
             self._cache[s.slot, s.position : end] = s.token_ids
             self._valid[s.slot] = end

@@ -39,7 +39,9 @@ TEMPLATE = (
 )
 
 
-def write_bundle(root: Path, template: str | None = TEMPLATE, tests: tuple[SelfTestCase, ...] = (), **tokens: Any) -> Path:
+def write_bundle(
+    root: Path, template: str | None = TEMPLATE, tests: tuple[SelfTestCase, ...] = (), **tokens: Any
+) -> Path:
     """A bundle for FakeExecutor: no weights, but a tokenizer, a template and a manifest."""
     root.mkdir()
     (root / TOKENIZER).write_text(byte_tokenizer_json(), encoding="utf-8")
@@ -161,7 +163,9 @@ def test_a_pinned_system_prompt_is_kept_and_found_again_after_a_restart(tmp_path
         (Request(prompt="a\ud800"), RequestError, "Unicode"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(llm: LLM, request_: Request, error: type[Exception], words: str) -> None:
+def test_what_cannot_be_honoured_is_refused_by_name(
+    llm: LLM, request_: Request, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         llm.generate(request_)
     assert llm.metrics().submitted == 0

@@ -86,11 +86,13 @@ def test_reuse_never_changes_an_answer(rigs: list[Rig]) -> None:
     rig = rig_of(rigs, 3, prefill_chunk=16, prefill_chunk_busy=16, pinned_tokens=100, max_queue=100)
     texts = [SYSTEM, SYSTEM[:20], "ab", "abc" * 12, "x"]
     running = []
-    for i in range(60):
+    for _i in range(60):
         text = rng.choice(texts) + "".join(rng.choice("pq ") for _ in range(rng.randrange(12)))
         session = rng.choice(["", "", "s1", "s2", "s3", "s4"])
         pin = rng.choice([0, 0, min(20, len(text))])
-        running.append((text, rig.engine.submit(rig.job(text, rng.randrange(1, 20), session_id=session, pin_length=pin))))
+        running.append(
+            (text, rig.engine.submit(rig.job(text, rng.randrange(1, 20), session_id=session, pin_length=pin)))
+        )
         if rng.random() < 0.3:
             running[rng.randrange(len(running))][1].cancel()
         if rng.random() < 0.1:
@@ -161,7 +163,9 @@ def test_pinned_prefixes_keep_within_their_limit(rigs: list[Rig]) -> None:
 
 def test_a_pinned_prefix_survives_a_restart_of_the_same_model_only(rigs: list[Rig], tmp_path: Path) -> None:
     rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "one", pin_length=len(SYSTEM))
-    assert rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "two").usage.cached_tokens == len(SYSTEM)
+    assert rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "two").usage.cached_tokens == len(
+        SYSTEM
+    )
     assert len(PinnedStore(1000, tmp_path, "model B")) == 0
 
 
@@ -206,7 +210,8 @@ def test_active_slots_are_contiguous_and_idle_ones_are_used_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "length"), [([], [], 0), ([1], [], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0)]
+    ("a", "b", "length"),
+    [([], [], 0), ([1], [], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 3], 2), ([2], [1], 0)],
 )
 def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
     assert common_prefix(np.array(a, np.int32), np.array(b, np.int32)) == length

@@ -82,7 +82,9 @@ def test_the_distribution_is_that_of_hugging_face(vocab: int, fields: dict[str, 
     assert np.array_equal(logits, before), "the executor's logits are left as they are"
 
 
-@pytest.mark.parametrize("fields", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}, {"temperature": 1.6, "top_k": 9}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}, {"temperature": 1.6, "top_k": 9}]
+)
 def test_drawn_frequencies_follow_the_distribution(fields: dict[str, Any]) -> None:
     params, logits, count = SamplingParams(seed=11, **fields), logits_of(20, 4, 1.5), 8000
     sampler = Sampler(params, 20)
@@ -121,7 +123,7 @@ def test_equally_likely_tokens_at_the_border_of_top_p_are_cut_to_the_smallest_se
 
 def test_uniform_numbers_are_uniform_and_independent_of_neighbours() -> None:
     grid = np.array([[uniform(seed, index) for index in range(64)] for seed in range(64)])
-    assert 0.0 <= grid.min() and grid.max() < 1.0
+    assert grid.min() >= 0.0 and grid.max() < 1.0
     counts = np.histogram(grid, 16, (0, 1))[0]
     assert ((counts - 256) ** 2 / 256).sum() < 45  # 15 degrees of freedom, p < 1e-4
     for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1]), (grid[1:, :-1], grid[:-1, 1:])):
@@ -140,7 +142,9 @@ def test_a_seed_decides_the_draws_and_none_is_fresh() -> None:
     assert draws(2**63 - 1) == draws(2**63 - 1)
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-9}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-9}]
+)
 def test_the_most_likely_token_is_taken(fields: dict[str, Any]) -> None:
     for seed in range(20):
         logits = logits_of(989, seed)
