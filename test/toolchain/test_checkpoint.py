@@ -30,7 +30,9 @@ def copy(sharded: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shard_size", ["50GB", "100KB"])
-def test_every_tensor_equals_transformers_own_in_every_dtype(tmp_path: Path, dtype: torch.dtype, shard_size: str) -> None:
+def test_every_tensor_equals_transformers_own_in_every_dtype(
+    tmp_path: Path, dtype: torch.dtype, shard_size: str
+) -> None:
     model = tiny.save_checkpoint("qwen3", tmp_path, dtype=dtype, shard_size=shard_size)
     checkpoint = open_checkpoint(tmp_path)
     expected = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}

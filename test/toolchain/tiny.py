@@ -61,7 +61,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama_llama3": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_LLAMA3),
     "llama_linear": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_LINEAR),
     "llama_yarn": lambda: transformers.LlamaConfig(**_COMMON, rope_parameters=_YARN),
-    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=16, head_dim=24),
+    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=16, head_dim=48),
     "qwen2": lambda: transformers.Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen2_window": lambda: transformers.Qwen2Config(
         **_COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1
