@@ -111,7 +111,7 @@ ChatEnvironment.code_generator_class = _BoundedCode
 class _Generation(Extension):
     """Accepts {% generation %}: it marks what a trainer learns from, and changes nothing in the text."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno

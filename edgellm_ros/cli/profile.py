@@ -79,7 +79,7 @@ def profile_table(profile: dict[str, Any]) -> Table:
 
 
 def peak_memory_bytes() -> int:
-    """This process's largest resident memory (getrusage counts KiB on Linux, bytes on macOS)."""
+    """Largest resident memory of this process (getrusage counts KiB on Linux, bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

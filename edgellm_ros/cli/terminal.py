@@ -7,6 +7,7 @@ they go to standard error, so that a pipe carries answers only.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,24 +30,23 @@ class Terminal:
 
     def __init__(self, stats: bool = True) -> None:
         """`stats` False leaves out the line after each answer."""
-        from rich.console import Console
-
         self.interactive = sys.stdin.isatty()
         self.stats = stats
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = self._out if self._out.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+        self._is_screen = sys.stdout.isatty()
+        self._aside = sys.stdout if self._is_screen else sys.stderr
+        self._dim = ("\x1b[2m", "\x1b[22m") if self._aside.isatty() and not os.environ.get("NO_COLOR") else ("", "")
 
     def write(self, text: str, dim: bool = False) -> None:
-        """Write a piece of an answer (dim: of reasoning) at once; control characters of the model do no harm."""
-        from rich.text import Text
-
-        console = self._err if dim else self._out
-        console.print(Text(text.translate(_CONTROL), style="dim" if dim else ""), end="")
-        console.file.flush()
+        """Write a piece of an answer (dim: of reasoning) at once; a screen gets no control characters of the model."""
+        if self._is_screen or dim:
+            text = text.translate(_CONTROL)
+        stream = self._aside if dim else sys.stdout
+        stream.write(f"{self._dim[0]}{text}{self._dim[1]}" if dim else text)
+        stream.flush()
 
     def note(self, text: str) -> None:
         """Write a dimmed line that is not part of an answer."""
-        self._err.print(text, style="dim", markup=False)
+        self.write(text + "\n", dim=True)
 
     def fail(self, error: Exception) -> None:
         """Write an error after which the conversation goes on."""
@@ -63,10 +63,10 @@ class Terminal:
             try:
                 yield input("> ").strip()
             except KeyboardInterrupt:
-                self._out.print()
+                self.write("\n")
                 self.note(COMMANDS)
             except EOFError:
-                self._out.print()
+                self.write("\n")
                 return
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Short chat templates in the style of each supported family, with the Jinja features that the originals use."""
 
 LLAMA2 = """

@@ -1,0 +1,180 @@
+"""The verbs that look at a machine or a bundle: what they show is true, and their exit codes can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_bundle import write_bundle
+
+from edgellm_ros.bundle import MANIFEST, TOKENIZER, Bundle
+from edgellm_ros.cli import checks
+from edgellm_ros.cli.checks import Check, State
+from edgellm_ros.cli.main import main
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import CheckpointError
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "160")
+    return write_bundle(tmp_path / "bundle", think_start="<think>", think_end="</think>")
+
+
+def test_inspect_shows_the_facts_of_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("tiny [bold] robot (llama)", "2 of width 8", "4 heads, 1 KV heads of 8", "theta 500000", "256 tokens"):
+        assert fact in shown
+    for fact in ("int4 in groups of 32", "<think> … </think>", "made by a test", TOKENIZER, "sizes and sha256 agree"):
+        assert fact in shown
+
+
+def test_inspect_json_is_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((bundle / MANIFEST).read_text())
+
+
+def test_inspect_finds_a_changed_file_unless_told_not_to_look(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (bundle / TOKENIZER).read_text()
+    (bundle / TOKENIZER).write_text(text.replace("B", "b", 1))
+    assert main(["inspect", str(bundle)]) == 2
+    assert TOKENIZER in capsys.readouterr().err
+    assert main(["inspect", str(bundle), "--no-verify"]) == 0
+    assert "not checked" in capsys.readouterr().out
+
+
+def test_export_passes_everything_on_and_ends_with_the_table(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = pytest.importorskip("edgellm_ros.toolchain.export")
+    seen: dict[str, Any] = {}
+
+    def fake(checkpoint: Path, output: Path, *, progress: Any, **options: Any) -> Bundle:
+        seen.update(checkpoint=checkpoint, output=output, **options)
+        progress("weights", 1, 2)
+        progress("weights", 2, 2)
+        return Bundle.open(bundle)
+
+    monkeypatch.setattr(export, "export_bundle", fake)
+    options = ["--weights", "int8", "--max-context", "128", "--name", "n", "--force"]
+    assert main(["export", "checkpoint", "-o", "out", *options]) == 0
+    assert seen == {
+        "checkpoint": Path("checkpoint"),
+        "output": Path("out"),
+        "weights": "int8",
+        "max_context": 128,
+        "name": "n",
+        "overwrite": True,
+    }
+    assert "tiny [bold] robot" in capsys.readouterr().out
+
+
+def test_export_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    export = pytest.importorskip("edgellm_ros.toolchain.export")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise CheckpointError("tensor x is missing")
+
+    monkeypatch.setattr(export, "export_bundle", fail)
+    assert main(["export", "c", "-o", "o"]) == 2
+    assert "error: tensor x is missing" in capsys.readouterr().err
+
+
+def test_export_without_the_toolchain_extra_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "edgellm_ros.toolchain.export", raising=False)
+    for name in [n for n in sys.modules if n == "onnx" or n.startswith(("onnx.", "edgellm_ros.toolchain."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert main(["export", "c", "-o", "o"]) == 2
+    assert "pip install 'edgellm_ros[toolchain]'" in capsys.readouterr().err
+
+
+def doctor(monkeypatch: pytest.MonkeyPatch, *found: Check) -> int:
+    def fake(bundle: Path | None = None) -> Iterator[Check]:
+        yield from found
+
+    monkeypatch.setattr(checks, "all_checks", fake)
+    return main(["doctor"])
+
+
+def test_doctor_fails_only_for_what_the_base_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine = Check("base", "Python", State.OK, "3.12")
+    optional = Check("ROS", "rclpy", State.MISSING, "none", "source ROS [first]")
+    broken = Check("base", "numpy", State.FAILED, "not installed", "pip install edgellm_ros")
+    assert doctor(monkeypatch, fine, optional) == 0
+    assert "source ROS [first]" in capsys.readouterr().out
+    assert doctor(monkeypatch, fine, broken) == 1
+    assert "failed: numpy" in capsys.readouterr().out
+
+
+def test_doctor_runs_here_and_the_base_that_runs_the_tests_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("Python", "onnxruntime", "rclpy", "C++ compiler", "NVIDIA GPU", "TensorRT", "CPU", "free memory"):
+        assert name in shown
+
+
+def test_doctor_works_where_rich_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n == "rich" or n.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert doctor(monkeypatch, Check("base", "rich", State.FAILED, "not installed", "pip install rich")) == 1
+    assert "failed   base: rich: not installed  pip install rich" in capsys.readouterr().out
+
+
+def test_a_missing_package_and_an_old_python_are_failures() -> None:
+    assert checks.check_package("base", "no-such-package", State.FAILED, "r").state is State.FAILED
+    assert checks.check_python((3, 9, 18)).state is State.FAILED
+    assert checks.check_python((3, 10, 0)).state is State.OK
+
+
+def test_the_packages_that_doctor_looks_for_are_those_of_pyproject() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+    def names(pattern: str) -> set[str]:
+        match = re.search(pattern, text, re.DOTALL | re.MULTILINE)
+        assert match
+        return set(re.findall(r'"([A-Za-z0-9_-]+)', match.group(1)))
+
+    assert names(r"^dependencies = \[(.*?)\]") == set(checks.BASE)
+    assert names(r"^toolchain = \[(.*?)\]") == set(checks.TOOLCHAIN)
+
+
+def test_cpu_features_and_memory_are_read_from_proc() -> None:
+    cpuinfo = "processor\t: 0\nmodel name\t: Testcore 3000\nflags\t\t: fpu avx2 avx512_vnni fma nothing\n"
+    found = checks.check_cpu(cpuinfo)
+    assert found.state is State.OK and "Testcore 3000" in found.found and found.found.endswith("avx2 fma avx512_vnni")
+    assert checks.memory_available("MemTotal: 9 kB\nMemAvailable:   2048 kB\n") == 2**21
+    assert checks.memory_available("") == 0
+
+
+def test_ros_that_is_sourced_but_not_usable_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    rclpy, interfaces = checks.check_ros({"ROS_DISTRO": "jazzy"})
+    assert rclpy.state is State.MISSING and "jazzy is sourced" in rclpy.found
+    assert interfaces.state is State.MISSING and "colcon build" in interfaces.remedy
+    assert next(checks.check_ros({})).found == "none"
+
+
+def test_a_bundle_is_checked_for_wholeness_and_for_fitting_in_memory(bundle: Path) -> None:
+    cache = 2 * 2 * 1 * 8 * 4 * 256 * 4  # K and V, layers, KV heads, head dim, bytes, tokens, slots
+    size = sum(file.stat().st_size for file in bundle.iterdir() if file.name != MANIFEST)
+    config = EngineConfig()
+    assert [c.state for c in checks.check_bundle(bundle, cache + size, config)] == [State.OK, State.OK]
+    assert [c.state for c in checks.check_bundle(bundle, cache + size - 1, config)] == [State.OK, State.FAILED]
+    os.truncate(bundle / TOKENIZER, 10)
+    (broken,) = checks.check_bundle(bundle, cache + size, config)
+    assert broken.state is State.FAILED and "truncated" in broken.found

@@ -1,0 +1,138 @@
+"""Options come from the settings alone, and starting the command loads nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edgellm_ros.cli.main import VERBS, build_parser, main
+from edgellm_ros.cli.options import add_settings, settings_from, was_given
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import SamplingParams
+from edgellm_ros.errors import ConfigError, RequestError
+from edgellm_ros.fields import settings_of
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "rclpy", "numpy", "jinja2", "tokenizers", "rich")
+
+
+def parse(cls: type, *options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, cls, "settings")
+    return parser.parse_args(options)
+
+
+@pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
+def test_every_setting_is_an_option_with_its_help_and_default(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(cls, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for item in settings_of(cls):
+        assert f"--{item.name.replace('_', '-')}" in shown
+        assert " ".join(item.help.split()) in shown
+        for choice in item.choices:
+            assert choice in shown
+
+
+@pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
+def test_options_that_are_not_given_leave_the_base_as_it_is(cls: type) -> None:
+    assert settings_from(parse(cls), cls()) == cls()
+
+
+def test_options_of_every_kind_arrive_with_their_type() -> None:
+    args = parse(
+        SamplingParams,
+        "--temperature",
+        "0",
+        "--top-k",
+        "5",
+        "--seed",
+        "7",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--ignore-eos",
+    )
+    expected = SamplingParams(temperature=0.0, top_k=5, seed=7, stop=("a", "b"), ignore_eos=True)
+    assert settings_from(args, SamplingParams(max_tokens=3)) == SamplingParams(**{**vars(expected), "max_tokens": 3})
+    assert was_given(args, SamplingParams, "seed") and not was_given(args, SamplingParams, "top_p")
+    assert settings_from(parse(EngineConfig, "--no-self-test"), EngineConfig()).self_test is False
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "error"),
+    [
+        (SamplingParams(), ("--temperature", "-1"), RequestError),
+        (SamplingParams(), ("--temperature", "nan"), RequestError),
+        (SamplingParams(), ("--stop", ""), RequestError),
+        (EngineConfig(), ("--max-slots", "0"), ConfigError),
+    ],
+)
+def test_a_value_out_of_range_is_the_settings_own_error(base: object, options: tuple[str, ...], error: type) -> None:
+    with pytest.raises(error, match=options[0].removeprefix("--").replace("-", "_")):
+        settings_from(parse(type(base), *options), base)
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from edgellm_ros.cli.main import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+"""
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - started)
+        assert done.stderr.strip() == "[]"
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("verb", [module.__name__.rpartition(".")[2] for module in VERBS])
+def test_every_verb_teaches_with_an_example_that_parses(verb: str) -> None:
+    (module,) = [m for m in VERBS if m.__name__.endswith(f".{verb}")]
+    lines = [line.strip() for line in module.EXAMPLES.splitlines() if line.strip().startswith(f"edgellm {verb}")]
+    assert lines
+    for line in lines:
+        command = line.split("   ")[0].split(" | ")[0]
+        words = [w.strip('"') for w in command.split('"')] if '"' in command else [command]
+        arguments = [part for i, w in enumerate(words) for part in ([w] if i % 2 else w.split())]
+        args = build_parser().parse_args([a for a in arguments[1:] if a])
+        assert args.verb == verb
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import edgellm_ros
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"edgellm {edgellm_ros.__version__}\n"
+
+
+def test_a_mistake_is_one_line_without_a_traceback_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "there-is-no-such-bundle"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there-is-no-such-bundle is not a directory") and error.count("\n") == 1
+
+
+def test_an_unexpected_failure_is_exit_code_1_and_debug_shows_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise KeyError("boom")
+
+    monkeypatch.setattr("edgellm_ros.bundle.Bundle.open", fail)
+    assert main(["inspect", "x"]) == 1
+    assert capsys.readouterr().err == "error: KeyError: 'boom' (--debug shows where)\n"
+    for arguments in (["--debug", "inspect", "x"], ["inspect", "x", "--debug"]):
+        assert main(arguments) == 1
+        assert "Traceback" in capsys.readouterr().err
