@@ -156,7 +156,7 @@ def test_quantised_checkpoints_are_refused_by_their_method(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="already quantised.*awq"):
+    with pytest.raises(CheckpointError, match=r"already quantised.*awq"):
         open_checkpoint(copy)
 
 

@@ -118,7 +118,7 @@ def test_damaged_header_bytes_never_end_in_another_error(tmp_path: Path) -> None
 
 def test_a_part_of_a_split_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
     _write(tmp_path / "part.gguf", {}, **{"split.count": 3})
-    with pytest.raises(CheckpointError, match="3 parts.*llama-gguf-split --merge"):
+    with pytest.raises(CheckpointError, match=r"3 parts.*llama-gguf-split --merge"):
         open_checkpoint(tmp_path / "part.gguf")
 
 
