@@ -128,6 +128,8 @@ def test_uniform_numbers_are_uniform_and_independent_of_neighbours() -> None:
     assert ((counts - 256) ** 2 / 256).sum() < 45  # 15 degrees of freedom, p < 1e-4
     for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1]), (grid[1:, :-1], grid[:-1, 1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.07
+    for step in (1, 2**32, 0x9E3779B97F4A7C15):  # the last is SplitMix64's own increment
+        assert uniform(2**63 - 1, 1) != uniform((2**63 - 1 + step) % 2**64, 0)
 
 
 def test_a_seed_decides_the_draws_and_none_is_fresh() -> None:
@@ -164,6 +166,15 @@ def test_penalties_hold_for_more_tokens_than_the_first_buffer() -> None:
     sampler = Sampler(SamplingParams(temperature=0.0, presence_penalty=100.0), 989)
     logits = logits_of(989, 8)
     assert [sampler.draw(logits) for _ in range(900)] == np.argsort(-logits, kind="stable")[:900].tolist()
+
+
+@pytest.mark.parametrize("vocab", [500, 49152])
+@pytest.mark.parametrize("share", [0.0, 1.0 - 2.0**-53])
+def test_the_ends_of_the_range_do_not_draw_what_is_ruled_out(vocab: int, share: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr("edgellm_ros.runtime.sampling.uniform", lambda seed, index: share)
+    mask = np.zeros(vocab, bool)
+    mask[[100, vocab - 100]] = True
+    assert Sampler(SamplingParams(), vocab).draw(logits_of(vocab), mask) == (100 if share == 0.0 else vocab - 100)
 
 
 def test_a_mask_is_obeyed() -> None:
