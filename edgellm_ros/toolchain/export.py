@@ -33,6 +33,7 @@ DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises i
 # Input features that share a scale, the first that divides every layer's. 64 decodes 13 % faster than 32 on a CPU, and
 # with the search of quantize_weights.py loses no more perplexity.
 GROUP_SIZES = (64, 32, 16)
+_HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding
 # The head stays int8: in int4 it costs a small model more perplexity than all its layers together.
 SCHEMES: dict[str, QuantSpec] = {
     "int4": QuantSpec("int4", lm_head="int8", embedding="int8"),
@@ -83,6 +84,7 @@ def _write(
 ) -> None:
     family, model = load_spec(source)
     check_tensors(source, family, model)
+    _check_supported(model)
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
     if quant.weights in ("int4", "int8"):
         quant = replace(quant, group_size=_group_size(model))
@@ -162,6 +164,13 @@ def _write_linear(writer: WeightWriter, stem: str, weight: FloatArray, scheme: s
         writer.write(f"{stem}.scale", scales)
     else:
         writer.write(f"{stem}.weight", weight.astype(np.float16 if scheme == "fp16" else np.float32))
+
+
+def _check_supported(model: ModelSpec) -> None:
+    if model.head_dim % _HEAD_DIM_MULTIPLE:
+        raise ToolchainError(
+            f"{model.name} has head_dim {model.head_dim}; the attention kernels take multiples of {_HEAD_DIM_MULTIPLE}"
+        )
 
 
 def _group_size(model: ModelSpec) -> int:

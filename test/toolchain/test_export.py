@@ -1,0 +1,253 @@
+"""Exported bundles compute what Hugging Face's model computes, whatever the family, the file format and the graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import safetensors.numpy
+import torch
+from tiny import FAMILIES, VOCAB_SIZE, make_model, save_checkpoint, save_gguf
+
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, GraphSpec
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.executors.base import SequenceStep
+from edgellm_ros.executors.embedding import EmbeddingTable
+from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.quantize_weights import dequantize_int4, quantize_int4, quantize_int8
+
+NUM_GREEDY = 64
+PROMPT = np.random.default_rng(5).integers(5, VOCAB_SIZE - 5, 80).astype(np.int32)  # longer than the sliding windows
+
+
+def hf_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].float().numpy()
+
+
+def hf_greedy(model: torch.nn.Module, ids: np.ndarray, count: int) -> list[int]:
+    tokens = torch.from_numpy(ids[None].astype(np.int64))
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def run_executor(bundle: Bundle, ids: np.ndarray, num_greedy: int = 0) -> tuple[np.ndarray, list[int]]:
+    """Logits of every prompt position (in three chunks), and the greedy continuation."""
+    executor = OnnxRuntimeExecutor(bundle, EngineConfig(max_slots=2, max_context=min(256, len(ids) + num_greedy + 8)))
+    rows, position = [], 0
+    for chunk in np.array_split(ids, 3):
+        rows.append(executor.step([SequenceStep(1, chunk, position, len(chunk))]).copy())
+        position += len(chunk)
+    tokens: list[int] = []
+    last = rows[-1][-1]
+    for _ in range(num_greedy):
+        tokens.append(int(last.argmax()))
+        last = executor.step([SequenceStep(1, np.array(tokens[-1:], np.int32), position)])[0]
+        position += 1
+    executor.close()
+    return np.concatenate(rows), tokens
+
+
+def run_portable(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
+    """Logits of every position from decoder.onnx, in two calls over one cache."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(bundle.path / DECODER), options, providers=["CPUExecutionProvider"])
+    model, graph = bundle.manifest.model, bundle.manifest.graph
+    dtype = np.dtype(graph.activation_dtype)
+    embeds = np.empty((len(ids), model.hidden_size), np.float32)
+    EmbeddingTable(bundle).lookup(ids, embeds)
+    pasts = [n.format(layer=i) for i in range(model.num_layers) for n in (graph.past_key, graph.past_value)]
+    presents = [n.format(layer=i) for i in range(model.num_layers) for n in (graph.present_key, graph.present_value)]
+    caches = [np.zeros((1, model.num_kv_heads, len(ids) + 5, model.head_dim), dtype) for _ in pasts]
+    rows, start = [], 0
+    for stop in (len(ids) // 2, len(ids)):
+        feed = dict(zip(pasts, caches, strict=True))
+        feed[graph.embeds] = embeds[None, start:stop].astype(dtype)
+        feed[graph.positions] = np.arange(start, stop)[None]
+        feed[graph.write_indices] = np.array([start])
+        feed[graph.logit_indices] = np.arange(stop - start)
+        logits, *caches = session.run([graph.logits, *presents], feed)
+        rows.append(logits)
+        start = stop
+    return np.concatenate(rows)
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_fp32_logits_and_greedy_tokens_are_hugging_faces(kind: str, tiny_bundle: Callable[..., Bundle]) -> None:
+    model = make_model(kind)
+    logits, tokens = run_executor(tiny_bundle(kind, "fp32"), PROMPT, NUM_GREEDY)
+    assert np.abs(logits - hf_logits(model, PROMPT)).max() < 1e-3
+    assert tokens == hf_greedy(model, PROMPT, NUM_GREEDY)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_portable_graph_is_valid_onnx_and_agrees_with_hugging_face(
+    kind: str, tiny_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = tiny_bundle(kind, "fp32")
+    onnx.checker.check_model(str(bundle.path / DECODER), full_check=True)
+    assert {n.domain for n in onnx.load(bundle.path / DECODER, load_external_data=False).graph.node} == {""}
+    assert np.abs(run_portable(bundle, PROMPT) - hf_logits(make_model(kind), PROMPT)).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama_llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3"])
+def test_a_gguf_file_gives_the_same_model(kind: str, tmp_path: Path) -> None:
+    model = save_gguf(kind, tmp_path / "tiny.gguf")
+    bundle = export_bundle(tmp_path / "tiny.gguf", tmp_path / "bundle", weights="fp32")
+    assert np.abs(run_executor(bundle, PROMPT)[0] - hf_logits(model, PROMPT)).max() < 1e-3
+
+
+def quantised_model(kind: str, scheme: str, group: int) -> torch.nn.Module:
+    """Hugging Face's model with every stored weight replaced by what the bundle's numbers stand for."""
+    model = make_model(kind)
+
+    def apply(weight: torch.Tensor, how: str) -> None:
+        array = weight.detach().numpy()
+        if how == "int4":
+            array = dequantize_int4(*quantize_int4(array, group), group)
+        elif how == "int8":
+            values, scales = quantize_int8(array, group)
+            wide = values.reshape(len(values), -1, group) * scales.astype(np.float32)[..., None]
+            array = wide.reshape(array.shape)
+        else:
+            array = array.astype(np.float16).astype(np.float32)
+        weight.data = torch.from_numpy(np.ascontiguousarray(array))
+
+    table = "fp16" if scheme == "fp16" else "int8"
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            apply(parameter, table if "embed" in name or "lm_head" in name else scheme)
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["llama_bias", "qwen2", "qwen3"])
+def test_quantised_graphs_compute_with_the_dequantised_weights(
+    kind: str, scheme: str, tiny_bundle: Callable[..., Bundle]
+) -> None:
+    bundle = tiny_bundle(kind, scheme)
+    expected = hf_logits(quantised_model(kind, scheme, bundle.manifest.quantization.group_size), PROMPT)
+    onnx.checker.check_model(str(bundle.path / DECODER), full_check=True)
+    assert relative_error(run_portable(bundle, PROMPT), expected) < 0.01  # fp16 activations
+    # MatMulNBits rounds activations to int8: that alone moves these logits by some per cent.
+    assert relative_error(run_executor(bundle, PROMPT)[0], expected) < (0.005 if scheme == "fp16" else 0.08)
+
+
+def test_smollm2_in_fp32_is_hugging_faces(smollm2: Callable[[str], Bundle], smollm2_gguf: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = np.random.default_rng(6).integers(100, 49000, 60).astype(np.int32)
+    logits, tokens = run_executor(smollm2("fp32"), ids, NUM_GREEDY)
+    assert np.abs(logits - hf_logits(model, ids)).max() < 1e-3
+    assert tokens == hf_greedy(model, ids, NUM_GREEDY)
+
+
+def test_one_weight_file_serves_both_graphs(tiny_bundle: Callable[..., Bundle]) -> None:
+    bundle = tiny_bundle("llama_tied", "int4")
+    weights = bundle.weights()
+    ranges = {weights.location(name) for name in weights.names()}
+    for name in (DECODER, "decoder.ort.onnx"):
+        graph = onnx.load(bundle.path / name, load_external_data=False).graph
+        external = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert external
+        for tensor in external:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            assert where["location"] == WEIGHTS
+            assert (int(where["offset"]), int(where["length"])) in ranges
+    # The file is a valid safetensors file for others, too.
+    assert set(safetensors.numpy.load_file(bundle.path / WEIGHTS)) == set(weights.names())
+    assert "head.weight" not in weights, "a tied head is stored once"
+
+
+def test_the_graph_contract_in_the_manifest_names_the_graphs_inputs(tiny_bundle: Callable[..., Bundle]) -> None:
+    bundle = tiny_bundle("llama", "int8")
+    spec: GraphSpec = bundle.manifest.graph
+    inputs = {i.name for i in onnx.load(bundle.path / DECODER, load_external_data=False).graph.input}
+    layers = range(bundle.manifest.model.num_layers)
+    caches = {n.format(layer=i) for i in layers for n in (spec.past_key, spec.past_value)}
+    assert inputs == caches | {spec.embeds, spec.positions, spec.write_indices, spec.logit_indices}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "int3"}, "weights is 'int3'; allowed are int4, int8, fp16, fp32"),
+        ({"max_context": 1000}, "max-context is 1000; .* allows 1 to 256"),
+        ({"max_context": 0}, "max-context is 0"),
+    ],
+)
+def test_impossible_options_are_refused_by_value_and_leave_nothing(
+    changes: dict, message: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ToolchainError, match=message):
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_bundle_is_replaced_only_when_told_and_anything_else_never(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    export_bundle(source, tmp_path / "bundle", weights="fp16")
+    with pytest.raises(ToolchainError, match="exists; .*--force"):
+        export_bundle(source, tmp_path / "bundle", weights="int8")
+    assert Bundle.open(tmp_path / "bundle").manifest.quantization.weights == "fp16"
+    assert export_bundle(source, tmp_path / "bundle", weights="int8", overwrite=True).manifest.quantization.weights == "int8"
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ToolchainError, match="not a bundle; it is not replaced"):
+        export_bundle(source, tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def test_a_checkpoint_that_breaks_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        export_bundle(tmp_path / "source", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing_behind(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edgellm_ros.toolchain.weights.WeightWriter.write", full)
+    with pytest.raises(ToolchainError, match="cannot write .*No space left"):
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_garbage_are_refused_by_the_quality_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint("llama", tmp_path / "source")
+
+    def broken(weight: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+        packed, scales = quantize_int4(weight, group)
+        return np.ascontiguousarray(packed[::-1]), scales
+
+    monkeypatch.setattr("edgellm_ros.toolchain.export.quantize_int4", broken)
+    with pytest.raises(ToolchainError, match="logits differ from the original's by .* allowed is 0.6"):
+        export_bundle(tmp_path / "source", tmp_path / "out")
+    shutil.rmtree(tmp_path / "source")
+    assert list(tmp_path.iterdir()) == []
