@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         expected = isinstance(error, EdgeLLMError)
         message = str(error) if expected or isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            message = f"the package {error.name} is not installed; `edgellm doctor` says how to get it"
         hint = "" if expected or args.debug else " (--debug shows where)"
         print(f"error: {message}{hint}", file=sys.stderr)
         return 2 if expected else 1

@@ -124,6 +124,15 @@ def test_a_mistake_is_one_line_without_a_traceback_and_exit_code_2(capsys: pytes
     assert error.startswith("error: there-is-no-such-bundle is not a directory") and error.count("\n") == 1
 
 
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "edgellm_ros.llm", None)
+    assert main(["chat", "x"]) == 1
+    error = capsys.readouterr().err
+    assert "edgellm_ros.llm is not installed; `edgellm doctor`" in error
+
+
 def test_an_unexpected_failure_is_exit_code_1_and_debug_shows_where(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
