@@ -318,5 +318,5 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise BundleError(f"{where} is {value!r}; it must be a {hint.__name__}")
+        raise BundleError(f"{where} is {value!r}; it must be of type {hint.__name__}")
     return value

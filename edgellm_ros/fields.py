@@ -78,11 +78,11 @@ def check_settings(obj: Any, error: type[EdgeLLMError] = ConfigError) -> None:
         if value is None:
             if item.optional:
                 continue
-            raise error(f"{item.name} must not be None; it is a {item.type.__name__}")
+            raise error(f"{item.name} must not be None; it is of type {item.type.__name__}")
         if item.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, item.type) or (isinstance(value, bool) and item.type is not bool):
-            raise error(f"{item.name} is {value!r}; it must be a {item.type.__name__}")
+            raise error(f"{item.name} is {value!r}; it must be of type {item.type.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise error(f"{item.name} is {value}; it must be a finite number{_range(item)}")
         if item.minimum is not None and value < item.minimum or item.maximum is not None and value > item.maximum:
