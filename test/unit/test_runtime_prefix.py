@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def rig_of(rigs: list[Rig], *args: Any, **kwargs: Any) -> Rig:
     return rigs[-1]
 
 
+def _check(fact: bool) -> None:
+    assert fact
+
+
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(rigs: list[Rig]) -> None:
     rig = rig_of(rigs)
     first = rig.run(SYSTEM + "Hello", 8)
@@ -69,10 +74,12 @@ def test_without_the_prefix_cache_everything_is_computed(rigs: list[Rig]) -> Non
 
 
 def test_a_prefix_is_copied_from_a_busy_slot(rigs: list[Rig]) -> None:
-    rig = rig_of(rigs, 3)
+    rig, ready = rig_of(rigs, 3), threading.Event()
+    rig.executor.before_step = lambda batch: _check(ready.wait(WAIT_S))
     long = rig.engine.submit(rig.job(SYSTEM + "first", 60))
     second = rig.engine.submit(rig.job(SYSTEM + "second", 5))
     third = rig.engine.submit(rig.job(SYSTEM + "third", 5))
+    ready.set()
     assert second.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
     assert third.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
     for name, generation in (("first", long), ("second", second), ("third", third)):
