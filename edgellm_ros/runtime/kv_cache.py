@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
 
+ROW_ALIGN = 8  # tokens; all chunks of a prompt begin at a multiple of this, see `chunk_length`
 MIN_REUSE = 16  # tokens; a shorter common prefix is no reason to choose a slot or to copy
 
 
@@ -117,6 +118,25 @@ class SlotTable:
         if not busy:
             return 0
         return max(busy[0] - slot, slot - busy[-1], 1) if not busy[0] < slot < busy[-1] else 0
+
+
+def chunk_length(remaining: int, limit: int) -> int:
+    """How many of the `remaining` prompt tokens to compute in one step of at most `limit` (>= 2 * ROW_ALIGN).
+
+    The answer must not depend on how a prompt was cut, or on how much of it was cached. CPU kernels compute rows in
+    groups and round the rows left over otherwise, and a step of one row otherwise again (MatMulNBits with int8
+    accumulation does, on AVX-512 in groups of two). So chunks begin at multiples of ROW_ALIGN, and the last one has at
+    least two tokens.
+    """
+    if remaining <= limit:
+        return remaining
+    count = limit - limit % ROW_ALIGN
+    return count - ROW_ALIGN if remaining - count == 1 else count
+
+
+def reusable_length(prompt_length: int) -> int:
+    """How many tokens of a prompt may be taken from a cache: what `chunk_length` says holds for the rest."""
+    return max(prompt_length - 2, 0) // ROW_ALIGN * ROW_ALIGN
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

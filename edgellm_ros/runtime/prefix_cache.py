@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.executors.base import Executor
-from edgellm_ros.runtime.kv_cache import MIN_REUSE, SlotTable, Tokens, common_prefix
+from edgellm_ros.runtime.kv_cache import MIN_REUSE, ROW_ALIGN, SlotTable, Tokens, common_prefix, reusable_length
 
 _log = logging.getLogger(__name__)
 
@@ -117,12 +117,8 @@ class PinnedStore:
 
 
 def reuse_prefix(executor: Executor, table: SlotTable, pinned: PinnedStore, slot: int, prompt: Tokens) -> int:
-    """Bring as much of `prompt` as is known into `slot`, and return how many tokens that is.
-
-    At least two tokens are left to compute (one, if there is only one): a step of a single token may round otherwise
-    than a longer one on a CPU, and the answer must not depend on what was cached.
-    """
-    head = prompt[: max(len(prompt) - 2, 0)]
+    """Bring as much of `prompt` as is known and may be reused into `slot`, and return how many tokens that is."""
+    head = prompt[: reusable_length(len(prompt))]
     length = table.common_prefix(slot, head)
     donor, donor_length = table.donor(slot, head)
     entry, pinned_length = pinned.find(head)
@@ -134,6 +130,7 @@ def reuse_prefix(executor: Executor, table: SlotTable, pinned: PinnedStore, slot
         executor.load_prefix(slot, entry.data, len(entry.tokens))
         length = pinned_length
         pinned.touch(entry.tokens)
+    length -= length % ROW_ALIGN
     table.truncate(slot, 0)
     table.extend(slot, head[:length])
     return length

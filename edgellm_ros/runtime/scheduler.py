@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.runtime.kv_cache import chunk_length
 from edgellm_ros.runtime.sequence import Sequence
 
 
@@ -49,15 +50,10 @@ class Scheduler:
         return sorted((sequence for sequence in self.active if not sequence.prefilling), key=_slot)
 
     def chunk(self, sequence: Sequence) -> int:
-        """How many prompt tokens of `sequence` to compute in one step.
-
-        Never leaves a single token for the last step (see `reuse_prefix`).
-        """
+        """How many prompt tokens of `sequence` to compute in one step: fewer while others decode."""
         busy = any(not other.prefilling for other in self.active)
         limit = self._config.prefill_chunk_busy if busy else self._config.prefill_chunk
-        remaining = len(sequence.prompt) - sequence.num_computed
-        count = min(limit, remaining)
-        return count - 1 if remaining - count == 1 else count
+        return chunk_length(len(sequence.prompt) - sequence.num_computed, limit)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from edgellm_ros.errors import (
 )
 from edgellm_ros.executors.base import SequenceStep
 from edgellm_ros.runtime.engine import Engine
+from edgellm_ros.runtime.kv_cache import ROW_ALIGN
 from edgellm_ros.runtime.sequence import Job
 
 WAIT_S = 20.0
@@ -113,14 +114,18 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_company(start: Any) -> None:
         generation.result(WAIT_S)
 
 
-def test_no_prefill_step_but_that_of_a_single_token_prompt_has_one_token(start: Any) -> None:
-    for length in (*range(2, 20), 31, 32, 33, 34, 35, 49):
-        executor = FakeExecutor(num_slots=1, allowed=128)
-        engine = start(executor, prefill_chunk=16, prefill_chunk_busy=16)
-        for _ in range(2):  # the second finds the first's prefix
-            engine.submit(job([9] * length, 1)).result(WAIT_S)
-        chunks = [len(s.token_ids) for call in executor.calls for s in call]
-        assert min(chunks) >= 2 and max(chunks) <= 16, (length, chunks)
+def test_chunks_begin_at_aligned_positions_and_only_a_single_token_prompt_has_a_step_of_one(start: Any) -> None:
+    for length in (*range(2, 20), 31, 32, 33, 34, 35, 49, 50):
+        for chunk in (16, 19):
+            executor = FakeExecutor(num_slots=1, allowed=128)
+            engine = start(executor, prefill_chunk=chunk, prefill_chunk_busy=chunk)
+            for _ in range(2):  # the second finds the first's prefix
+                engine.submit(job([9] * length, 1)).result(WAIT_S)
+            steps = [s for call in executor.calls for s in call]
+            sizes = [len(s.token_ids) for s in steps]
+            assert min(sizes) >= 2 and max(sizes) <= chunk, (length, sizes)
+            assert all(s.position % ROW_ALIGN == 0 for s in steps)
+            assert sum(s.num_logits for s in steps) == 2
 
 
 def test_deltas_come_in_order_and_end_with_done(start: Any) -> None:

@@ -15,7 +15,7 @@ from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, SamplingParams
 from edgellm_ros.runtime.engine import Engine
-from edgellm_ros.runtime.kv_cache import SlotTable, common_prefix
+from edgellm_ros.runtime.kv_cache import ROW_ALIGN, SlotTable, common_prefix
 from edgellm_ros.runtime.prefix_cache import PinnedStore
 from edgellm_ros.runtime.sequence import Job
 
@@ -53,6 +53,10 @@ def rig_of(rigs: list[Rig], *args: Any, **kwargs: Any) -> Rig:
     return rigs[-1]
 
 
+def _aligned(length: int) -> int:
+    return length - length % ROW_ALIGN
+
+
 def _check(fact: bool) -> None:
     assert fact
 
@@ -62,10 +66,10 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(rigs: list[Ri
     first = rig.run(SYSTEM + "Hello", 8)
     turn = SYSTEM + "Hello" + first.text + " And now?"
     second = rig.run(turn, 8)
-    assert second.usage.cached_tokens == len(SYSTEM + "Hello") + 7  # the last drawn token was never computed
+    assert second.usage.cached_tokens == _aligned(len(SYSTEM + "Hello") + 7)  # the last drawn token was not computed
     before = rig.executor.computed_tokens
-    assert rig.run(turn, 1).usage.cached_tokens == len(turn) - 2
-    assert rig.executor.computed_tokens == before + 2
+    assert rig.run(turn, 1).usage.cached_tokens == _aligned(len(turn) - 2)
+    assert rig.executor.computed_tokens - before == len(turn) - _aligned(len(turn) - 2) <= 9
 
 
 def test_without_the_prefix_cache_everything_is_computed(rigs: list[Rig]) -> None:
@@ -80,8 +84,8 @@ def test_a_prefix_is_copied_from_a_busy_slot(rigs: list[Rig]) -> None:
     second = rig.engine.submit(rig.job(SYSTEM + "second", 5))
     third = rig.engine.submit(rig.job(SYSTEM + "third", 5))
     ready.set()
-    assert second.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
-    assert third.result(WAIT_S).usage.cached_tokens >= len(SYSTEM)
+    assert second.result(WAIT_S).usage.cached_tokens >= _aligned(len(SYSTEM))
+    assert third.result(WAIT_S).usage.cached_tokens >= _aligned(len(SYSTEM))
     for name, generation in (("first", long), ("second", second), ("third", third)):
         tokens = list(generation.result(WAIT_S).token_ids)
         assert tokens == reference_greedy((SYSTEM + name).encode(), len(tokens), BYTE_VOCAB, 128)
@@ -118,7 +122,7 @@ def test_a_session_stays_resident_while_others_come_and_go(rigs: list[Rig]) -> N
     for i in range(5):
         rig.run(f"{i} somebody without a session passes by")
     again = rig.run("a long talk with the first person" + kept.text + "!", session_id="first")
-    assert again.usage.cached_tokens >= len("a long talk with the first person")
+    assert again.usage.cached_tokens >= _aligned(len("a long talk with the first person"))
 
 
 def test_of_too_many_sessions_the_one_unused_longest_is_evicted(rigs: list[Rig]) -> None:
@@ -150,7 +154,7 @@ def test_a_pinned_prefix_survives_eviction(rigs: list[Rig]) -> None:
     rig = rig_of(rigs, 1)
     rig.run(SYSTEM + "one", pin_length=len(SYSTEM))
     rig.run("something else that overwrites the only slot there is")
-    assert rig.run(SYSTEM + "two").usage.cached_tokens == len(SYSTEM)
+    assert rig.run(SYSTEM + "two").usage.cached_tokens == _aligned(len(SYSTEM))
     assert rig.executor.saves == [(0, len(SYSTEM))] and rig.executor.loads == [(0, len(SYSTEM))]
     rig.run(SYSTEM + "three", pin_length=len(SYSTEM))
     assert len(rig.executor.saves) == 1, "what is pinned is not saved again"
@@ -170,9 +174,8 @@ def test_pinned_prefixes_keep_within_their_limit(rigs: list[Rig]) -> None:
 
 def test_a_pinned_prefix_survives_a_restart_of_the_same_model_only(rigs: list[Rig], tmp_path: Path) -> None:
     rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "one", pin_length=len(SYSTEM))
-    assert rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "two").usage.cached_tokens == len(
-        SYSTEM
-    )
+    again = rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model A")).run(SYSTEM + "two")
+    assert again.usage.cached_tokens == _aligned(len(SYSTEM))
     assert len(PinnedStore(1000, tmp_path, "model B")) == 0
 
 
