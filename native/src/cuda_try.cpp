@@ -1,0 +1,31 @@
+#include "edgellm/cuda_try.hpp"
+
+#include <cstdio>
+#include <cstring>
+
+namespace edgellm {
+namespace {
+
+std::string describe(cudaError_t code, const char* call, const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line) + ": " + call + " failed: " +
+         cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ")";
+}
+
+}  // namespace
+
+void throw_cuda_error(cudaError_t code, const char* call, const char* file, int line) {
+  (void)cudaGetLastError();
+  throw CudaError(code, describe(code, call, file, line));
+}
+
+void warn_cuda_error(cudaError_t code, const char* call, const char* file, int line) noexcept {
+  (void)cudaGetLastError();
+  try {
+    std::fprintf(stderr, "edgellm: %s\n", describe(code, call, file, line).c_str());
+  } catch (...) {  // out of memory for the message: the code alone must do
+    std::fprintf(stderr, "edgellm: CUDA error %d\n", static_cast<int>(code));
+  }
+}
+
+}  // namespace edgellm
