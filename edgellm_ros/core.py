@@ -69,21 +69,21 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. The defaults change nothing but draw from the model's own distribution.
+    """How the next token is drawn. The defaults suit a chat with a small model: likely tokens, but not always the same.
 
     The order is: logit bias, penalties, temperature, top-k, top-p, min-p (as Hugging Face's processors and warpers).
     A temperature of 0 is greedy. Raises RequestError for a value outside its range.
     """
 
     temperature: float = setting(
-        1.0, "Softmax temperature; 0 is greedy.", minimum=0.0, maximum=100.0, dynamic=True
+        0.7, "Softmax temperature; 0 is greedy.", minimum=0.0, maximum=100.0, dynamic=True
     )
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.", minimum=0, maximum=2**31 - 1, dynamic=True)
     top_p: float = setting(
         1.0, "Keep the smallest set of tokens whose probability reaches p.", minimum=0.0, maximum=1.0, dynamic=True
     )
     min_p: float = setting(
-        0.0, "Keep tokens at least this share as likely as the most likely one.", minimum=0.0, maximum=1.0, dynamic=True
+        0.05, "Keep tokens at least this share as likely as the most likely one.", minimum=0.0, maximum=1.0, dynamic=True
     )
     repetition_penalty: float = setting(
         1.0,

@@ -85,7 +85,8 @@ def check_settings(obj: Any, error: type[EdgeLLMError] = ConfigError) -> None:
             raise error(f"{item.name} is {value!r}; it must be of type {item.type.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise error(f"{item.name} is {value}; it must be a finite number{_range(item)}")
-        if item.minimum is not None and value < item.minimum or item.maximum is not None and value > item.maximum:
+        low, high = item.minimum, item.maximum
+        if (low is not None and value < low) or (high is not None and value > high):
             raise error(f"{item.name} is {value}; allowed is{_range(item)}")
         if item.choices and value not in item.choices:
             raise error(f"{item.name} is {value!r}; allowed are {', '.join(item.choices)}")

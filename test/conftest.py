@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgellm_ros.bundle import Bundle
-
-sys.path.insert(0, str(Path(__file__).parent / "toolchain"))  # tiny.py, which other folders use too
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@
 All buffers are made here once and bound by address; a step only writes into them. Single-token steps of neighbouring
 slots run as one batch, longer ones alone: GroupQueryAttention continues a prompt for one sequence at a time.
 
-MatMulNBits' int8 kernels round one row differently from two or more (by 1e-6, which the next layer's int8 activations
-amplify) when int4 groups have 64 or more weights; with 32, or int8 groups up to 64, every row count gives the same
-bits (measured, ONNX Runtime 1.32, AVX-512). Such bundles therefore decode sequence by sequence unless the
-configuration prefers speed.
+MatMulNBits' int8 kernels compute rows in pairs when int4 groups have 64 or more weights, and round a row that is left
+over differently (by 1e-6, which the next layer's int8 activations amplify); with groups of 32, or int8 groups up to 64,
+every row count gives the same bits (measured, ONNX Runtime 1.32, AVX-512). Such bundles therefore decode sequence by
+sequence unless the configuration prefers speed, and the scheduler cuts prompts at multiples of 8.
 """
 
 from __future__ import annotations

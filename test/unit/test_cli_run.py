@@ -12,6 +12,7 @@ from doubles import BYTE_VOCAB, reference_greedy
 
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import DeviceError
+from edgellm_ros.runtime.kv_cache import ROW_ALIGN
 
 
 def ask(*texts: str, **fields: Any) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_a_saved_system_prompt_is_reused_and_shown(run: Run, monkeypatch: pytest
     )
     prefix = "<system>You are a robot with two arms.<eos><user>"
     assert [r["formatted_system_prompt"] for r in run.responses] == [prefix] * 2
-    num_tokens = len("You are a robot with two arms.") + 3
+    num_tokens = (len("You are a robot with two arms.") + 3) // ROW_ALIGN * ROW_ALIGN
     assert run.responses[1]["usage"]["cached_tokens"] == num_tokens
     assert json.loads(profile.read_text())["prefill"]["reused_tokens"] == num_tokens
 

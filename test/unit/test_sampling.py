@@ -174,7 +174,8 @@ def test_the_ends_of_the_range_do_not_draw_what_is_ruled_out(vocab: int, share: 
     monkeypatch.setattr("edgellm_ros.runtime.sampling.uniform", lambda seed, index: share)
     mask = np.zeros(vocab, bool)
     mask[[100, vocab - 100]] = True
-    assert Sampler(SamplingParams(), vocab).draw(logits_of(vocab), mask) == (100 if share == 0.0 else vocab - 100)
+    plain = SamplingParams(temperature=1.0, min_p=0.0)
+    assert Sampler(plain, vocab).draw(logits_of(vocab), mask) == (100 if share == 0.0 else vocab - 100)
 
 
 def test_a_mask_is_obeyed() -> None:
