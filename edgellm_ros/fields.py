@@ -85,11 +85,14 @@ def check_settings(obj: Any, error: type[EdgeLLMError] = ConfigError) -> None:
             raise error(f"{item.name} is {value!r}; it must be of type {item.type.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise error(f"{item.name} is {value}; it must be a finite number{_range(item)}")
-        low, high = item.minimum, item.maximum
-        if (low is not None and value < low) or (high is not None and value > high):
+        if isinstance(value, (int, float)) and not _inside(item, value):
             raise error(f"{item.name} is {value}; allowed is{_range(item)}")
         if item.choices and value not in item.choices:
             raise error(f"{item.name} is {value!r}; allowed are {', '.join(item.choices)}")
+
+
+def _inside(item: Setting, value: float) -> bool:
+    return (item.minimum is None or value >= item.minimum) and (item.maximum is None or value <= item.maximum)
 
 
 def from_mapping(cls: type, values: typing.Mapping[str, Any], error: type[EdgeLLMError] = ConfigError) -> Any:

@@ -66,10 +66,11 @@ class ReferenceDecoder:
 
 
 def _rms_norm(x: FloatArray, gain: FloatArray, eps: float) -> FloatArray:
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * gain
+    normed: FloatArray = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * gain
+    return normed
 
 
 def _linear(x: FloatArray, weights: dict[str, FloatArray], stem: str) -> FloatArray:
-    y = x @ weights[f"{stem}.weight"].T
+    y: FloatArray = x @ weights[f"{stem}.weight"].T
     bias = weights.get(f"{stem}.bias")
     return y if bias is None else y + bias
