@@ -1,4 +1,4 @@
-"""How a value is taken from config.json: checked, and named with its key when it cannot be right."""
+"""How a value is taken from a configuration: checked, and named with its key when it cannot be right."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
     if value is None:
         value = default
     if value is None:
-        raise CheckpointError(f"config.json has no {key}; the model cannot be built without it")
+        raise CheckpointError(f"the configuration has no {key}; the model cannot be built without it")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
+        raise CheckpointError(f"the configuration's {key} is {value!r}; it must be a whole number of at least 1")
     return value
 
 
@@ -29,9 +29,9 @@ def positive_float(config: Mapping[str, Any], key: str, default: float | None = 
     if value is None:
         value = default
     if value is None:
-        raise CheckpointError(f"config.json has no {key}; the model cannot be built without it")
+        raise CheckpointError(f"the configuration has no {key}; the model cannot be built without it")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a number above 0")
+        raise CheckpointError(f"the configuration's {key} is {value!r}; it must be a number above 0")
     return float(value)
 
 
@@ -41,5 +41,5 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be true or false")
+        raise CheckpointError(f"the configuration's {key} is {value!r}; it must be true or false")
     return value

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.checkpoint import Checkpoint
+from edgellm_ros.toolchain.config_values import positive_int
 from edgellm_ros.toolchain.families import FAMILIES
 from edgellm_ros.toolchain.gguf_file import GgufFile
 from edgellm_ros.toolchain.gguf_tokenizer import GgufTokenizer
@@ -64,14 +65,15 @@ class GgufCheckpoint(Checkpoint):
         """Parse the header; raises CheckpointError for a part of a split model, and for what is not whole."""
         self.path = path
         self._file = GgufFile(path)
-        parts = self._file.metadata.get("split.count", 1)
-        if parts > 1:
+        parts = self._file.metadata.get("split.count", 0)  # 0 or 1: it is whole
+        if parts not in (0, 1):
             raise CheckpointError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge FIRST WHOLE")
         self._names = {_hf_name(name): name for name in self._file.names() if name != _ROPE_FACTORS}
-        architecture = self._file.metadata.get("general.architecture")
-        self.config = self._translate(str(architecture))
-        interleaved = {a for family in FAMILIES if family.gguf_interleaved_rope for a in family.gguf_architectures}
-        self._interleaved = architecture in interleaved
+        architecture = str(self._file.metadata.get("general.architecture"))
+        families = [family for family in FAMILIES if architecture in family.gguf_architectures]
+        self._interleaved = any(family.gguf_interleaved_rope for family in families)
+        # what an unknown architecture's keys mean is not known either; detect() refuses it by name
+        self.config = self._translate(architecture) if families else {"model_type": architecture}
 
     def name(self) -> str:
         """general.name, or the file's."""
@@ -94,11 +96,12 @@ class GgufCheckpoint(Checkpoint):
         if not (self._interleaved and re.search(r"self_attn\.[qk]_proj\.", name)):
             return self._file.read_rows(own, start, stop)
         whole = self._file.read_rows(own, 0, self._file.shape(own)[0])
-        heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+        heads = positive_int(self.config, "num_attention_heads" if ".q_proj." in name else "num_key_value_heads")
         if whole.shape[0] % (2 * heads):
             raise CheckpointError(f"{self.path}: {own} has {whole.shape[0]} rows, which do not make {heads} heads")
         pairs = whole.reshape(heads, -1, 2, *whole.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(whole.shape)[start:stop]
+        ordered: npt.NDArray[np.float32] = pairs.swapaxes(1, 2).reshape(whole.shape)
+        return ordered[start:stop]
 
     def num_bytes(self) -> int:
         """Bytes of all tensors in the file."""
@@ -146,8 +149,8 @@ class GgufCheckpoint(Checkpoint):
         config["use_sliding_window"] = bool(config["sliding_window"])
         if "model.embed_tokens.weight" in self:
             config["vocab_size"] = self.shape("model.embed_tokens.weight")[0]
-        if "head_dim" not in config and "hidden_size" in config and config.get("num_attention_heads"):
-            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        if "head_dim" not in config:
+            config["head_dim"] = positive_int(config, "hidden_size") // positive_int(config, "num_attention_heads")
         if known.get("attention.value_length", config.get("head_dim")) != config.get("head_dim"):
             raise CheckpointError(
                 f"{self.path}: values of {known['attention.value_length']} channels a head, "
@@ -162,7 +165,8 @@ class GgufCheckpoint(Checkpoint):
     def _rope(self, known: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         rope: dict[str, Any] = {}
         if "rope.dimension_count" in known and known["rope.dimension_count"] != config.get("head_dim"):
-            rope["partial_rotary_factor"] = known["rope.dimension_count"] / config["head_dim"]
+            turned = positive_int(known, "rope.dimension_count")
+            rope["partial_rotary_factor"] = turned / positive_int(config, "head_dim")
         scaling = {k.removeprefix("rope.scaling."): v for k, v in known.items() if k.startswith("rope.scaling.")}
         scaling.pop("finetuned", None)  # says how the model came about
         if known.get("rope.scale_linear", 1.0) != 1.0:  # what old files have

@@ -67,9 +67,10 @@ class GgufFile:
         """Rows start to stop - 1 of a tensor's first axis, dequantised to an own float32 array."""
         entry = self._entries[name]
         if len(entry.shape) == 1:  # the only axis is the one that blocks run along
-            return self._dequantise(entry, 0, 1).reshape(-1)[start:stop].copy()
-        rows = math.prod(entry.shape[1:-1])
-        return self._dequantise(entry, start * rows, stop * rows).reshape(stop - start, *entry.shape[1:])
+            rows: npt.NDArray[np.float32] = self._dequantise(entry, 0, 1).reshape(-1)[start:stop].copy()
+            return rows
+        inner = math.prod(entry.shape[1:-1])
+        return self._dequantise(entry, start * inner, stop * inner).reshape(stop - start, *entry.shape[1:])
 
     def _dequantise(self, entry: _Entry, start: int, stop: int) -> npt.NDArray[np.float32]:
         size = (stop - start) * entry.row_bytes
@@ -94,7 +95,9 @@ class GgufFile:
             name = self._string()
             dims = self._unpack(f"{self._unpack('I')[0]}Q")
             infos.append((name, tuple(reversed(dims)), *self._unpack("IQ")))
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment {alignment!r} is not a power of two")
         start = -(-self._at // alignment) * alignment
         self._entries: dict[str, _Entry] = {}
         for name, shape, type_number, offset in infos:
@@ -130,6 +133,8 @@ class GgufFile:
             item, count = self._unpack("IQ")
             if item in _SCALARS:
                 return list(self._unpack(f"{count}{_SCALARS[item]}"))
+            if item == _ARRAY:
+                raise ValueError("arrays of arrays are not read")
             return [self._value(item) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"unknown metadata type {kind}")

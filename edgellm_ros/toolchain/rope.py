@@ -67,7 +67,7 @@ def read_rope(config: Mapping[str, Any], max_context: int) -> tuple[float, dict[
     """
     raw = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(raw, Mapping) or any(isinstance(value, Mapping) for value in raw.values()):
-        raise CheckpointError(f"config.json: rope settings {raw!r} are not one flat object for all layers")
+        raise CheckpointError(f"the configuration's rope settings {raw!r} are not one flat object for all layers")
     both = {**config, **{key: value for key, value in raw.items() if value is not None}}
     theta = positive_float(both, "rope_theta", 10000.0)
     if positive_float(both, "partial_rotary_factor", 1.0) != 1.0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,21 @@ class SafetensorsFile:
             header: dict[str, Any] = json.loads(self._map[8:start])
             header.pop("__metadata__", None)
             entries = {
-                name: _Entry(e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0], start + e["data_offsets"][1])
+                name: _Entry(
+                    str(e["dtype"]),
+                    tuple(operator.index(size) for size in e["shape"]),
+                    start + operator.index(e["data_offsets"][0]),
+                    start + operator.index(e["data_offsets"][1]),
+                )
                 for name, e in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{self.path} has no readable safetensors header: {error!r}; {_REMEDY}") from error
         for name, entry in entries.items():
-            if not start <= entry.begin <= entry.end <= self.size:
+            if not start <= entry.begin <= entry.end <= self.size or min(entry.shape, default=0) < 0:
                 raise CheckpointError(
-                    f"{self.path} is truncated: tensor {name} ends at byte {entry.end} of {self.size}; {_REMEDY}"
+                    f"{self.path} is truncated or damaged: tensor {name} of shape {entry.shape} lies at "
+                    f"bytes {entry.begin} to {entry.end} of {self.size}; {_REMEDY}"
                 )
             if entry.dtype in _DTYPES:
                 needed = math.prod(entry.shape) * np.dtype(_DTYPES[entry.dtype]).itemsize

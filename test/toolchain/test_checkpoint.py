@@ -137,6 +137,24 @@ def test_a_truncated_shard_is_named_wherever_it_ends(copy: Path, keep: float) ->
         open_checkpoint(copy)
 
 
+def test_damaged_header_bytes_never_end_in_another_error(sharded: Path, tmp_path: Path) -> None:
+    data = sorted(sharded.glob("*.safetensors"))[0].read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    generator = np.random.default_rng(0)
+    bad = tmp_path / "bad.safetensors"
+    for _ in range(300):
+        changed = bytearray(data)
+        for position in generator.integers(0, length, 3):
+            changed[position] = generator.integers(32, 127)
+        bad.write_bytes(changed)
+        try:
+            file = SafetensorsFile(bad)
+            for name in file.names():
+                file.read_rows(name, 0, file.shape(name)[0] if file.shape(name) else 1)
+        except CheckpointError:
+            pass
+
+
 def test_a_header_whose_shape_and_bytes_disagree_is_refused(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 16]}}).encode()
     path = tmp_path / "model.safetensors"

@@ -130,7 +130,7 @@ def test_metadata_of_another_decoder_is_refused_by_name(key: str, tmp_path: Path
 
 
 def test_an_unknown_rope_setting_is_refused_by_name(tmp_path: Path) -> None:
-    _write(tmp_path / "model.gguf", {}, **{"llama.rope.scaling.attn_factor": 2, "llama.rope.scaling.factor": 2,
+    _write(tmp_path / "model.gguf", {}, **{"llama.attention.key_length": 16, "llama.rope.scaling.attn_factor": 2, "llama.rope.scaling.factor": 2,
                                            "llama.rope.scaling.type": "yarn"})  # fmt: skip
     with pytest.raises(CheckpointError, match=r"rope\.scaling\.attn_factor beside yarn"):
         open_checkpoint(tmp_path / "model.gguf")

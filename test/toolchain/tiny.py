@@ -89,7 +89,7 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.pre_tokenizer = byte_level  # so that numbers merge, which only the split below prevents
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - 5 - len(USER_DEFINED),
@@ -97,7 +97,8 @@ def make_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    tokenizer.train_from_iterator([*TEXTS, *TEXTS, *["x 12 2024"] * 9], trainer)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in USER_DEFINED])
     return tokenizer
 

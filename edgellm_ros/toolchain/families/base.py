@@ -15,6 +15,8 @@ from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.config_values import flag, positive_float, positive_int
 from edgellm_ros.toolchain.rope import read_rope
 
+_MAX_LAYERS = 4096  # beyond any model; a damaged file's number would fill the memory with names
+
 
 class Family(abc.ABC):
     """A group of models with the same decoder; stateless."""
@@ -30,7 +32,7 @@ class Family(abc.ABC):
         """The decoder that `config` describes; `name` is for people. Raises CheckpointError for what cannot be."""
         activation = config.get("hidden_act") or "silu"
         if activation not in ("silu", "swish"):
-            raise CheckpointError(f"config.json: hidden_act is {activation!r}; the {self.name} family has silu")
+            raise CheckpointError(f"the configuration's hidden_act is {activation!r}; the {self.name} family has silu")
         hidden_size = positive_int(config, "hidden_size")
         num_heads = positive_int(config, "num_attention_heads")
         num_kv_heads = positive_int(config, "num_key_value_heads", self.default_kv_heads(num_heads))
@@ -41,12 +43,15 @@ class Family(abc.ABC):
             raise CheckpointError(f"head_dim is {head_dim}; rotary position embedding needs an even one")
         max_context = positive_int(config, "max_position_embeddings")
         rope_theta, rope_scaling = read_rope(config, max_context)
-        windows = self.sliding_windows(config, positive_int(config, "num_hidden_layers"))
+        num_layers = positive_int(config, "num_hidden_layers")
+        if num_layers > _MAX_LAYERS:
+            raise CheckpointError(f"the configuration's num_hidden_layers is {num_layers}; the limit is {_MAX_LAYERS}")
+        windows = self.sliding_windows(config, num_layers)
         windows = tuple(w if w < max_context else 0 for w in windows)  # a longer window hides nothing
         return ModelSpec(
             family=self.name,
             name=name,
-            num_layers=positive_int(config, "num_hidden_layers"),
+            num_layers=num_layers,
             hidden_size=hidden_size,
             intermediate_size=positive_int(config, "intermediate_size"),
             num_heads=num_heads,
@@ -114,10 +119,11 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
     """Windows by `layer_types`, or for the layers from `max_window_layers` on, where `use_sliding_window` is true."""
     types = config.get("layer_types")
     if types is not None:
+        found = f"layer_types has {len(types)} entries"
         unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
         if unknown or len(types) != num_layers:
             raise CheckpointError(
-                f"config.json: layer_types has {len(types)} entries and {', '.join(unknown) or 'no unknown kinds'}; "
+                f"the configuration's {found} and {', '.join(unknown) or 'no unknown kinds'}; "
                 f"it must have {num_layers} of full_attention and sliding_attention"
             )
     if not flag(config, "use_sliding_window", False) or config.get("sliding_window") is None:
