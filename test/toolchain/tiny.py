@@ -97,7 +97,7 @@ def make_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*TEXTS, *TEXTS, *["x 12 2024"] * 9], trainer)
+    tokenizer.train_from_iterator([*TEXTS, *TEXTS, *["x12 y2024"] * 9], trainer)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in USER_DEFINED])
     return tokenizer
