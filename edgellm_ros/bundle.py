@@ -240,8 +240,18 @@ class Bundle:
             raise BundleError(f"{root} has no readable {MANIFEST}: {error}; it is not a bundle, or not a whole one") from error
         manifest = Manifest.from_json(text)
         for name, entry in manifest.files.items():
-            _check_file(root, name, entry, verify)
-        return cls(root, manifest)
+            _check_file(root, name, entry)
+        bundle = cls(root, manifest)
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with the manifest's; raises BundleError that names the one which was changed."""
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if hash_file(path).sha256 != entry.sha256:
+                raise BundleError(f"{path} was changed: its sha256 is not the manifest's; copy the whole bundle again")
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists; raises BundleError otherwise."""
@@ -271,7 +281,7 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, digest.hexdigest())
 
 
-def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
+def _check_file(root: Path, name: str, entry: FileEntry) -> None:
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise BundleError(f"{root}/{MANIFEST} lists {name!r}, which is outside the bundle")
@@ -281,8 +291,6 @@ def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
     if size != entry.size:
         what = "truncated" if size < entry.size else "changed"
         raise BundleError(f"{path} is {what}: {size} bytes instead of {entry.size}; copy the whole bundle again")
-    if verify and hash_file(path).sha256 != entry.sha256:
-        raise BundleError(f"{path} was changed: its sha256 is not the manifest's; copy the whole bundle again")
 
 
 def _from_plain(hint: Any, value: Any, where: str) -> Any:

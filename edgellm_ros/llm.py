@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from edgellm_ros import executors
 from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, Delta, Request
@@ -67,13 +69,20 @@ class LLM:
         """
         started = time.monotonic()
         config = EngineConfig() if config is None else config
+        verify = config.verify_files and not isinstance(bundle, Bundle)
         try:
             if not isinstance(bundle, Bundle):
-                bundle = Bundle.open(bundle, verify=config.verify_files)
-            if executor is None:
-                from edgellm_ros.executors import create_executor
-
-                executor = create_executor(bundle, config)
+                bundle = Bundle.open(bundle, verify=False)
+            # Hashing takes as long as loading, on another core; nothing is served before it is done, and what it finds
+            # explains whatever loading stumbles over.
+            with ThreadPoolExecutor(1, "edgellm-verify") as pool:
+                verified = pool.submit(bundle.verify) if verify else None
+                try:
+                    if executor is None:
+                        executor = executors.create_executor(bundle, config)
+                finally:
+                    if verified is not None:
+                        verified.result()
             llm = cls(bundle, config, executor, Path(pinned_dir) if pinned_dir is not None else None)
         except BaseException:
             if executor is not None:
