@@ -1,0 +1,41 @@
+// y = W x for 1 to 16 tokens: the decode step's matrix products, each with its prologue and epilogue fused.
+#pragma once
+
+#include "edgellm/kernels/types.hpp"
+
+namespace edgellm::kernels {
+
+constexpr int kMaxGemvTokens = 16;
+
+enum class Epilogue : int {
+  store_f32 = 0,   // out_f32 = y
+  store_bf16 = 1,  // out_bf16 = y
+  residual = 2,    // out_f32 += y, out_bf16 = its copy
+  swiglu = 3,      // out_bf16 (num_tokens, rows / 2) = silu(y[:rows / 2]) * y[rows / 2:]; int4: packed with gate_up
+  logits = 4,      // out_f32 = y, and block_max: one packed maximum a token and block of rows
+};
+
+struct GemvArgs {
+  WeightView weight;                     // (rows, cols)
+  const __nv_bfloat16* x = nullptr;      // (num_tokens, cols)
+  int num_tokens = 1;                    // 1 to kMaxGemvTokens
+  const __nv_bfloat16* gain = nullptr;   // (cols) RMSNorm of x first, or null: none
+  float norm_eps = 1e-6f;
+  const float* bias = nullptr;           // (rows), or null
+  Epilogue epilogue = Epilogue::store_f32;
+  float* out_f32 = nullptr;              // (num_tokens, rows)
+  __nv_bfloat16* out_bf16 = nullptr;     // (num_tokens, rows) or (num_tokens, rows / 2)
+  unsigned long long* block_max = nullptr;  // (num_tokens, gemv_num_blocks), or null; see sampling.hpp
+  int tile = -1;                         // a tile configuration below gemv_num_tiles(args), or -1: by shape
+};
+
+void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl);
+
+// Blocks of rows that gemv_async(args) uses: the row length of block_max. At most gemv_max_blocks(rows).
+int gemv_num_blocks(const GemvArgs& args);
+constexpr int gemv_max_blocks(int rows) { return (rows + 1) / 2; }
+
+// Tile configurations that fit the format, cols and num_tokens of `args`; the fastest differs with the shape and GPU.
+int gemv_num_tiles(const GemvArgs& args);
+
+}  // namespace edgellm::kernels
