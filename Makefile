@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. They make what they need in .venv, .cache, build and install, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.PHONY: help demo test lint bench clean setup-demo setup-test
+PYTHON ?= python3
+ENV := . tools/env.sh
+
+help:  ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: setup-demo  ## export SmolLM2-135M, start the node, and stream a chat answer over ROS 2 (PROMPT="...")
+	@$(ENV)
+	bundle=$$(python tools/export_smollm2.py)
+	python tools/demo.py --bundle "$$bundle" $(if $(PROMPT),--prompt "$(PROMPT)")
+
+test: lint  ## set up everything and run all checks and tests (PYTEST_ARGS="-k name")
+	@$(ENV)
+	python -m pytest $(PYTEST_ARGS)
+
+lint: setup-test  ## ruff, mypy, import-linter, clang-format
+	@$(ENV)
+	echo "-- ruff"; ruff check .
+	echo "-- mypy"; mypy
+	echo "-- import-linter"; lint-imports
+	files=$$(git ls-files -- 'native/*.cpp' 'native/*.hpp' 'native/*.cu' 'native/*.cuh')
+	if [ -n "$$files" ]; then echo "-- clang-format"; clang-format --dry-run -Werror $$files; fi
+
+bench: setup-test  ## measure against llama.cpp and print the README's tables
+	@$(ENV)
+	python bench/compare_llama_cpp.py
+
+clean:  ## remove everything that was made, .venv and .cache too
+	rm -rf .venv .cache build install log dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+setup-demo:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
+	$(PYTHON) tools/setup_env.py demo
+
+setup-test:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
+	$(PYTHON) tools/setup_env.py test

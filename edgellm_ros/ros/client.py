@@ -1,0 +1,286 @@
+"""A client for planners and scripts: `for delta in llm.chat("hello"): ...`, with cancel, results and errors in Python.
+
+It has a node and a thread of its own, so it works alone and inside the callbacks of any other node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import rclpy
+from builtin_interfaces.msg import Duration
+from rclpy.action import ActionClient
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+
+from edgellm_ros import errors
+from edgellm_ros.action import Chat
+from edgellm_ros.errors import EdgeLLMError, RequestError, UnavailableError
+from edgellm_ros.msg import ChatMessage, Sampling, Tool
+from edgellm_ros.srv import ResetSession, Tokenize
+
+_LOST_AFTER_S = 3.0
+_SAMPLING = tuple(Sampling.get_fields_and_field_types())
+_counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """A whole answer. finish_reason is stop, length, cancelled or deadline; usage is the message Usage."""
+
+    text: str
+    reasoning: str
+    finish_reason: str
+    usage: Any
+
+
+class ChatStream:
+    """One running goal: iterate over the answer's text as it comes, `cancel` it, or wait for its `result`.
+
+    Used in a `with`, it is cancelled when the block is left early. Text that feedback lost is made up for at the end,
+    from the result. Raises the error that the node ended the goal with, as the exception of edgellm_ros.errors.
+    """
+
+    def __init__(self, client: ActionClient, goal: Any) -> None:
+        """Send the goal."""
+        self._client = client
+        self._items: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty text only wakes the reader
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._handle: Any = None
+        self._cancel = False
+        self._num_received = 0  # characters
+        self._result: ChatResult | None = None
+        self._error: Exception | None = None
+        self.sent_at = time.monotonic()
+        self.first_delta_s: float | None = None  # from sending the goal to its first text
+        self.state = Chat.Feedback.STATE_QUEUED
+        client.send_goal_async(goal, self._on_feedback).add_done_callback(self._on_accepted)
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                text = self._items.get(timeout=None if self._done.is_set() else 1.0)
+            except queue.Empty:
+                self._check_node()
+                continue
+            if text:
+                yield text
+            if self._done.is_set() and self._items.empty():
+                break
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Ask the node to stop; the result is what was generated so far, with finish_reason cancelled."""
+        with self._lock:
+            self._cancel = True
+            handle = self._handle
+        if handle is not None and not self._done.is_set():
+            handle.cancel_goal_async()
+
+    def result(self, timeout_s: float | None = None) -> ChatResult:
+        """Wait for the end; raises the goal's error, and TimeoutError (the goal goes on) after `timeout_s`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._done.wait(1.0 if deadline is None else max(0.0, min(1.0, deadline - time.monotonic()))):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"no result within {timeout_s} s")
+            self._check_node()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self._done.is_set()
+
+    def __enter__(self) -> ChatStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def _on_feedback(self, message: Any) -> None:
+        feedback = message.feedback
+        self.state = feedback.state
+        if feedback.delta and feedback.offset == self._num_received:
+            self._put(feedback.delta)
+
+    def _put(self, text: str) -> None:
+        if self.first_delta_s is None:
+            self.first_delta_s = time.monotonic() - self.sent_at
+        self._num_received += len(text)
+        self._items.put(text)
+
+    def _on_accepted(self, future: Any) -> None:
+        handle = future.result()
+        if handle is None or not handle.accepted:
+            self._end(error=UnavailableError("the node rejected the goal"))
+            return
+        with self._lock:
+            self._handle = handle
+            cancel = self._cancel
+        handle.get_result_async().add_done_callback(self._on_result)
+        if cancel:
+            handle.cancel_goal_async()
+
+    def _on_result(self, future: Any) -> None:
+        response = future.result()
+        result = None if response is None else response.result
+        if result is None or not (result.finish_reason or result.error_code):
+            self._end(error=UnavailableError("the node has no result of this goal"))
+        elif result.error_code:
+            self._end(error=error_from_code(result.error_code, result.error_msg))
+        else:
+            text = result.message.content
+            if len(text) > self._num_received:
+                self._put(text[self._num_received :])
+            self._end(ChatResult(text, result.message.reasoning, result.finish_reason, result.usage))
+
+    def _end(self, result: ChatResult | None = None, error: Exception | None = None) -> None:
+        self._result, self._error = result, error
+        self._done.set()
+        self._items.put("")
+
+    def _check_node(self) -> None:
+        """End the goal when its node has been gone for a while."""
+        if self._done.is_set() or self._client.wait_for_server(_LOST_AFTER_S):
+            return
+        self._end(error=UnavailableError("the node is gone"))
+
+
+class LLMClient:
+    """Talks to one llm node. Close it, or use it in a `with`; all methods are thread-safe."""
+
+    def __init__(self, node_name: str = "llm", *, node: Node | None = None, timeout_s: float = 30.0) -> None:
+        """Connect to the node `node_name`, with namespace if it has one; waits for it up to `timeout_s`.
+
+        `node` is the caller's own node, if any: the client then shares its context and namespace. Raises
+        UnavailableError when no such node appears.
+        """
+        self._owns_context = node is None and not rclpy.ok()
+        if self._owns_context:
+            rclpy.init()
+        context = node.context if node is not None else rclpy.get_default_context()
+        namespace = node.get_namespace() if node is not None else ""
+        name = f"llm_client_{time.time_ns() % 10**9}_{next(_counter)}"
+        self._node = rclpy.create_node(name, context=context, namespace=namespace, use_global_arguments=False)
+        self._chat = ActionClient(self._node, Chat, f"{node_name}/chat")
+        self._tokenize = self._node.create_client(Tokenize, f"{node_name}/tokenize")
+        self._reset = self._node.create_client(ResetSession, f"{node_name}/reset_session")
+        self._executor = SingleThreadedExecutor(context=context)
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._spin, name="llm-client", daemon=True)
+        self._thread.start()
+        self._streams: list[ChatStream] = []
+        if not self._chat.wait_for_server(timeout_s):
+            self.close()
+            raise UnavailableError(f"no node {node_name!r} with an action chat appeared within {timeout_s} s")
+
+    def chat(self, prompt: str | Sequence[Any] = "", **options: Any) -> ChatStream:
+        """Send a goal and return its stream.
+
+        `prompt` is the user's text, or the conversation as ChatMessage messages or (role, content) pairs. `options` are
+        fields of the goal (session_id, priority, tools, raw_prompt, thinking, ...; deadline in seconds) and of Sampling
+        (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist.
+        """
+        stream = ChatStream(self._chat, make_goal(prompt, **options))
+        self._streams = [s for s in self._streams if not s.done] + [stream]
+        return stream
+
+    def generate(self, prompt: str | Sequence[Any] = "", timeout_s: float | None = None, **options: Any) -> ChatResult:
+        """The whole answer; takes what `chat` does. A goal that exceeds `timeout_s` is cancelled."""
+        with self.chat(prompt, **options) as stream:
+            return stream.result(timeout_s)
+
+    def cancel(self) -> None:
+        """Cancel every goal that this client has running."""
+        for stream in list(self._streams):
+            if not stream.done:
+                stream.cancel()
+
+    def tokenize(self, text: str, add_special: bool = False, timeout_s: float = 10.0) -> list[int]:
+        """Token ids of a text."""
+        response = self._call(self._tokenize, Tokenize.Request(text=text, add_special=add_special), timeout_s)
+        return [int(token) for token in response.token_ids]
+
+    def reset_session(self, session_id: str, timeout_s: float = 10.0) -> bool:
+        """Forget what is resident of a conversation; False when there was nothing."""
+        return bool(self._call(self._reset, ResetSession.Request(session_id=session_id), timeout_s).existed)
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        self.cancel()
+        deadline = time.monotonic() + 1.0
+        while any(not stream.done for stream in self._streams) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._executor.shutdown()
+        self._thread.join(timeout=5.0)
+        self._chat.destroy()
+        self._node.destroy_node()
+        if self._owns_context:
+            rclpy.try_shutdown()
+
+    def __enter__(self) -> LLMClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _spin(self) -> None:
+        try:
+            self._executor.spin()
+        except ExternalShutdownException:
+            pass
+
+    def _call(self, client: Any, request: Any, timeout_s: float) -> Any:
+        answered = threading.Event()
+        future = client.call_async(request)
+        future.add_done_callback(lambda _: answered.set())
+        if not answered.wait(timeout_s):
+            client.remove_pending_request(future)
+            raise TimeoutError(f"no response from {client.srv_name} within {timeout_s} s")
+        response = future.result()
+        if response.error_code:
+            raise error_from_code(response.error_code, response.error_msg)
+        return response
+
+
+def make_goal(prompt: str | Sequence[Any] = "", **options: Any) -> Any:
+    """A Chat goal of keyword options; see `LLMClient.chat`."""
+    goal = Chat.Goal()
+    if isinstance(prompt, str):
+        goal.prompt = prompt
+    else:
+        goal.messages = [m if isinstance(m, ChatMessage) else ChatMessage(role=m[0], content=m[1]) for m in prompt]
+    fields = Chat.Goal.get_fields_and_field_types()
+    for name, value in options.items():
+        if name == "deadline" and isinstance(value, (int, float)):
+            goal.deadline = Duration(sec=int(value), nanosec=round(value % 1 * 1e9))
+        elif name == "tools":
+            goal.tools = [tool if isinstance(tool, Tool) else Tool(**tool) for tool in value]
+        elif name in _SAMPLING:
+            kind = type(getattr(goal.sampling, name))
+            setattr(goal.sampling, name, [value] if name == "stop" and isinstance(value, str) else kind(value))
+        elif name in fields:
+            setattr(goal, name, value)
+        else:
+            known = ", ".join(sorted({*fields, *_SAMPLING}))
+            raise RequestError(f"unknown option {name!r}; known are {known}")
+    return goal
+
+
+def error_from_code(code: int, message: str) -> EdgeLLMError:
+    """The exception that an error_code stands for."""
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, EdgeLLMError)]
+    kind = next((c for c in classes if c.code == code), EdgeLLMError)
+    return kind(message)

