@@ -1,0 +1,67 @@
+// What a decoder is and how much it may hold, and from that every byte of device memory that it will use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "edgellm/arena.hpp"
+#include "edgellm/kernels/types.hpp"
+
+namespace edgellm {
+
+struct DecoderConfig {
+  int num_layers = 0;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  int vocab_size = 0;
+  int num_positions = 0;  // rows of the rope tables
+  float rms_norm_eps = 1e-5F;
+  float embed_scale = 1.0F;
+  bool qk_norm = false;
+  bool tied_head = false;            // the head is the embedding table itself
+  std::vector<int> sliding_windows;  // one a layer, 0 is none; empty when no layer has one
+
+  kernels::WeightFormat layer_format = kernels::WeightFormat::bf16;
+  kernels::WeightFormat head_format = kernels::WeightFormat::bf16;
+  kernels::WeightFormat embedding_format = kernels::WeightFormat::bf16;  // bf16 or int8
+  int group_size = 0;
+  std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
+
+  int num_slots = 1;
+  int capacity = 0;     // tokens a slot holds
+  int max_tokens = 0;   // of one prefill chunk; longer steps are cut
+  int min_gemm_tokens = 2;  // shorter steps run through the decode kernels, whose rounding is another
+  bool pdl = true;      // programmatic dependent launch, where the GPU has it
+
+  int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+  int q_width() const { return num_heads * head_dim; }
+  bool has_bias(const std::string& stem) const;
+  int window(int layer) const;
+  std::size_t kv_bytes_per_token() const;
+  // Throws std::invalid_argument that names what the kernels cannot do.
+  void check() const;
+};
+
+constexpr int kMaxBatch = 8;          // sequences that one decode step computes
+constexpr int kMaxLogitRows = 16;     // that one product with the head computes
+constexpr int kHistoryLength = 256;   // steps that the device may be ahead of the host
+constexpr std::size_t kGraphBytes = std::size_t{64} << 20;  // what the driver may take for the captured graphs
+
+// One linear layer: where it is in a decoder and what shape it has. `stem` is its stored name without the layer.
+struct LinearShape {
+  const char* stem;
+  int rows;
+  int cols;
+};
+std::vector<LinearShape> layer_linears(const DecoderConfig& config);
+
+// Rows of a quantised weight that are dequantised at once for prefill.
+int dequantised_rows(int rows, int cols);
+
+// Names: stored tensor names for weights; "kv", and the names that decoder.cpp uses for its buffers.
+MemoryPlan plan_memory(const DecoderConfig& config);
+
+}  // namespace edgellm

@@ -1,0 +1,70 @@
+// A decoder's weights on the device: filled once from the bundle's tensors, then read by the kernels as views.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "edgellm/arena.hpp"
+#include "edgellm/decoder_config.hpp"
+#include "edgellm/tensor.hpp"
+
+namespace edgellm {
+
+struct LinearView {
+  kernels::WeightView weight;
+  const float* bias = nullptr;
+};
+
+struct LayerWeights {
+  LinearView qkv;
+  LinearView o;
+  LinearView gate_up;
+  LinearView down;
+  const __nv_bfloat16* input_norm = nullptr;  // (hidden)
+  const __nv_bfloat16* post_norm = nullptr;   // (hidden)
+  kernels::RopeTables rope;
+};
+
+// A tensor in host memory, as the file has it.
+struct HostTensor {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Shape shape;
+};
+
+// Views into an arena that must outlive this.
+class Weights {
+ public:
+  Weights(const Arena& arena, const DecoderConfig& config);
+
+  // Uploads a linear layer's or the embedding's weight by its stored stem ("layers.0.attn.qkv", "embed"), turning it
+  // into the format that the configuration names: fp32 and fp16 to bf16 or fp8; int8 stays; int4 is repacked.
+  // scale: (rows, cols / group) fp16 for int8 and int4, else null.
+  // Throws std::invalid_argument for a dtype or shape that is not the plan's. Waits for the stream.
+  void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale, cudaStream_t stream);
+  // Uploads a norm's gain, a bias or a rope table (fp32) by its stored name. Waits for the stream.
+  void load_vector(const std::string& name, const HostTensor& values, cudaStream_t stream);
+  // Names that were planned but never loaded.
+  std::vector<std::string> missing() const;
+
+  const LayerWeights& layer(int index) const { return layers_[static_cast<std::size_t>(index)]; }
+  const kernels::WeightView& embedding() const { return embedding_; }
+  const kernels::WeightView& head() const { return head_; }
+  const __nv_bfloat16* final_norm() const { return final_norm_; }
+
+ private:
+  kernels::WeightView view(const std::string& stem, int rows, int cols, kernels::WeightFormat format) const;
+  kernels::WeightView& find(const std::string& stem);
+  void load_floats(const HostTensor& host, void* to, std::size_t count, cudaStream_t stream);
+  void load_fp8(const kernels::WeightView& weight, const HostTensor& host, cudaStream_t stream);
+
+  const Arena& arena_;
+  const DecoderConfig& config_;
+  std::vector<LayerWeights> layers_;
+  kernels::WeightView embedding_;
+  kernels::WeightView head_;
+  const __nv_bfloat16* final_norm_ = nullptr;
+  std::vector<std::string> loaded_;
+};
+
+}  // namespace edgellm

@@ -1,0 +1,178 @@
+#include "edgellm/decoder_config.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "edgellm/cublaslt.hpp"
+#include "edgellm/kernels/attention_decode.hpp"
+#include "edgellm/kernels/gemv.hpp"
+#include "edgellm/kernels/quantized.hpp"
+
+namespace edgellm {
+namespace {
+
+using kernels::WeightFormat;
+
+// Dequantising and multiplying in parts of this size keeps most of a part in the L2 cache of a large GPU.
+constexpr std::size_t kDequantisedBytes = std::size_t{64} << 20;
+constexpr std::size_t kStagingBytes = std::size_t{32} << 20;  // weights on their way to another format
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, WeightFormat format, int group) {
+  const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
+  switch (format) {
+    case WeightFormat::bf16:
+    case WeightFormat::fp16:
+      plan.add("weights", name + ".weight", count * 2);
+      break;
+    case WeightFormat::fp8:
+      plan.add("weights", name + ".weight", count);
+      plan.add("weights", name + ".scale", static_cast<std::size_t>(rows) * sizeof(float));
+      break;
+    case WeightFormat::int8:
+      plan.add("weights", name + ".weight", count);
+      plan.add("weights", name + ".scale", count / static_cast<std::size_t>(group) * 2);
+      break;
+    case WeightFormat::int4:
+      plan.add("weights", name + ".weight", kernels::int4_packed_data_bytes(rows, cols));
+      plan.add("weights", name + ".scale", kernels::int4_packed_scales_bytes(rows, cols, group));
+      break;
+  }
+}
+
+// Scratch that loading and prefill share: a quantised weight as the file has it, or its dequantised part.
+std::size_t scratch_bytes(const DecoderConfig& config) {
+  std::size_t bytes = kStagingBytes;
+  auto consider = [&](int rows, int cols, WeightFormat format) {
+    const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
+    if (format == WeightFormat::int4) {
+      const std::size_t scales = count / static_cast<std::size_t>(config.group_size) * 2;
+      bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
+    }
+    if (format != WeightFormat::bf16) {
+      bytes = std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
+    }
+  };
+  for (const LinearShape& linear : layer_linears(config)) consider(linear.rows, linear.cols, config.layer_format);
+  if (config.head_format == WeightFormat::int4) consider(config.vocab_size, config.hidden_size, WeightFormat::int4);
+  return bytes;
+}
+
+}  // namespace
+
+bool DecoderConfig::has_bias(const std::string& stem) const {
+  return std::find(biases.begin(), biases.end(), stem) != biases.end();
+}
+
+int DecoderConfig::window(int layer) const {
+  return sliding_windows.empty() ? 0 : sliding_windows[static_cast<std::size_t>(layer)];
+}
+
+std::size_t DecoderConfig::kv_bytes_per_token() const {
+  return std::size_t{2} * static_cast<std::size_t>(num_layers * num_kv_heads * head_dim) * sizeof(__nv_bfloat16);
+}
+
+void DecoderConfig::check() const {
+  require(num_layers > 0 && hidden_size > 0 && intermediate_size > 0 && vocab_size > 0, "a size of the model is zero");
+  require(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
+          std::to_string(num_heads) + " heads do not divide into " + std::to_string(num_kv_heads) + " groups");
+  require(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128,
+          "head_dim is " + std::to_string(head_dim) + "; the kernels take 64, 80, 96 and 128");
+  for (const int width : {hidden_size, intermediate_size, q_width()}) {
+    require(width % 16 == 0, "a layer is " + std::to_string(width) + " wide; the kernels take multiples of 16");
+  }
+  const bool grouped = layer_format == WeightFormat::int8 || layer_format == WeightFormat::int4 ||
+                       head_format == WeightFormat::int8 || head_format == WeightFormat::int4 ||
+                       embedding_format == WeightFormat::int8;
+  require(!grouped || group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
+          "weights are quantised in groups of " + std::to_string(group_size) + "; the kernels take 16, 32, 64 and 128");
+  require(embedding_format == WeightFormat::bf16 || embedding_format == WeightFormat::int8,
+          "the embedding must be bf16 or int8");
+  require(!tied_head || head_format == embedding_format, "a tied head has the embedding's format");
+  require(layer_format != WeightFormat::int4 || intermediate_size % 8 == 0, "int4 needs a multiple of 8 as MLP width");
+  require(sliding_windows.empty() || static_cast<int>(sliding_windows.size()) == num_layers,
+          "sliding_windows must have one entry a layer");
+  require(num_slots > 0 && capacity > 0 && capacity <= num_positions, "capacity must be 1 to num_positions");
+  require(max_tokens >= kernels::kMaxGemvTokens && min_gemm_tokens >= 2, "max_tokens is too small");
+}
+
+std::vector<LinearShape> layer_linears(const DecoderConfig& config) {
+  return {{"attn.qkv", config.qkv_width(), config.hidden_size},
+          {"attn.o", config.hidden_size, config.q_width()},
+          {"mlp.gate_up", 2 * config.intermediate_size, config.hidden_size},
+          {"mlp.down", config.hidden_size, config.intermediate_size}};
+}
+
+int dequantised_rows(int rows, int cols) {
+  const int most = static_cast<int>(kDequantisedBytes / (static_cast<std::size_t>(cols) * 2)) / 128 * 128;
+  const int parts = (rows + most - 1) / most;
+  const int even = (rows + parts - 1) / parts;  // parts of about the same size
+  return std::min((even + 127) / 128 * 128, rows);
+}
+
+MemoryPlan plan_memory(const DecoderConfig& config) {
+  config.check();
+  MemoryPlan plan;
+  const auto hidden = static_cast<std::size_t>(config.hidden_size);
+  const auto vocab = static_cast<std::size_t>(config.vocab_size);
+  const auto group = config.group_size;
+  plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.embedding_format, group);
+  if (!config.tied_head) plan_linear(plan, "head", config.vocab_size, config.hidden_size, config.head_format, group);
+  plan.add("weights", "final_norm.weight", hidden * 2);
+  const std::size_t rope = static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
+  plan.add("weights", "rope.cos", rope * sizeof(float));
+  plan.add("weights", "rope.sin", rope * sizeof(float));
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const std::string at = "layers." + std::to_string(layer) + ".";
+    for (const LinearShape& linear : layer_linears(config)) {
+      plan_linear(plan, at + linear.stem, linear.rows, linear.cols, config.layer_format, group);
+      if (config.has_bias(linear.stem)) {
+        plan.add("weights", at + linear.stem + ".bias", static_cast<std::size_t>(linear.rows) * sizeof(float));
+      }
+    }
+    for (const char* norm : {"input_norm", "post_norm"}) plan.add("weights", at + norm + ".weight", hidden * 2);
+    if (config.qk_norm) {
+      for (const char* norm : {"attn.q_norm", "attn.k_norm"}) {
+        plan.add("weights", at + norm + ".weight", static_cast<std::size_t>(config.head_dim) * 2);
+      }
+    }
+  }
+
+  plan.add("kv_cache", "kv",
+           static_cast<std::size_t>(config.num_slots) * static_cast<std::size_t>(config.capacity) *
+               config.kv_bytes_per_token());
+
+  const auto tokens = static_cast<std::size_t>(config.max_tokens);
+  const auto intermediate = static_cast<std::size_t>(config.intermediate_size);
+  const auto qkv = static_cast<std::size_t>(config.qkv_width());
+  const auto q = static_cast<std::size_t>(config.q_width());
+  plan.add("workspace", "residual", tokens * hidden * sizeof(float));
+  plan.add("workspace", "residual_bf16", tokens * hidden * 2);
+  plan.add("workspace", "normed", tokens * hidden * 2);
+  plan.add("workspace", "delta", tokens * hidden * 2);
+  plan.add("workspace", "qkv", std::max(tokens * qkv * 2, std::size_t{kMaxBatch} * qkv * sizeof(float)));
+  plan.add("workspace", "q", tokens * q * 2);
+  plan.add("workspace", "attended", tokens * q * 2);
+  plan.add("workspace", "gate_up", tokens * 2 * intermediate * 2);
+  plan.add("workspace", "activated", tokens * intermediate * 2);
+  plan.add("workspace", "gathered", std::size_t{kMaxLogitRows} * hidden * 2);
+  plan.add("workspace", "prefill_inputs", (3 * tokens + 4 + kMaxLogitRows) * sizeof(std::int32_t));
+  plan.add("workspace", "decode_inputs", std::size_t{3} * kMaxBatch * sizeof(std::int32_t));
+  plan.add("workspace", "step_count", sizeof(std::int32_t));
+  plan.add("workspace", "attention",
+           kernels::decode_attention_workspace_bytes(kMaxBatch, config.num_heads, config.head_dim));
+  plan.add("workspace", "scratch", scratch_bytes(config));
+  plan.add("workspace", "cublaslt", MatrixProducts::kWorkspaceBytes);
+  plan.add("logits", "logits", std::size_t{kMaxLogitRows} * vocab * sizeof(float));
+  plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
+  plan.add("logits", "block_max",
+           std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.vocab_size)) *
+               sizeof(unsigned long long));
+  plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * 64);
+  return plan;
+}
+
+}  // namespace edgellm

@@ -1,0 +1,70 @@
+#include "edgellm/kv_cache.hpp"
+
+#include "edgellm/cuda_try.hpp"
+
+namespace edgellm {
+
+KvCache::KvCache(std::byte* data, const DecoderConfig& config)
+    : data_(data),
+      num_layers_(config.num_layers),
+      num_slots_(config.num_slots),
+      num_kv_heads_(config.num_kv_heads),
+      capacity_(config.capacity),
+      head_dim_(config.head_dim),
+      row_bytes_(static_cast<std::size_t>(config.head_dim) * sizeof(__nv_bfloat16)),
+      layer_bytes_(static_cast<std::size_t>(num_slots_ * 2 * num_kv_heads_) * static_cast<std::size_t>(capacity_) *
+                   row_bytes_),
+      bytes_per_token_(config.kv_bytes_per_token()) {}
+
+kernels::KvLayer KvCache::layer(int layer) const {
+  kernels::KvLayer view;
+  view.data = data_ + static_cast<std::size_t>(layer) * layer_bytes_;
+  view.format = kernels::KvFormat::bf16;
+  view.num_kv_heads = num_kv_heads_;
+  view.capacity = capacity_;
+  view.head_dim = head_dim_;
+  return view;
+}
+
+// A slot as a 3D array: a token prefix is contiguous within a head, heads are one pitch apart, layers one slice.
+cudaPitchedPtr KvCache::slot(int index) const {
+  const std::size_t pitch = static_cast<std::size_t>(capacity_) * row_bytes_;
+  std::byte* start = data_ + static_cast<std::size_t>(index * 2 * num_kv_heads_) * pitch;
+  return make_cudaPitchedPtr(start, pitch, pitch, static_cast<std::size_t>(num_slots_ * 2 * num_kv_heads_));
+}
+
+cudaPitchedPtr KvCache::prefix(std::byte* host, int length) const {
+  const std::size_t pitch = static_cast<std::size_t>(length) * row_bytes_;
+  return make_cudaPitchedPtr(host, pitch, pitch, static_cast<std::size_t>(2 * num_kv_heads_));
+}
+
+void KvCache::copy_async(cudaPitchedPtr from, cudaPitchedPtr to, int length, cudaMemcpyKind kind,
+                         cudaStream_t stream) const {
+  if (length == 0) return;
+  cudaMemcpy3DParms copy{};
+  copy.srcPtr = from;
+  copy.dstPtr = to;
+  copy.extent = make_cudaExtent(static_cast<std::size_t>(length) * row_bytes_,
+                                static_cast<std::size_t>(2 * num_kv_heads_), static_cast<std::size_t>(num_layers_));
+  copy.kind = kind;
+  EDGELLM_CUDA_TRY(cudaMemcpy3DAsync(&copy, stream));
+}
+
+void KvCache::copy_prefix_async(int source, int target, int length, cudaStream_t stream) const {
+  copy_async(slot(source), slot(target), length, cudaMemcpyDeviceToDevice, stream);
+}
+
+void KvCache::save_prefix_async(int slot_index, int length, std::byte* host, cudaStream_t stream) const {
+  copy_async(slot(slot_index), prefix(host, length), length, cudaMemcpyDeviceToHost, stream);
+}
+
+void KvCache::load_prefix_async(int slot_index, int length, const std::byte* host, cudaStream_t stream) const {
+  // CUDA's struct has one pointer type for both directions; the source is only read.
+  copy_async(prefix(const_cast<std::byte*>(host), length), slot(slot_index), length, cudaMemcpyHostToDevice, stream);
+}
+
+void KvCache::clear_async(cudaStream_t stream) const {
+  EDGELLM_CUDA_TRY(cudaMemsetAsync(data_, 0, static_cast<std::size_t>(num_layers_) * layer_bytes_, stream));
+}
+
+}  // namespace edgellm
