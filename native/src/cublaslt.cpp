@@ -11,25 +11,25 @@
 #include <dlfcn.h>
 
 #include <map>
-#include <tuple>
+#include <utility>
 
 namespace edgellm {
 namespace {
 
-#define EDGELLM_CUBLAS_FUNCTIONS(X)                                                                     \
-  X(cublasLtCreate)                                                                                     \
-  X(cublasLtDestroy)                                                                                    \
-  X(cublasLtMatmul)                                                                                     \
-  X(cublasLtMatmulDescCreate)                                                                           \
-  X(cublasLtMatmulDescDestroy)                                                                          \
-  X(cublasLtMatmulDescSetAttribute)                                                                     \
-  X(cublasLtMatrixLayoutCreate)                                                                         \
-  X(cublasLtMatrixLayoutDestroy)                                                                        \
-  X(cublasLtMatmulPreferenceCreate)                                                                     \
-  X(cublasLtMatmulPreferenceDestroy)                                                                    \
-  X(cublasLtMatmulPreferenceSetAttribute)                                                               \
-  X(cublasLtMatmulAlgoGetHeuristic)                                                                     \
-  X(cublasLtMatmulAlgoCheck)                                                                            \
+#define EDGELLM_CUBLAS_FUNCTIONS(X)       \
+  X(cublasLtCreate)                       \
+  X(cublasLtDestroy)                      \
+  X(cublasLtMatmul)                       \
+  X(cublasLtMatmulDescCreate)             \
+  X(cublasLtMatmulDescDestroy)            \
+  X(cublasLtMatmulDescSetAttribute)       \
+  X(cublasLtMatrixLayoutCreate)           \
+  X(cublasLtMatrixLayoutDestroy)          \
+  X(cublasLtMatmulPreferenceCreate)       \
+  X(cublasLtMatmulPreferenceDestroy)      \
+  X(cublasLtMatmulPreferenceSetAttribute) \
+  X(cublasLtMatmulAlgoGetHeuristic)       \
+  X(cublasLtMatmulAlgoCheck)              \
   X(cublasLtMatmulAlgoConfigGetAttribute)
 
 // The library, never unloaded: it keeps threads and device state of its own.
@@ -49,8 +49,8 @@ struct Library {
       reason = error != nullptr ? error : name + " cannot be loaded";
       return;
     }
-#define EDGELLM_LOAD(name)                                                \
-  name = reinterpret_cast<decltype(name)>(dlsym(handle, #name));          \
+#define EDGELLM_LOAD(name)                                       \
+  name = reinterpret_cast<decltype(name)>(dlsym(handle, #name)); \
   if (name == nullptr) reason = std::string("libcublasLt has no ") + #name;
     EDGELLM_CUBLAS_FUNCTIONS(EDGELLM_LOAD)
 #undef EDGELLM_LOAD
@@ -72,9 +72,9 @@ void check(cublasStatus_t status, const char* call, int line) {
 
 class Layout {
  public:
-  Layout(cudaDataType_t type, int rows, int columns) {  // column-major, dense
-    EDGELLM_CUBLAS_TRY(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<std::uint64_t>(rows),
-                                                  static_cast<std::uint64_t>(columns), rows));
+  Layout(int rows, int columns, int stride) {  // bf16, column-major
+    EDGELLM_CUBLAS_TRY(cublasLtMatrixLayoutCreate(&layout_, CUDA_R_16BF, static_cast<std::uint64_t>(rows),
+                                                  static_cast<std::uint64_t>(columns), stride));
   }
   ~Layout() { (void)library().cublasLtMatrixLayoutDestroy(layout_); }
   Layout(const Layout&) = delete;
@@ -88,7 +88,7 @@ class Layout {
 }  // namespace
 
 struct MatrixProducts::State {
-  using Key = std::tuple<int, int, bool>;
+  using Key = std::pair<int, int>;
 
   cublasLtHandle_t handle = nullptr;
   cublasLtMatmulDesc_t product = nullptr;
@@ -114,14 +114,14 @@ MatrixProducts::MatrixProducts(std::byte* workspace, int max_rows) : state_(std:
   EDGELLM_CUBLAS_TRY(cublasLtCreate(&state_->handle));
   EDGELLM_CUBLAS_TRY(cublasLtMatmulDescCreate(&state_->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
   const cublasOperation_t transpose = CUBLAS_OP_T;
-  EDGELLM_CUBLAS_TRY(cublasLtMatmulDescSetAttribute(state_->product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
-                                                    sizeof(transpose)));
+  EDGELLM_CUBLAS_TRY(
+      cublasLtMatmulDescSetAttribute(state_->product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)));
 }
 
 MatrixProducts::~MatrixProducts() = default;
 
-void MatrixProducts::prepare(int out_features, int in_features, bool fp32_output) {
-  const State::Key key{out_features, in_features, fp32_output};
+void MatrixProducts::prepare(int out_features, int in_features) {
+  const State::Key key{out_features, in_features};
   if (state_->algorithms.contains(key)) return;
   cublasLtMatmulPreference_t preference = nullptr;
   EDGELLM_CUBLAS_TRY(cublasLtMatmulPreferenceCreate(&preference));
@@ -134,11 +134,11 @@ void MatrixProducts::prepare(int out_features, int in_features, bool fp32_output
   const std::uint32_t no_reduction = CUBLASLT_REDUCTION_SCHEME_NONE;
   EDGELLM_CUBLAS_TRY(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                                                           &no_reduction, sizeof(no_reduction)));
-  const Layout weight(CUDA_R_16BF, in_features, out_features);
-  const Layout x(CUDA_R_16BF, in_features, state_->max_rows);
-  const Layout y(fp32_output ? CUDA_R_32F : CUDA_R_16BF, out_features, state_->max_rows);
-  const Layout few_x(CUDA_R_16BF, in_features, 2);
-  const Layout few_y(fp32_output ? CUDA_R_32F : CUDA_R_16BF, out_features, 2);
+  const Layout weight(in_features, out_features, in_features);
+  const Layout x(in_features, state_->max_rows, in_features);
+  const Layout y(out_features, state_->max_rows, out_features);
+  const Layout few_x(in_features, 2, in_features);
+  const Layout few_y(out_features, 2, out_features);
   cublasLtMatmulHeuristicResult_t results[16];
   int count = 0;
   EDGELLM_CUBLAS_TRY(cublasLtMatmulAlgoGetHeuristic(state_->handle, state_->product, weight.get(), x.get(), y.get(),
@@ -164,19 +164,18 @@ void MatrixProducts::prepare(int out_features, int in_features, bool fp32_output
 }
 
 void MatrixProducts::run_async(const void* x, const void* weight, void* y, int num_rows, int out_features,
-                               int in_features, bool fp32_output, bool add, cudaStream_t stream) {
-  const auto found = state_->algorithms.find(State::Key{out_features, in_features, fp32_output});
-  if (found == state_->algorithms.end() || num_rows > state_->max_rows || (add && !fp32_output)) {
+                               int in_features, int stride, cudaStream_t stream) {
+  const auto found = state_->algorithms.find(State::Key{out_features, in_features});
+  if (found == state_->algorithms.end() || num_rows > state_->max_rows) {
     throw std::logic_error("a product that was not prepared");
   }
-  const cudaDataType_t type = fp32_output ? CUDA_R_32F : CUDA_R_16BF;
-  const Layout weight_layout(CUDA_R_16BF, in_features, out_features);
-  const Layout x_layout(CUDA_R_16BF, in_features, num_rows);
-  const Layout y_layout(type, out_features, num_rows);
+  const Layout weight_layout(in_features, out_features, in_features);
+  const Layout x_layout(in_features, num_rows, in_features);
+  const Layout y_layout(out_features, num_rows, stride);
   const float one = 1.0F;
-  const float beta = add ? 1.0F : 0.0F;
+  const float zero = 0.0F;
   EDGELLM_CUBLAS_TRY(cublasLtMatmul(state_->handle, state_->product, &one, weight, weight_layout.get(), x,
-                                    x_layout.get(), &beta, y, y_layout.get(), y, y_layout.get(), &found->second,
+                                    x_layout.get(), &zero, y, y_layout.get(), y, y_layout.get(), &found->second,
                                     state_->workspace, kWorkspaceBytes, stream));
 }
 
@@ -194,9 +193,9 @@ MatrixProducts::MatrixProducts(std::byte*, int) { throw std::runtime_error(unava
 
 MatrixProducts::~MatrixProducts() = default;
 
-void MatrixProducts::prepare(int, int, bool) {}
+void MatrixProducts::prepare(int, int) {}
 
-void MatrixProducts::run_async(const void*, const void*, void*, int, int, int, bool, bool, cudaStream_t) {}
+void MatrixProducts::run_async(const void*, const void*, void*, int, int, int, int, cudaStream_t) {}
 
 }  // namespace edgellm
 

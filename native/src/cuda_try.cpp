@@ -8,8 +8,8 @@ namespace {
 
 std::string describe(cudaError_t code, const char* call, const char* file, int line) {
   const char* slash = std::strrchr(file, '/');
-  return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line) + ": " + call + " failed: " +
-         cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ")";
+  return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line) + ": " + call +
+         " failed: " + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ")";
 }
 
 }  // namespace

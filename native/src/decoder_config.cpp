@@ -53,7 +53,8 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
       bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
     }
     if (format != WeightFormat::bf16) {
-      bytes = std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
+      bytes =
+          std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
     }
   };
   for (const LinearShape& linear : layer_linears(config)) consider(linear.rows, linear.cols, config.layer_format);
@@ -122,7 +123,8 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.embedding_format, group);
   if (!config.tied_head) plan_linear(plan, "head", config.vocab_size, config.hidden_size, config.head_format, group);
   plan.add("weights", "final_norm.weight", hidden * 2);
-  const std::size_t rope = static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
+  const std::size_t rope =
+      static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
   plan.add("weights", "rope.cos", rope * sizeof(float));
   plan.add("weights", "rope.sin", rope * sizeof(float));
   for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -161,7 +163,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "gathered", std::size_t{kMaxLogitRows} * hidden * 2);
   plan.add("workspace", "prefill_inputs", (3 * tokens + 4 + kMaxLogitRows) * sizeof(std::int32_t));
   plan.add("workspace", "decode_inputs", std::size_t{3} * kMaxBatch * sizeof(std::int32_t));
-  plan.add("workspace", "step_count", sizeof(std::int32_t));
+  plan.add("workspace", "step_counts", std::size_t{kMaxBatch} * sizeof(std::int32_t));
   plan.add("workspace", "attention",
            kernels::decode_attention_workspace_bytes(kMaxBatch, config.num_heads, config.head_dim));
   plan.add("workspace", "scratch", scratch_bytes(config));

@@ -1,5 +1,7 @@
 #include "edgellm/kv_cache.hpp"
 
+#include <cuda_runtime.h>
+
 #include "edgellm/cuda_try.hpp"
 
 namespace edgellm {

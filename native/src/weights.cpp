@@ -109,7 +109,8 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
     case WeightFormat::int4: {
       expect(stem + ".weight", weight, DType::kUInt8, Shape{view.rows, view.cols / 2});
       auto* data = arena_.get<std::byte>("scratch");
-      const std::size_t aligned = (count / 2 + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+      const std::size_t aligned =
+          (count / 2 + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
       std::byte* scales = data + aligned;
       copy(data, weight.data, count / 2, stream);
       copy(scales, scale->data, count / static_cast<std::size_t>(view.group) * 2, stream);
@@ -198,11 +199,11 @@ void Weights::load_fp8(const WeightView& weight, const HostTensor& host, cudaStr
   const std::size_t element = size_of(host.dtype);
   auto* staging = arena_.get<std::byte>("scratch");
   const std::size_t row_bytes = cols * (element + sizeof(__nv_bfloat16));
-  const int most = static_cast<int>(
-      std::min((arena_.plan().size("scratch") - MemoryPlan::kAlignment) / row_bytes, static_cast<std::size_t>(weight.rows)));
+  const int most = static_cast<int>(std::min((arena_.plan().size("scratch") - MemoryPlan::kAlignment) / row_bytes,
+                                             static_cast<std::size_t>(weight.rows)));
   const std::size_t host_part = static_cast<std::size_t>(most) * cols * element;
-  auto* wide = reinterpret_cast<__nv_bfloat16*>(
-      staging + (host_part + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment);
+  auto* wide = reinterpret_cast<__nv_bfloat16*>(staging + (host_part + MemoryPlan::kAlignment - 1) /
+                                                              MemoryPlan::kAlignment * MemoryPlan::kAlignment);
   for (int start = 0; start < weight.rows; start += most) {
     const int rows = std::min(most, weight.rows - start);
     const std::size_t first = static_cast<std::size_t>(start) * cols;

@@ -26,12 +26,12 @@ class MatrixProducts {
   MatrixProducts& operator=(const MatrixProducts&) = delete;
 
   // Finds the algorithm of a weight shape; at load, because it takes time.
-  void prepare(int out_features, int in_features, bool fp32_output);
+  void prepare(int out_features, int in_features);
 
-  // x: (num_rows, in) bf16; weight: (out, in) bf16; y: (num_rows, out), fp32 or bf16, device, 16-byte aligned.
-  // add: y += the product instead of y = it (fp32_output only).
+  // x: (num_rows, in) bf16; weight: (out, in) bf16; y: (num_rows, out) bf16 whose rows are `stride` elements apart;
+  // device memory, 16-byte aligned.
   void run_async(const void* x, const void* weight, void* y, int num_rows, int out_features, int in_features,
-                 bool fp32_output, bool add, cudaStream_t stream);
+                 int stride, cudaStream_t stream);
 
  private:
   struct State;

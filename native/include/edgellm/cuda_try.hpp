@@ -26,18 +26,18 @@ void warn_cuda_error(cudaError_t code, const char* call, const char* file, int l
 
 }  // namespace edgellm
 
-#define EDGELLM_CUDA_TRY(call)                                                     \
-  do {                                                                             \
-    const cudaError_t edgellm_code_ = (call);                                      \
-    if (edgellm_code_ != cudaSuccess) {                                            \
-      ::edgellm::throw_cuda_error(edgellm_code_, #call, __FILE__, __LINE__);       \
-    }                                                                              \
+#define EDGELLM_CUDA_TRY(call)                                               \
+  do {                                                                       \
+    const cudaError_t edgellm_code_ = (call);                                \
+    if (edgellm_code_ != cudaSuccess) {                                      \
+      ::edgellm::throw_cuda_error(edgellm_code_, #call, __FILE__, __LINE__); \
+    }                                                                        \
   } while (false)
 
-#define EDGELLM_CUDA_WARN(call)                                                    \
-  do {                                                                             \
-    const cudaError_t edgellm_code_ = (call);                                      \
-    if (edgellm_code_ != cudaSuccess) {                                            \
-      ::edgellm::warn_cuda_error(edgellm_code_, #call, __FILE__, __LINE__);        \
-    }                                                                              \
+#define EDGELLM_CUDA_WARN(call)                                             \
+  do {                                                                      \
+    const cudaError_t edgellm_code_ = (call);                               \
+    if (edgellm_code_ != cudaSuccess) {                                     \
+      ::edgellm::warn_cuda_error(edgellm_code_, #call, __FILE__, __LINE__); \
+    }                                                                       \
   } while (false)

@@ -31,10 +31,10 @@ struct DecoderConfig {
   std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
 
   int num_slots = 1;
-  int capacity = 0;     // tokens a slot holds
-  int max_tokens = 0;   // of one prefill chunk; longer steps are cut
+  int capacity = 0;         // tokens a slot holds
+  int max_tokens = 0;       // of one prefill chunk; longer steps are cut
   int min_gemm_tokens = 2;  // shorter steps run through the decode kernels, whose rounding is another
-  bool pdl = true;      // programmatic dependent launch, where the GPU has it
+  bool pdl = true;          // programmatic dependent launch, where the GPU has it
 
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int q_width() const { return num_heads * head_dim; }
@@ -45,9 +45,9 @@ struct DecoderConfig {
   void check() const;
 };
 
-constexpr int kMaxBatch = 8;          // sequences that one decode step computes
-constexpr int kMaxLogitRows = 16;     // that one product with the head computes
-constexpr int kHistoryLength = 256;   // steps that the device may be ahead of the host
+constexpr int kMaxBatch = 8;                                // sequences that one decode step computes
+constexpr int kMaxLogitRows = 16;                           // that one product with the head computes
+constexpr int kHistoryLength = 256;                         // steps that the device may be ahead of the host
 constexpr std::size_t kGraphBytes = std::size_t{64} << 20;  // what the driver may take for the captured graphs
 
 // One linear layer: where it is in a decoder and what shape it has. `stem` is its stored name without the layer.

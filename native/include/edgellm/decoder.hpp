@@ -1,0 +1,152 @@
+// The decoder: single tokens through the fused kernels as one CUDA graph, many tokens through matrix products.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "edgellm/arena.hpp"
+#include "edgellm/cublaslt.hpp"
+#include "edgellm/decoder_config.hpp"
+#include "edgellm/graph.hpp"
+#include "edgellm/kernels/gemv.hpp"
+#include "edgellm/kernels/sampling.hpp"
+#include "edgellm/kv_cache.hpp"
+#include "edgellm/memory.hpp"
+#include "edgellm/stream.hpp"
+#include "edgellm/weights.hpp"
+
+namespace edgellm {
+
+// One sequence's share of a step (edgellm_ros/executors/base.py: SequenceStep).
+struct SequenceStep {
+  int slot = 0;
+  std::span<const std::int32_t> token_ids;
+  int position = 0;
+  int num_logits = 1;
+};
+
+// What ends a decode step.
+enum class StepTail : std::uint8_t {
+  kLogits,  // begins with the embedding of given tokens; logits for the host
+  kGreedy,  // begins where the last step ended; the most likely token is embedded for the next
+  kSample,  // the same with a drawn token
+};
+
+// Not thread-safe. After a CudaError it cannot be used any more: every call throws that error again.
+class Decoder {
+ public:
+  // Takes all device memory, as planned. Throws std::invalid_argument for what the kernels cannot do.
+  explicit Decoder(DecoderConfig config);
+  ~Decoder();
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
+
+  const DecoderConfig& config() const noexcept { return config_; }
+  const MemoryPlan& plan() const noexcept { return arena_.plan(); }
+  // Why prefill runs without cuBLASLt; empty when it has it.
+  const std::string& products_reason() const noexcept { return products_reason_; }
+
+  void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
+  void load_vector(const std::string& name, const HostTensor& values);
+  // Checks that every weight is there, runs every kind of step once and captures its graph.
+  void finish_load();
+
+  // Computes all sequences; returns how many rows of logits() are theirs, in the batch's order. Waits.
+  int step(std::span<const SequenceStep> batch);
+  // (num_logit_rows, vocab) fp32 in pinned host memory; the address changes only when a step needs more rows than any
+  // before it and than there are slots.
+  const float* logits() const noexcept { return host_logits_.as<float>(); }
+  int num_logit_rows() const noexcept { return num_logit_rows_; }
+
+  // The fast path: starts a run in which every sampled token feeds the next step on the device. rows: one a sequence,
+  // or empty for greedy. At most kMaxBatch sequences.
+  void start_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                 std::span<const std::int32_t> token_ids, std::span<const kernels::SamplingRow> rows);
+  // Launches one more step; never waits, except when the host is kHistoryLength steps behind.
+  void launch_run_step_async();
+  // Waits for the oldest step that was launched and not yet read, and returns its tokens (batch).
+  std::span<const std::int32_t> read_run_step();
+  // start_run, then num_steps steps, reading one behind: tokens[step * batch + sequence].
+  std::vector<std::int32_t> decode_tokens(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                                          std::span<const std::int32_t> token_ids, int num_steps,
+                                          std::span<const kernels::SamplingRow> rows);
+  // Milliseconds of each of `num_steps` greedy steps at the given state, measured on the device.
+  std::vector<float> time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                              std::span<const std::int32_t> token_ids, int num_steps,
+                              std::span<const kernels::SamplingRow> rows);
+
+  void copy_prefix(int source, int target, int length);
+  void save_prefix(int slot, int length, std::byte* host);
+  void load_prefix(int slot, int length, const std::byte* host);
+
+  // Tile configurations that a decode product (a linear layer's stem, or "head") can have at a batch size.
+  int num_tiles(const std::string& product, int batch) const;
+  // Chooses one, -1 for the kernel's own choice, and drops the graphs of that batch size; for tuning.
+  void set_tile(const std::string& product, int batch, int tile);
+  // Replays graphs (true) or launches the kernels one by one (false); for measuring.
+  void use_graphs(bool use) noexcept { use_graphs_ = use; }
+
+ private:
+  template <typename Body>
+  auto guarded(Body&& body);
+
+  kernels::GemvArgs gemv_args(const LinearView& linear, const char* product, int num_tokens) const;
+  // Records one step of `batch` sequences on the stream: what a graph captures.
+  void record_step_async(int batch, StepTail tail);
+  kernels::GemvArgs head_args(int num_rows, bool with_maximum) const;
+  int num_head_blocks(int batch) const;
+  void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
+  void run_step_async(int batch, StepTail tail);
+  const Graph& graph(int batch, StepTail tail);
+
+  void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
+  void prefill_async(const SequenceStep& item, int first_row);
+  void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
+                           int first_row);
+  void prefill_layer_async(int layer, int num_tokens, bool products);
+  void product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
+  void gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,
+                       int out_width, kernels::Epilogue epilogue);
+
+  // Room for `count` ints in the pinned inputs; waits for the stream when it is full.
+  std::int32_t* take_inputs(std::size_t count);
+  void reserve_logits(int num_rows);
+
+  DecoderConfig config_;
+  int num_sms_ = 0;
+  bool pdl_ = false;
+  int splits_ = 8;
+  Arena arena_;
+  Stream stream_;
+  Weights weights_;
+  KvCache cache_;
+  std::unique_ptr<MatrixProducts> products_;
+  std::string products_reason_;
+  std::map<std::pair<std::string, int>, int> tiles_;
+  std::map<std::pair<int, StepTail>, Graph> graphs_;
+  bool use_graphs_ = true;
+  bool ready_ = false;
+  std::string failure_;  // the CudaError after which nothing works any more
+
+  PinnedBuffer host_inputs_;
+  std::size_t inputs_used_ = 0;  // ints
+  PinnedBuffer host_logits_;
+  int num_logit_rows_ = 0;
+  PinnedBuffer host_history_;  // (batch, kHistoryLength), written by the device
+  PinnedBuffer host_sampling_rows_;
+  std::array<std::int32_t, kMaxBatch> run_tokens_{};  // of the step read last
+  std::vector<Event> run_events_;                     // one a history entry
+  int run_batch_ = 0;
+  StepTail run_tail_ = StepTail::kGreedy;
+  std::int64_t run_launched_ = 0;
+  std::int64_t run_read_ = 0;
+  std::int64_t run_limit_ = 0;  // steps until a slot is full
+};
+
+}  // namespace edgellm

@@ -1,0 +1,366 @@
+#include "edgellm/decoder.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "edgellm/cuda_try.hpp"
+#include "edgellm/kernels/attention_decode.hpp"
+#include "edgellm/kernels/embedding.hpp"
+#include "guarded.hpp"
+
+namespace edgellm {
+namespace {
+
+using kernels::Epilogue;
+using kernels::GemvArgs;
+
+// Up to here the eight blocks of one cluster read a sequence's keys fast enough; beyond, more blocks share it. One
+// number for all batches and lengths: the order of the sums, and with it the answer, must not depend on them.
+constexpr int kClusterCapacity = 4096;
+
+int attention_splits(const DecoderConfig& config, int num_sms) {
+  if (config.capacity <= kClusterCapacity) return 8;
+  return std::max(8, kernels::decode_attention_splits(1, config.num_kv_heads, config.capacity, num_sms));
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
+  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+}  // namespace
+
+Decoder::Decoder(DecoderConfig config)
+    : config_(std::move(config)),
+      num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
+      pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),
+      splits_(attention_splits(config_, num_sms_)),
+      arena_(plan_memory(config_)),
+      weights_(arena_, config_),
+      cache_(arena_.get<std::byte>("kv"), config_) {
+  // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
+  host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
+                               static_cast<std::size_t>(3 * (config_.num_slots + kMaxBatch))) *
+                              sizeof(std::int32_t));
+  host_history_ = PinnedBuffer(static_cast<std::size_t>(kHistoryLength * kMaxBatch) * sizeof(std::int32_t));
+  host_sampling_rows_ = PinnedBuffer(kMaxBatch * sizeof(kernels::SamplingRow));
+  reserve_logits(std::max(config_.num_slots, kMaxLogitRows));
+  for (int i = 0; i < kHistoryLength; ++i) run_events_.emplace_back();
+
+  products_reason_ = MatrixProducts::unavailable_reason();
+  if (products_reason_.empty()) {
+    products_ = std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens);
+    for (const LinearShape& linear : layer_linears(config_)) {
+      if (config_.layer_format == kernels::WeightFormat::bf16) {
+        products_->prepare(linear.rows, linear.cols);
+        continue;
+      }
+      const int part = dequantised_rows(linear.rows, linear.cols);
+      products_->prepare(part, linear.cols);
+      if (linear.rows % part != 0) products_->prepare(linear.rows % part, linear.cols);
+    }
+  }
+  // The attention kernel's counters must start at zero; the cache, so that unwritten positions are finite.
+  EDGELLM_CUDA_TRY(
+      cudaMemsetAsync(arena_.get<std::byte>("attention"), 0, arena_.plan().size("attention"), stream_.get()));
+  EDGELLM_CUDA_TRY(
+      cudaMemsetAsync(arena_.get<std::byte>("decode_inputs"), 0, arena_.plan().size("decode_inputs"), stream_.get()));
+  EDGELLM_CUDA_TRY(
+      cudaMemsetAsync(arena_.get<std::byte>("step_counts"), 0, arena_.plan().size("step_counts"), stream_.get()));
+  cache_.clear_async(stream_.get());
+  stream_.wait();
+}
+
+Decoder::~Decoder() {
+  // Kernels may still read the arena, which is about to go.
+  EDGELLM_CUDA_WARN(cudaStreamSynchronize(stream_.get()));
+}
+
+void Decoder::load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale) {
+  guarded([&] { weights_.load_linear(stem, weight, scale, stream_.get()); });
+}
+
+void Decoder::load_vector(const std::string& name, const HostTensor& values) {
+  guarded([&] { weights_.load_vector(name, values, stream_.get()); });
+}
+
+void Decoder::finish_load() {
+  const std::vector<std::string> missing = weights_.missing();
+  if (!missing.empty()) throw std::invalid_argument("never loaded: " + missing.front());
+  guarded([&] {
+    for (int batch = 1; batch <= std::min(config_.num_slots, kMaxBatch); ++batch) {
+      // Distinct slots: the warm-up writes keys there. Greedy only ever sees the row's default.
+      std::int32_t* inputs = take_inputs(3 * kMaxBatch);
+      std::fill_n(inputs, 3 * kMaxBatch, 0);
+      for (int i = 0; i < batch; ++i) inputs[2 * kMaxBatch + i] = i;
+      EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
+                                       3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
+      EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>("sampling_rows"), 0, arena_.plan().size("sampling_rows"),
+                                       stream_.get()));
+      for (const StepTail tail : {StepTail::kLogits, StepTail::kGreedy, StepTail::kSample}) {
+        // Once without a graph: CUDA loads a kernel's code at its first launch, which must not be inside a capture.
+        record_step_async(batch, tail);
+        stream_.wait();
+        (void)graph(batch, tail);
+      }
+    }
+    stream_.wait();
+    inputs_used_ = 0;
+  });
+  ready_ = true;
+}
+
+GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int num_tokens) const {
+  GemvArgs args;
+  args.weight = linear.weight;
+  args.bias = linear.bias;
+  args.num_tokens = num_tokens;
+  args.norm_eps = config_.rms_norm_eps;
+  const auto tile = tiles_.find({product, num_tokens});
+  if (tile != tiles_.end()) args.tile = tile->second;
+  return args;
+}
+
+void Decoder::record_step_async(int batch, StepTail tail) {
+  cudaStream_t stream = stream_.get();
+  auto* residual = arena_.get<float>("residual");
+  auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
+  auto* attended = arena_.get<__nv_bfloat16>("attended");
+  auto* activated = arena_.get<__nv_bfloat16>("activated");
+  auto* qkv = arena_.get<float>("qkv");
+  auto* tokens = arena_.get<std::int32_t>("decode_inputs");  // then positions, then slots
+  bool pdl = false;                                          // the first kernel follows something else
+  if (tail == StepTail::kLogits) {
+    kernels::embedding_async(weights_.embedding(), tokens, batch, config_.embed_scale, residual, residual_bf16, stream,
+                             pdl);
+    pdl = pdl_;
+  }
+  for (int index = 0; index < config_.num_layers; ++index) {
+    const LayerWeights& layer = weights_.layer(index);
+
+    GemvArgs args = gemv_args(layer.qkv, "attn.qkv", batch);
+    args.x = residual_bf16;
+    args.gain = layer.input_norm;
+    args.epilogue = Epilogue::store_f32;
+    args.out_f32 = qkv;
+    kernels::gemv_async(args, stream, pdl);
+    pdl = pdl_;
+
+    kernels::DecodeAttentionArgs attention;
+    attention.qkv = qkv;
+    attention.kv = cache_.layer(index);
+    attention.rope = layer.rope;
+    attention.positions = tokens + kMaxBatch;
+    attention.slots = tokens + 2 * kMaxBatch;
+    attention.out = attended;
+    attention.batch = batch;
+    attention.num_heads = config_.num_heads;
+    attention.window = config_.window(index);
+    attention.scale = attention_scale(config_);
+    attention.splits = splits_;
+    attention.workspace = arena_.get<std::byte>("attention");
+    kernels::decode_attention_async(attention, stream, pdl);
+
+    args = gemv_args(layer.o, "attn.o", batch);
+    args.x = attended;
+    args.epilogue = Epilogue::residual;
+    args.out_f32 = residual;
+    args.out_bf16 = residual_bf16;
+    kernels::gemv_async(args, stream, pdl);
+
+    args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
+    args.x = residual_bf16;
+    args.gain = layer.post_norm;
+    args.epilogue = Epilogue::swiglu;
+    args.out_bf16 = activated;
+    kernels::gemv_async(args, stream, pdl);
+
+    args = gemv_args(layer.down, "mlp.down", batch);
+    args.x = activated;
+    args.epilogue = Epilogue::residual;
+    args.out_f32 = residual;
+    args.out_bf16 = residual_bf16;
+    kernels::gemv_async(args, stream, pdl);
+  }
+  record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
+  if (tail == StepTail::kLogits) return;
+
+  kernels::DecodeState state;
+  state.token_ids = tokens;
+  state.positions = tokens + kMaxBatch;
+  state.history = host_history_.device_as<std::int32_t>();
+  state.step_counts = arena_.get<std::int32_t>("step_counts");
+  state.history_length = kHistoryLength;
+  if (tail == StepTail::kGreedy) {
+    kernels::GreedyArgs greedy;
+    greedy.block_max = arena_.get<unsigned long long>("block_max");
+    greedy.num_blocks = num_head_blocks(batch);
+    greedy.batch = batch;
+    greedy.state = state;
+    greedy.table = &weights_.embedding();
+    greedy.embed_scale = config_.embed_scale;
+    greedy.residual = residual;
+    greedy.residual_bf16 = residual_bf16;
+    kernels::greedy_async(greedy, stream, pdl);
+    return;
+  }
+  kernels::SamplingArgs sampling;
+  sampling.logits = arena_.get<float>("logits");
+  sampling.scores = arena_.get<float>("scores");
+  sampling.rows = arena_.get<kernels::SamplingRow>("sampling_rows");
+  sampling.batch = batch;
+  sampling.vocab = config_.vocab_size;
+  sampling.state = state;
+  sampling.table = &weights_.embedding();
+  sampling.embed_scale = config_.embed_scale;
+  sampling.residual = residual;
+  sampling.residual_bf16 = residual_bf16;
+  kernels::sample_async(sampling, stream, pdl);
+}
+
+GemvArgs Decoder::head_args(int num_rows, bool with_maximum) const {
+  LinearView head;
+  head.weight = weights_.head();
+  GemvArgs args = gemv_args(head, "head", num_rows);
+  args.gain = weights_.final_norm();
+  args.epilogue = with_maximum ? Epilogue::logits : Epilogue::store_f32;
+  args.out_f32 = arena_.get<float>("logits");
+  if (with_maximum) args.block_max = arena_.get<unsigned long long>("block_max");
+  return args;
+}
+
+void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl) {
+  GemvArgs args = head_args(num_rows, with_maximum);
+  args.x = x;
+  kernels::gemv_async(args, stream_.get(), pdl);
+}
+
+int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }
+
+const Graph& Decoder::graph(int batch, StepTail tail) {
+  Graph& graph = graphs_[{batch, tail}];
+  if (!graph) graph = Graph(stream_.get(), [&] { record_step_async(batch, tail); });
+  return graph;
+}
+
+void Decoder::run_step_async(int batch, StepTail tail) {
+  if (use_graphs_) {
+    graph(batch, tail).launch(stream_.get());
+  } else {
+    record_step_async(batch, tail);
+  }
+}
+
+int Decoder::step(std::span<const SequenceStep> batch) {
+  return guarded([&] {
+    int num_rows = 0;
+    std::vector<int> first_rows;
+    std::vector<int> singles;
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      const SequenceStep& item = batch[i];
+      const auto length = static_cast<int>(item.token_ids.size());
+      if (length < 1 || item.slot < 0 || item.slot >= config_.num_slots || item.position < 0 ||
+          item.position + length > config_.capacity || item.num_logits < 0 || item.num_logits > length) {
+        throw std::invalid_argument("a step does not fit its slot");
+      }
+      first_rows.push_back(num_rows);
+      num_rows += item.num_logits;
+      if (length == 1) singles.push_back(static_cast<int>(i));
+    }
+    reserve_logits(num_rows);
+    inputs_used_ = 0;
+    for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {
+      const std::size_t count = std::min(singles.size() - start, std::size_t{kMaxBatch});
+      decode_async(batch, std::span(singles).subspan(start, count), first_rows);
+    }
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      if (batch[i].token_ids.size() > 1) prefill_async(batch[i], first_rows[i]);
+    }
+    stream_.wait();
+    return num_rows;
+  });
+}
+
+void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const int> members,
+                           std::span<const int> rows) {
+  std::int32_t* inputs = take_inputs(3 * kMaxBatch);
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    const SequenceStep& item = batch[static_cast<std::size_t>(members[i])];
+    inputs[i] = item.token_ids[0];
+    inputs[kMaxBatch + i] = item.position;
+    inputs[2 * kMaxBatch + i] = item.slot;
+  }
+  EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
+                                   3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
+  run_step_async(static_cast<int>(members.size()), StepTail::kLogits);
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    const auto index = static_cast<std::size_t>(members[i]);
+    if (batch[index].num_logits == 0) continue;
+    EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(rows[index]) * vocab,
+                                     arena_.get<float>("logits") + i * vocab, vocab * sizeof(float),
+                                     cudaMemcpyDeviceToHost, stream_.get()));
+  }
+}
+
+std::int32_t* Decoder::take_inputs(std::size_t count) {
+  if ((inputs_used_ + count) * sizeof(std::int32_t) > host_inputs_.size()) {
+    stream_.wait();  // copies from the start of the buffer may still be under way
+    inputs_used_ = 0;
+  }
+  std::int32_t* inputs = host_inputs_.as<std::int32_t>() + inputs_used_;
+  inputs_used_ += count;
+  return inputs;
+}
+
+void Decoder::reserve_logits(int num_rows) {
+  if (num_rows <= num_logit_rows_) return;
+  host_logits_ =
+      PinnedBuffer(static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.vocab_size) * sizeof(float));
+  num_logit_rows_ = num_rows;
+}
+
+void Decoder::copy_prefix(int source, int target, int length) {
+  guarded([&] {
+    cache_.copy_prefix_async(source, target, length, stream_.get());
+    stream_.wait();
+  });
+}
+
+void Decoder::save_prefix(int slot, int length, std::byte* host) {
+  guarded([&] {
+    cache_.save_prefix_async(slot, length, host, stream_.get());
+    stream_.wait();
+  });
+}
+
+void Decoder::load_prefix(int slot, int length, const std::byte* host) {
+  guarded([&] {
+    cache_.load_prefix_async(slot, length, host, stream_.get());
+    stream_.wait();
+  });
+}
+
+int Decoder::num_tiles(const std::string& product, int batch) const {
+  if (product == "head") return kernels::gemv_num_tiles(head_args(batch, true));
+  const LayerWeights& layer = weights_.layer(0);
+  const std::map<std::string, const LinearView*> views = {
+      {"attn.qkv", &layer.qkv}, {"attn.o", &layer.o}, {"mlp.gate_up", &layer.gate_up}, {"mlp.down", &layer.down}};
+  const auto found = views.find(product);
+  if (found == views.end()) throw std::invalid_argument("the decoder has no product " + product);
+  GemvArgs args = gemv_args(*found->second, "", batch);
+  if (product == "mlp.gate_up") args.epilogue = Epilogue::swiglu;
+  return kernels::gemv_num_tiles(args);
+}
+
+void Decoder::set_tile(const std::string& product, int batch, int tile) {
+  if (tile >= num_tiles(product, batch)) throw std::invalid_argument(product + " has no tile " + std::to_string(tile));
+  tiles_[{product, batch}] = tile;
+  std::erase_if(graphs_, [batch](const auto& entry) { return entry.first.first == batch; });
+}
+
+}  // namespace edgellm

@@ -1,0 +1,181 @@
+// Many tokens of one sequence: matrix products through cuBLASLt, or through the decode kernels where there are few
+// tokens or no cuBLASLt.
+#include <algorithm>
+
+#include "edgellm/cuda_try.hpp"
+#include "edgellm/decoder.hpp"
+#include "edgellm/kernels/attention_prefill.hpp"
+#include "edgellm/kernels/elementwise.hpp"
+#include "edgellm/kernels/embedding.hpp"
+#include "edgellm/kernels/quantized.hpp"
+#include "guarded.hpp"
+
+namespace edgellm {
+
+using kernels::Epilogue;
+using kernels::GemvArgs;
+
+void Decoder::prefill_async(const SequenceStep& item, int first_row) {
+  const auto length = static_cast<int>(item.token_ids.size());
+  int start = 0;
+  int row = first_row;
+  while (start < length) {
+    const int count = std::min(length - start, config_.max_tokens);
+    const int end = start + count;
+    // The last num_logits tokens of the whole step may lie in more than one chunk.
+    const int wanted = std::min(count, std::max(0, end - (length - item.num_logits)));
+    prefill_chunk_async(item.slot,
+                        item.token_ids.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(count)),
+                        item.position + start, wanted, row);
+    row += wanted;
+    start = end;
+  }
+}
+
+void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
+                                  int first_row) {
+  const auto count = static_cast<int>(token_ids.size());
+  cudaStream_t stream = stream_.get();
+  // tokens, slots, positions, then what attention and the gathering of logit rows read.
+  const std::size_t num_inputs = static_cast<std::size_t>(3 * count + 4);
+  std::int32_t* inputs = take_inputs(num_inputs);
+  for (int i = 0; i < count; ++i) {
+    inputs[i] = token_ids[static_cast<std::size_t>(i)];
+    inputs[count + i] = slot;
+    inputs[2 * count + i] = position + i;
+  }
+  inputs[3 * count] = 0;
+  inputs[3 * count + 1] = count;
+  inputs[3 * count + 2] = slot;
+  inputs[3 * count + 3] = position;
+  auto* device_inputs = arena_.get<std::int32_t>("prefill_inputs");
+  EDGELLM_CUDA_TRY(
+      cudaMemcpyAsync(device_inputs, inputs, num_inputs * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
+
+  auto* residual = arena_.get<float>("residual");
+  auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
+  kernels::embedding_async(weights_.embedding(), device_inputs, count, config_.embed_scale, residual, residual_bf16,
+                           stream, false);
+  kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
+                          arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
+  const bool products = products_ != nullptr && count >= config_.min_gemm_tokens;
+  for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products);
+
+  // The wanted rows are the last ones and contiguous, so they need no gathering.
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  for (int done = 0; done < num_logits; done += kMaxLogitRows) {
+    const int rows = std::min(kMaxLogitRows, num_logits - done);
+    const int first = count - num_logits + done;
+    const auto offset = static_cast<std::size_t>(first) * static_cast<std::size_t>(config_.hidden_size);
+    record_head_async(rows, residual_bf16 + offset, false, false);
+    EDGELLM_CUDA_TRY(cudaMemcpyAsync(
+        host_logits_.as<float>() + static_cast<std::size_t>(first_row + done) * vocab, arena_.get<float>("logits"),
+        static_cast<std::size_t>(rows) * vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
+  }
+}
+
+void Decoder::prefill_layer_async(int index, int count, bool products) {
+  const LayerWeights& layer = weights_.layer(index);
+  cudaStream_t stream = stream_.get();
+  auto* normed = arena_.get<__nv_bfloat16>("normed");
+  auto* delta = arena_.get<__nv_bfloat16>("delta");
+  auto* qkv = arena_.get<__nv_bfloat16>("qkv");
+  auto* q = arena_.get<__nv_bfloat16>("q");
+  auto* attended = arena_.get<__nv_bfloat16>("attended");
+  auto* activated = arena_.get<__nv_bfloat16>("activated");
+  const auto* inputs = arena_.get<std::int32_t>("prefill_inputs");
+  const int hidden = config_.hidden_size;
+
+  if (products) {
+    product_async(layer.qkv, false, normed, qkv, count);
+  } else {
+    gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16);
+  }
+  kernels::RopeKvWriteArgs rope;
+  rope.qkv = qkv;
+  rope.bias = products ? layer.qkv.bias : nullptr;  // the decode kernels add it themselves
+  rope.kv = cache_.layer(index);
+  rope.rope = layer.rope;
+  rope.slots = inputs + count;
+  rope.positions = inputs + 2 * count;
+  rope.q_out = q;
+  rope.num_tokens = count;
+  rope.num_heads = config_.num_heads;
+  kernels::rope_kv_write_async(rope, stream, false);
+
+  kernels::PrefillAttentionArgs attention;
+  attention.q = q;
+  attention.kv = cache_.layer(index);
+  attention.starts = inputs + 3 * count;
+  attention.slots = inputs + 3 * count + 2;
+  attention.positions = inputs + 3 * count + 3;
+  attention.out = attended;
+  attention.num_sequences = 1;
+  attention.max_tokens = count;
+  attention.num_heads = config_.num_heads;
+  attention.window = config_.window(index);
+  attention.scale = attention_scale(config_);
+  kernels::prefill_attention_async(attention, stream, pdl_);
+
+  kernels::ResidualNormArgs residual;
+  residual.delta = delta;
+  residual.residual = arena_.get<float>("residual");
+  residual.eps = config_.rms_norm_eps;
+  residual.normed = normed;
+  residual.num_tokens = count;
+  residual.hidden = hidden;
+  if (products) {
+    product_async(layer.o, false, attended, delta, count);
+  } else {
+    gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16);
+  }
+  residual.bias = products ? layer.o.bias : nullptr;
+  residual.gain = layer.post_norm;
+  kernels::residual_norm_async(residual, stream, false);
+
+  if (products) {
+    auto* gate_up = arena_.get<__nv_bfloat16>("gate_up");
+    product_async(layer.gate_up, true, normed, gate_up, count);
+    kernels::swiglu_async(gate_up, layer.gate_up.bias, count, config_.intermediate_size, activated, stream, false);
+    product_async(layer.down, false, activated, delta, count);
+  } else {
+    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu);
+    gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16);
+  }
+  const bool last = index + 1 == config_.num_layers;
+  residual.bias = products ? layer.down.bias : nullptr;
+  residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;
+  residual.residual_bf16 = last ? arena_.get<__nv_bfloat16>("residual_bf16") : nullptr;  // for the head
+  kernels::residual_norm_async(residual, stream, false);
+}
+
+// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache.
+void Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
+                            int count) {
+  const kernels::WeightView& weight = linear.weight;
+  cudaStream_t stream = stream_.get();
+  if (weight.format == kernels::WeightFormat::bf16) {
+    products_->run_async(x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
+    return;
+  }
+  auto* wide = arena_.get<__nv_bfloat16>("scratch");
+  const int part = dequantised_rows(weight.rows, weight.cols);
+  for (int first = 0; first < weight.rows; first += part) {
+    const int rows = std::min(part, weight.rows - first);
+    kernels::dequantize_async(weight, gate_up, first, rows, wide, stream, false);
+    products_->run_async(x, wide, y + first, count, rows, weight.cols, weight.rows, stream);
+  }
+}
+
+void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
+                              int out_width, Epilogue epilogue) {
+  for (int first = 0; first < count; first += kernels::kMaxGemvTokens) {
+    GemvArgs args = gemv_args(linear, "", std::min(kernels::kMaxGemvTokens, count - first));
+    args.x = x + static_cast<std::size_t>(first) * static_cast<std::size_t>(linear.weight.cols);
+    args.epilogue = epilogue;
+    args.out_bf16 = y + static_cast<std::size_t>(first) * static_cast<std::size_t>(out_width);
+    kernels::gemv_async(args, stream_.get(), first > 0 && pdl_);
+  }
+}
+
+}  // namespace edgellm

@@ -1,0 +1,120 @@
+// The fast path: the device feeds itself, the host only launches and reads one step behind.
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "edgellm/cuda_try.hpp"
+#include "edgellm/decoder.hpp"
+#include "edgellm/kernels/embedding.hpp"
+#include "guarded.hpp"
+
+namespace edgellm {
+
+void Decoder::start_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                        std::span<const std::int32_t> token_ids, std::span<const kernels::SamplingRow> rows) {
+  const std::size_t batch = slots.size();
+  if (batch < 1 || batch > kMaxBatch || positions.size() != batch || token_ids.size() != batch ||
+      (!rows.empty() && rows.size() != batch)) {
+    throw std::invalid_argument("a run takes 1 to " + std::to_string(kMaxBatch) +
+                                " sequences, each with a position and a token");
+  }
+  run_limit_ = std::numeric_limits<std::int64_t>::max();
+  for (std::size_t i = 0; i < batch; ++i) {
+    if (slots[i] < 0 || slots[i] >= config_.num_slots || positions[i] < 0 || positions[i] >= config_.capacity) {
+      throw std::invalid_argument("a run does not fit its slot");
+    }
+    run_limit_ = std::min<std::int64_t>(run_limit_, config_.capacity - positions[i]);
+  }
+  guarded([&] {
+    cudaStream_t stream = stream_.get();
+    stream_.wait();  // the pinned inputs and sampling rows of an earlier run may still be read
+    inputs_used_ = 0;
+    std::int32_t* inputs = take_inputs(3 * kMaxBatch);
+    std::fill_n(inputs, 3 * kMaxBatch, 0);
+    std::copy(token_ids.begin(), token_ids.end(), inputs);
+    std::copy(positions.begin(), positions.end(), inputs + kMaxBatch);
+    std::copy(slots.begin(), slots.end(), inputs + 2 * kMaxBatch);
+    auto* device_inputs = arena_.get<std::int32_t>("decode_inputs");
+    EDGELLM_CUDA_TRY(
+        cudaMemcpyAsync(device_inputs, inputs, 3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
+    EDGELLM_CUDA_TRY(
+        cudaMemsetAsync(arena_.get<std::int32_t>("step_counts"), 0, kMaxBatch * sizeof(std::int32_t), stream));
+    if (!rows.empty()) {
+      std::copy(rows.begin(), rows.end(), host_sampling_rows_.as<kernels::SamplingRow>());
+      EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<kernels::SamplingRow>("sampling_rows"), host_sampling_rows_.data(),
+                                       rows.size_bytes(), cudaMemcpyHostToDevice, stream));
+    }
+    kernels::embedding_async(weights_.embedding(), device_inputs, static_cast<int>(batch), config_.embed_scale,
+                             arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream, false);
+  });
+  run_batch_ = static_cast<int>(batch);
+  run_tail_ = rows.empty() ? StepTail::kGreedy : StepTail::kSample;
+  run_launched_ = 0;
+  run_read_ = 0;
+}
+
+void Decoder::launch_run_step_async() {
+  if (run_launched_ >= run_limit_) throw std::invalid_argument("a slot of the run is full");
+  if (run_launched_ - run_read_ >= kHistoryLength) throw std::logic_error("the run's history is full; read it first");
+  guarded([&] {
+    run_step_async(run_batch_, run_tail_);
+    run_events_[static_cast<std::size_t>(run_launched_ % kHistoryLength)].record(stream_.get());
+  });
+  ++run_launched_;
+}
+
+std::span<const std::int32_t> Decoder::read_run_step() {
+  if (run_read_ >= run_launched_) throw std::logic_error("no step of the run is under way");
+  const auto index = static_cast<std::size_t>(run_read_ % kHistoryLength);
+  guarded([&] { run_events_[index].wait(); });
+  ++run_read_;
+  const auto* history = host_history_.as<std::int32_t>();
+  const auto batch = static_cast<std::size_t>(run_batch_);
+  for (std::size_t i = 0; i < batch; ++i) run_tokens_[i] = history[i * kHistoryLength + index];
+  return std::span(run_tokens_).first(batch);
+}
+
+std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> slots,
+                                                 std::span<const std::int32_t> positions,
+                                                 std::span<const std::int32_t> token_ids, int num_steps,
+                                                 std::span<const kernels::SamplingRow> rows) {
+  start_run(slots, positions, token_ids, rows);
+  std::vector<std::int32_t> tokens;
+  tokens.reserve(static_cast<std::size_t>(std::max(num_steps, 0)) * slots.size());
+  for (int i = 0; i < num_steps; ++i) {
+    launch_run_step_async();
+    if (i == 0) continue;
+    const std::span<const std::int32_t> step = read_run_step();
+    tokens.insert(tokens.end(), step.begin(), step.end());
+  }
+  if (num_steps > 0) {
+    const std::span<const std::int32_t> step = read_run_step();
+    tokens.insert(tokens.end(), step.begin(), step.end());
+  }
+  return tokens;
+}
+
+std::vector<float> Decoder::time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                                     std::span<const std::int32_t> token_ids, int num_steps,
+                                     std::span<const kernels::SamplingRow> rows) {
+  start_run(slots, positions, token_ids, rows);
+  std::vector<float> times;
+  guarded([&] {
+    std::vector<Event> marks;
+    for (int i = 0; i <= num_steps; ++i) marks.emplace_back(true);
+    marks.front().record(stream_.get());
+    for (int i = 0; i < num_steps; ++i) {
+      launch_run_step_async();
+      marks[static_cast<std::size_t>(i) + 1].record(stream_.get());
+      if (i > 0) (void)read_run_step();
+    }
+    stream_.wait();
+    for (int i = 0; i < num_steps; ++i) {
+      times.push_back(marks[static_cast<std::size_t>(i) + 1].elapsed_ms(marks[static_cast<std::size_t>(i)]));
+    }
+  });
+  run_read_ = run_launched_;
+  return times;
+}
+
+}  // namespace edgellm
