@@ -5,12 +5,12 @@
 
 namespace edgellm::kernels {
 
-// Bytes of the repacked int4 data and scales; rows are padded to 16, cols to 64 (and whole groups).
+// Bytes of the repacked int4 data and scales; rows are padded to 16, cols to 64.
 std::size_t int4_packed_data_bytes(int rows, int cols);
 std::size_t int4_packed_scales_bytes(int rows, int cols, int group);
 
 // From the bundle's layout to the GEMV's. `gate_up` says that rows are gate rows, then as many up rows, which are
-// interleaved so that SwiGLU's two inputs meet in one block; rows / 2 must then be a multiple of 8.
+// interleaved so that SwiGLU's two inputs meet in one block; see quantized.cu.
 void repack_int4_async(const uint8_t* data,   // (rows, cols / 2) signed nibbles, low first
                        const __half* scales,  // (rows, cols / group)
                        int rows, int cols, int group, bool gate_up, void* packed_data, void* packed_scales,

@@ -1,0 +1,130 @@
+// Which GEMV kernel and tile configuration serves a shape.
+#include <cassert>
+
+#include "gemv_common.cuh"
+#include "launch.hpp"
+
+namespace edgellm::kernels {
+
+template <>
+void launch_gemv_mma<WeightFormat::bf16>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
+void launch_gemv_mma<WeightFormat::fp16>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
+void launch_gemv_mma<WeightFormat::fp8>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
+void launch_gemv_mma<WeightFormat::int8>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
+void launch_gemv_mma<WeightFormat::int4>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+
+namespace {
+
+enum class Family { fma, int4, mma };
+struct Choice {
+  Family family;
+  GemvTile tile;
+};
+
+int chunks_of(const WeightView& w) {
+  return w.cols / (w.format == WeightFormat::bf16 || w.format == WeightFormat::fp16 ? 8 : 16);
+}
+
+int fma_threads(const WeightView& w, const FmaConfig& c) { return ceil_div(ceil_div(chunks_of(w), c.chunks), 32) * 32; }
+
+bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c) <= c.max_threads; }
+
+// All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles.
+int list_choices(const GemvArgs& args, Choice* out) {
+  int count = 0;
+  if (args.num_tokens == 1 && args.weight.format == WeightFormat::int4) {
+    for (int i = 0; i < kNumInt4Configs; i++) {
+      out[count++] = {Family::int4, {i, kMmaRows, kInt4Configs[i].warps * 32}};
+    }
+  } else if (args.num_tokens == 1) {
+    for (int i = 0; i < kNumFmaConfigs; i++) {
+      const FmaConfig& c = kFmaConfigs[i];
+      if (fma_fits(args.weight, c)) out[count++] = {Family::fma, {i, c.rows, fma_threads(args.weight, c)}};
+    }
+  }
+  for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {Family::mma, {i, kMmaRows, kMmaWarps * 32}};
+  return count;
+}
+constexpr int kMaxChoices = kNumFmaConfigs + kNumInt4Configs + kNumMmaConfigs;
+
+// Higher is better. The measured preferences of GPU.md: enough blocks to fill the GPU first, then many bytes in flight
+// a thread and few idle lanes.
+float score(const GemvArgs& args, const Choice& choice, int num_sms) {
+  const WeightView& w = args.weight;
+  const int blocks = gemv_blocks(args, choice.tile.rows_per_block);
+  switch (choice.family) {
+    case Family::int4: {
+      const Int4Config& c = kInt4Configs[choice.tile.config];
+      const float per_warp = static_cast<float>(ceil_div(w.cols, 64)) / static_cast<float>(c.warps);
+      // A warp whose share is in flight as a whole, and no more warps than that needs.
+      const float fit = per_warp <= static_cast<float>(c.depth) ? per_warp / static_cast<float>(c.depth)
+                                                                : static_cast<float>(c.depth) / per_warp;
+      return 10.0f + fit + (c.depth == 8 ? 0.2f : 0.0f);
+    }
+    case Family::fma: {
+      const FmaConfig& c = kFmaConfigs[choice.tile.config];
+      const int slots = choice.tile.threads * c.chunks;
+      const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(slots);
+      const float in_flight = static_cast<float>(c.chunks * c.rows) / 8.0f;  // 1 or 2
+      const float fill = static_cast<float>(blocks) / static_cast<float>(num_sms * 2);
+      const float size = choice.tile.threads < 96 ? 0.5f : choice.tile.threads > 320 ? 0.9f : 1.0f;
+      return 10.0f + used * size * (fill < 1.0f ? fill : 1.0f) * (in_flight > 1.0f && fill > 4.0f ? 1.1f : 1.0f);
+    }
+    default:
+      return blocks >= 4 * num_sms ? (kMmaConfigs[choice.tile.config] == 2 ? 2.0f : 1.0f)
+                                   : (kMmaConfigs[choice.tile.config] == 2 ? 1.0f : 2.0f);
+  }
+}
+
+Choice choose(const GemvArgs& args) {
+  Choice choices[kMaxChoices];
+  const int count = list_choices(args, choices);
+  if (args.tile >= 0) {
+    assert(args.tile < count);
+    return choices[args.tile];
+  }
+  const int num_sms = device_traits().num_sms;
+  int best = 0;
+  for (int i = 1; i < count; i++) {
+    if (score(args, choices[i], num_sms) > score(args, choices[best], num_sms)) best = i;
+  }
+  return choices[best];
+}
+
+}  // namespace
+
+int gemv_num_tiles(const GemvArgs& args) {
+  Choice choices[kMaxChoices];
+  return list_choices(args, choices);
+}
+
+int gemv_num_blocks(const GemvArgs& args) { return gemv_blocks(args, choose(args).tile.rows_per_block); }
+
+void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl) {
+  assert(args.num_tokens >= 1 && args.num_tokens <= kMaxGemvTokens && args.weight.cols % 16 == 0);
+  const Choice choice = choose(args);
+  if (choice.family == Family::int4) return launch_gemv_int4(args, choice.tile, stream, pdl);
+  const bool fma = choice.family == Family::fma;
+  switch (args.weight.format) {
+    case WeightFormat::bf16:
+      return fma ? launch_gemv_fma<WeightFormat::bf16>(args, choice.tile, stream, pdl)
+                 : launch_gemv_mma<WeightFormat::bf16>(args, choice.tile, stream, pdl);
+    case WeightFormat::fp16:
+      return fma ? launch_gemv_fma<WeightFormat::fp16>(args, choice.tile, stream, pdl)
+                 : launch_gemv_mma<WeightFormat::fp16>(args, choice.tile, stream, pdl);
+    case WeightFormat::fp8:
+      return fma ? launch_gemv_fma<WeightFormat::fp8>(args, choice.tile, stream, pdl)
+                 : launch_gemv_mma<WeightFormat::fp8>(args, choice.tile, stream, pdl);
+    case WeightFormat::int8:
+      return fma ? launch_gemv_fma<WeightFormat::int8>(args, choice.tile, stream, pdl)
+                 : launch_gemv_mma<WeightFormat::int8>(args, choice.tile, stream, pdl);
+    case WeightFormat::int4:
+      return launch_gemv_mma<WeightFormat::int4>(args, choice.tile, stream, pdl);
+  }
+}
+
+}  // namespace edgellm::kernels

@@ -1,0 +1,142 @@
+// What the GEMV kernels share: their parameters, which rows a block has, and what becomes of a finished sum.
+#pragma once
+
+#include "device.cuh"
+#include "edgellm/kernels/gemv.hpp"
+
+namespace edgellm::kernels {
+
+struct GemvParams {
+  const void* data;    // (rows, cols)
+  const void* scales;  // as WeightView
+  const bf16* x;       // (num_tokens, cols)
+  const bf16* gain;    // (cols)
+  const float* bias;   // (rows), or null
+  float* out_f32;
+  bf16* out_bf16;
+  unsigned long long* block_max;  // (num_tokens, num_blocks), or null
+  int rows;
+  int cols;
+  int group;
+  int num_tokens;
+  int num_blocks;  // of block_row
+  float norm_eps;
+  Epilogue epilogue;
+};
+
+// Row r of block `block`'s R rows. With SwiGLU the first half are gate rows, the others the up rows that go with them.
+// Rows past the end repeat the last one, so that loads need no guard; row_is_valid tells them apart.
+template <int R>
+__device__ __forceinline__ int block_row(const GemvParams& p, int block, int r) {
+  if (p.epilogue == Epilogue::swiglu) {
+    const int half = p.rows / 2;
+    const int gate = min(block * (R / 2) + (r & (R / 2 - 1)), half - 1);
+    return r < R / 2 ? gate : half + gate;
+  }
+  return min(block * R + r, p.rows - 1);
+}
+template <int R>
+__device__ __forceinline__ bool row_is_valid(const GemvParams& p, int block, int r) {
+  if (p.epilogue == Epilogue::swiglu) return block * (R / 2) + (r & (R / 2 - 1)) < p.rows / 2;
+  return block * R + r < p.rows;
+}
+
+// Stores y, the finished sum (scaled, normed) of one row and token. SwiGLU's caller pairs the rows itself.
+__device__ __forceinline__ void store_row(const GemvParams& p, float y, int token, int row, float old_residual) {
+  const std::size_t at = static_cast<std::size_t>(token) * p.rows + row;
+  switch (p.epilogue) {
+    case Epilogue::residual: {
+      const float sum = y + old_residual;
+      p.out_f32[at] = sum;
+      p.out_bf16[at] = __float2bfloat16(sum);
+      break;
+    }
+    case Epilogue::store_bf16:
+      p.out_bf16[at] = __float2bfloat16(y);
+      break;
+    default:
+      p.out_f32[at] = y;
+  }
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+
+// One warp finishes one token's R <= 32 rows of block `block`: lane r < R has row r's sum.
+template <int R>
+__device__ __forceinline__ void finish_rows(const GemvParams& p, float y, int lane, int token, int block, int row,
+                                            float old_residual) {
+  const bool valid = lane < R && row_is_valid<R>(p, block, lane);
+  if (p.bias && lane < R) y += p.bias[row];
+  if (p.epilogue == Epilogue::swiglu) {
+    const float up = __shfl_down_sync(kAllLanes, y, R / 2);
+    if (valid && lane < R / 2) {
+      p.out_bf16[static_cast<std::size_t>(token) * (p.rows / 2) + row] = __float2bfloat16(swiglu(y, up));
+    }
+    return;
+  }
+  if (valid) store_row(p, y, token, row, old_residual);
+  if (p.epilogue == Epilogue::logits && p.block_max) {
+    unsigned long long key = valid ? max_key(y, row) : 0ull;
+#pragma unroll
+    for (int s = R / 2; s >= 1; s >>= 1) key = larger(key, __shfl_xor_sync(kAllLanes, key, s));
+    if (lane == 0) p.block_max[static_cast<std::size_t>(token) * p.num_blocks + block] = key;
+  }
+}
+
+// The residual that finish_rows adds to, fetched early. Volatile: it was written by an earlier kernel.
+__device__ __forceinline__ float load_residual(const GemvParams& p, int token, int row) {
+  return p.epilogue == Epilogue::residual ? load_l2(p.out_f32 + static_cast<std::size_t>(token) * p.rows + row) : 0.0f;
+}
+
+// How a call is cut: one entry of its kernel family's table of configurations.
+struct GemvTile {
+  int config = 0;
+  int rows_per_block = 0;  // of block_max and of block_row
+  int threads = 0;
+};
+
+// Blocks of `rows_per_block` rows; SwiGLU's rows come in pairs.
+inline int gemv_blocks(const GemvArgs& args, int rows_per_block) {
+  const bool pairs = args.epilogue == Epilogue::swiglu;
+  return pairs ? ceil_div(args.weight.rows / 2, rows_per_block / 2) : ceil_div(args.weight.rows, rows_per_block);
+}
+
+inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
+  return {args.weight.data, args.weight.scales, args.x, args.gain, args.bias, args.out_f32, args.out_bf16,
+          args.block_max, args.weight.rows, args.weight.cols, args.weight.group, args.num_tokens,
+          gemv_blocks(args, rows_per_block), args.norm_eps, args.epilogue};
+}
+
+// One translation unit a format, so that they compile side by side.
+template <WeightFormat F>
+void launch_gemv_fma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+template <WeightFormat F>
+void launch_gemv_mma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+
+struct FmaConfig {
+  int chunks;  // C: 16-byte loads of a row a thread
+  int rows;    // R: rows a block
+  int max_threads;
+  int min_blocks;  // blocks an SM that the register budget allows
+};
+// The prototype's search over 2,048 to 14,336 input features found its best in this table.
+constexpr FmaConfig kFmaConfigs[] = {
+    {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2}, {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1}, {8, 2, 512, 1},
+};
+constexpr int kNumFmaConfigs = sizeof(kFmaConfigs) / sizeof(kFmaConfigs[0]);
+
+struct Int4Config {
+  int warps;  // that share the input features
+  int depth;  // D: blocks of 64 input features in flight a warp
+  int min_blocks;
+};
+constexpr Int4Config kInt4Configs[] = {{4, 8, 4}, {8, 8, 2}, {16, 8, 1}, {8, 4, 3}, {4, 4, 6}};
+constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
+
+constexpr int kMmaConfigs[] = {1, 2};  // tiles of 16 rows a block
+constexpr int kNumMmaConfigs = 2;
+constexpr int kMmaRows = 16;
+constexpr int kMmaWarps = 8;
+
+}  // namespace edgellm::kernels

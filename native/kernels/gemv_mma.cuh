@@ -1,0 +1,290 @@
+// 1 to 16 tokens, any format, on tensor cores: eight tokens cost as many instructions as one.
+//
+// A block has one or two tiles of 16 rows; its warps share the input features in blocks of 64, so that a quad of lanes
+// reads whole 128-byte lines. The order of a tile's input features is permuted inside a block of 64 (the same way for
+// weights and x, which leaves the products as they are) so that each lane's share is contiguous in memory: no shared
+// memory, no shuffles, 16-byte loads straight into the fragments of mma.m16n8k16.
+#pragma once
+
+#include "gemv_common.cuh"
+#include "launch.hpp"
+
+namespace edgellm::kernels {
+
+// fp16 has the range for 8-bit weights but not for activations: x is scaled down, the sums up again. 2^-6 keeps
+// magnitudes up to 4e6 finite, and those from 4e-3 at full precision.
+constexpr float kXScale = 1.0f / 64.0f;
+
+template <WeightFormat F>
+struct MmaFormat {
+  static constexpr bool is_bf16 = F == WeightFormat::bf16 || F == WeightFormat::int4;  // else fp16 products
+  static constexpr bool is_16bit = F == WeightFormat::bf16 || F == WeightFormat::fp16;
+  // 16-byte loads of a lane for a tile of 16 rows and 64 input features.
+  static constexpr int loads = is_16bit ? 4 : F == WeightFormat::int4 ? 1 : 2;
+};
+
+// Nibbles j of the low and the high half of `word`, less 8, as two bf16: 0x4300 + u is 128 + u.
+__device__ __forceinline__ uint32_t int4x2_to_bf16x2(uint32_t word, int j) {
+  uint32_t magic;
+  asm("lop3.b32 %0,%1,0x000f000f,0x43004300,0xEA;" : "=r"(magic) : "r"(word >> (4 * j)));
+  return bits_as<uint32_t>(__hsub2(bits_as<bf16x2>(magic), bits_as<bf16x2>(0x43084308u)));  // 136
+}
+
+// A tile's weights for 64 input features, as loaded, of one lane.
+template <WeightFormat F, int kGroupsPerBlock>
+struct MmaWeights {
+  uint4 w[MmaFormat<F>::loads];
+  uint32_t scale[F == WeightFormat::int4 ? kGroupsPerBlock : 1];  // fp16 of rows g and g + 8
+
+  __device__ __forceinline__ void load(const GemvParams& p, int tile, int block, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    if constexpr (F == WeightFormat::int4) {
+      const int num_blocks = ceil_div(p.cols, 64);
+      w[0] = load_once(static_cast<const uint4*>(p.data) + (static_cast<std::size_t>(tile) * num_blocks + block) * 32 + lane);
+      const int num_groups = p.group >= 64 ? p.cols / p.group : num_blocks * kGroupsPerBlock;
+      const uint32_t* scales = static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
+#pragma unroll
+      for (int i = 0; i < kGroupsPerBlock; i++) {
+        scale[i] = __ldg(scales + (p.group >= 64 ? block * 64 / p.group : block * kGroupsPerBlock + i) * 8);
+      }
+      return;
+    }
+    const int column = block * 64 + t * 16;
+    const bool inside = column < p.cols;  // cols is a multiple of 16
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // rows g and g + 8
+      const std::size_t row = block_row<kMmaRows>(p, tile, g + 8 * i);
+      constexpr int kLoadsPerRow = MmaFormat<F>::is_16bit ? 2 : 1;
+      const char* at = static_cast<const char*>(p.data) + (row * p.cols + column) * kLoadsPerRow;
+#pragma unroll
+      for (int j = 0; j < kLoadsPerRow; j++) {
+        w[i * kLoadsPerRow + j] = inside ? load_once(at + 16 * j) : make_uint4(0, 0, 0, 0);
+      }
+    }
+    if constexpr (F == WeightFormat::int8) {
+      const __half* scales = static_cast<const __half*>(p.scales);
+      const int num_groups = p.cols / p.group, group = column / p.group;
+      const std::size_t low = block_row<kMmaRows>(p, tile, g), high = block_row<kMmaRows>(p, tile, g + 8);
+      scale[0] = 0;
+      if (inside) {
+        scale[0] = bits_as<uint32_t>(
+            __halves2half2(__ldg(scales + low * num_groups + group), __ldg(scales + high * num_groups + group)));
+      }
+    }
+  }
+
+  // The fragment of step s (16 of the 64 input features).
+  __device__ __forceinline__ void fragment(int s, uint32_t* a) const {
+    if constexpr (F == WeightFormat::int4) {
+      const uint32_t words[4] = {w[0].x, w[0].y, w[0].z, w[0].w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) a[j] = int4x2_to_bf16x2(words[s], j);
+    } else if constexpr (MmaFormat<F>::is_16bit) {
+      const uint4 low = w[s / 2], high = w[2 + s / 2];
+      a[0] = s & 1 ? low.z : low.x, a[1] = s & 1 ? high.z : high.x;
+      a[2] = s & 1 ? low.w : low.y, a[3] = s & 1 ? high.w : high.y;
+    } else {
+      const uint32_t lows[4] = {w[0].x, w[0].y, w[0].z, w[0].w}, highs[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
+      if constexpr (F == WeightFormat::fp8) {
+        a[0] = fp8x2_to_fp16x2(lows[s]), a[1] = fp8x2_to_fp16x2(highs[s]);
+        a[2] = fp8x2_to_fp16x2(lows[s] >> 16), a[3] = fp8x2_to_fp16x2(highs[s] >> 16);
+      } else {
+        const uint32_t low = lows[s] ^ 0x80808080u, high = highs[s] ^ 0x80808080u;
+        const half2 low_scale = __low2half2(bits_as<half2>(scale[0]));
+        const half2 high_scale = __high2half2(bits_as<half2>(scale[0]));
+        a[0] = bits_as<uint32_t>(__hmul2(bits_as<half2>(int8x2_to_fp16x2<0>(low)), low_scale));
+        a[1] = bits_as<uint32_t>(__hmul2(bits_as<half2>(int8x2_to_fp16x2<0>(high)), high_scale));
+        a[2] = bits_as<uint32_t>(__hmul2(bits_as<half2>(int8x2_to_fp16x2<1>(low)), low_scale));
+        a[3] = bits_as<uint32_t>(__hmul2(bits_as<half2>(int8x2_to_fp16x2<1>(high)), high_scale));
+      }
+    }
+  }
+};
+
+// One token's 16 elements of `source` that meet a lane's weights in a block of 64: words 2s and 2s + 1 belong to step s.
+template <WeightFormat F>
+__device__ __forceinline__ void load_lane_columns(const bf16* source, int block, int t, int cols, bool active,
+                                                  uint32_t* words) {
+  if constexpr (F == WeightFormat::int4) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const int column = block * 64 + s * 16 + t * 4;
+      const uint2 v = active && column < cols ? load_activation8(source + column) : make_uint2(0, 0);
+      words[2 * s] = v.x, words[2 * s + 1] = v.y;
+    }
+  } else {
+    const int column = block * 64 + t * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4 v = active && column < cols ? load_activation(source + column + 8 * i) : make_uint4(0, 0, 0, 0);
+      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+    }
+  }
+}
+
+template <WeightFormat F, int kTiles, int kTokenTiles, int kGroupsPerBlock>
+__global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv_mma_kernel(const GemvParams p) {
+  constexpr int kDepth = 16 / (kTiles * MmaFormat<F>::loads) < 2 ? 2 : 16 / (kTiles * MmaFormat<F>::loads) > 4 ? 4 : 16 / (kTiles * MmaFormat<F>::loads);
+  constexpr int kXDepth = 2;  // x comes from L2 or L1: a shorter way
+  constexpr int kTokens = 8 * kTokenTiles;
+  constexpr int kStride = kTiles * kMmaRows + 4;  // conflict-free for the fragments' order
+  __shared__ float partial[kMmaWarps][kTokens][kStride];
+  __shared__ float partial_squares[kMmaWarps][kTokens];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int num_blocks = ceil_div(p.cols, 64);
+  const int first_tile = blockIdx.x * kTiles;
+  const bool has_norm = p.gain != nullptr;
+
+  MmaWeights<F, kGroupsPerBlock> ring[kDepth][kTiles];
+#pragma unroll
+  for (int d = 0; d < kDepth; d++) {
+    const int block = warp + d * kMmaWarps;
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+      if (block < num_blocks) ring[d][m].load(p, min(first_tile + m, p.num_blocks - 1), block, lane);
+    }
+  }
+  start_dependents();
+  wait_for_predecessor();
+
+  uint32_t x[kXDepth][kTokenTiles][8];
+#pragma unroll
+  for (int d = 0; d < kXDepth; d++) {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; n++) {
+      const int token = n * 8 + g;
+      load_lane_columns<F>(p.x + static_cast<std::size_t>(token) * p.cols, warp + d * kMmaWarps, t, p.cols,
+                           token < p.num_tokens, x[d][n]);
+    }
+  }
+  float old_residual[kTiles * kTokenTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles * kTokenTiles; i++) {
+    const int job = warp + i * kMmaWarps, tile = first_tile + job % kTiles, token = job / kTiles;
+    old_residual[i] = token < p.num_tokens && tile < p.num_blocks
+                          ? load_residual(p, token, block_row<kMmaRows>(p, tile, lane & (kMmaRows - 1)))
+                          : 0.0f;
+  }
+
+  float sums[kTiles][kTokenTiles][4] = {};
+  float squares[kTokenTiles] = {};
+  for (int first = warp; first < num_blocks; first += kMmaWarps * kDepth) {
+#pragma unroll
+    for (int d = 0; d < kDepth; d++) {
+      const int block = first + d * kMmaWarps;
+      if (block >= num_blocks) break;
+      uint32_t b[kTokenTiles][8];
+      uint32_t gain[8];
+      if (has_norm) load_lane_columns<F>(p.gain, block, t, p.cols, true, gain);
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; n++) {
+        const int token = n * 8 + g;
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[n][i] = x[d % kXDepth][n][i];
+        load_lane_columns<F>(p.x + static_cast<std::size_t>(token) * p.cols, block + kXDepth * kMmaWarps, t, p.cols,
+                             token < p.num_tokens, x[d % kXDepth][n]);
+        if (has_norm || !MmaFormat<F>::is_bf16) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            float low = low_float(b[n][i]), high = high_float(b[n][i]);
+            if (has_norm) {
+              squares[n] = fmaf(low, low, fmaf(high, high, squares[n]));
+              low *= low_float(gain[i]), high *= high_float(gain[i]);
+            }
+            b[n][i] = MmaFormat<F>::is_bf16 ? pack_bf16(low, high) : pack_fp16(low * kXScale, high * kXScale);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+        if constexpr (F == WeightFormat::int4) {
+#pragma unroll
+          for (int i = 0; i < kGroupsPerBlock; i++) {
+            const float2 scale = unpack_fp16(ring[d][m].scale[i]);
+            float group_sums[kTokenTiles][4] = {};
+#pragma unroll
+            for (int s = i * 4 / kGroupsPerBlock; s < (i + 1) * 4 / kGroupsPerBlock; s++) {
+              uint32_t a[4];
+              ring[d][m].fragment(s, a);
+#pragma unroll
+              for (int n = 0; n < kTokenTiles; n++) mma_bf16(group_sums[n], a, b[n][2 * s], b[n][2 * s + 1]);
+            }
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; n++) {
+              sums[m][n][0] = fmaf(scale.x, group_sums[n][0], sums[m][n][0]);
+              sums[m][n][1] = fmaf(scale.x, group_sums[n][1], sums[m][n][1]);
+              sums[m][n][2] = fmaf(scale.y, group_sums[n][2], sums[m][n][2]);
+              sums[m][n][3] = fmaf(scale.y, group_sums[n][3], sums[m][n][3]);
+            }
+          }
+        } else {
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            uint32_t a[4];
+            ring[d][m].fragment(s, a);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; n++) {
+              if constexpr (MmaFormat<F>::is_bf16) {
+                mma_bf16(sums[m][n], a, b[n][2 * s], b[n][2 * s + 1]);
+              } else {
+                mma_fp16(sums[m][n], a, b[n][2 * s], b[n][2 * s + 1]);
+              }
+            }
+          }
+        }
+        const int next = block + kDepth * kMmaWarps;
+        if (next < num_blocks) ring[d][m].load(p, min(first_tile + m, p.num_blocks - 1), next, lane);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; n++) {
+    squares[n] += __shfl_xor_sync(kAllLanes, squares[n], 1);
+    squares[n] += __shfl_xor_sync(kAllLanes, squares[n], 2);
+    if (t == 0) partial_squares[warp][n * 8 + g] = squares[n];
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        partial[warp][n * 8 + 2 * t + (i & 1)][m * kMmaRows + g + 8 * (i >> 1)] = sums[m][n][i];
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTiles * kTokenTiles; i++) {
+    const int job = warp + i * kMmaWarps, m = job % kTiles, tile = first_tile + m, token = job / kTiles;
+    if (token >= p.num_tokens || tile >= p.num_blocks) continue;
+    const int r = lane & (kMmaRows - 1), row = block_row<kMmaRows>(p, tile, r);
+    float y = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kMmaWarps; w++) {
+      y += partial[w][token][m * kMmaRows + r];
+      total += partial_squares[w][token];
+    }
+    if (has_norm) y *= rsqrtf(total / static_cast<float>(p.cols) + p.norm_eps);
+    if constexpr (F == WeightFormat::fp8) y *= static_cast<const float*>(p.scales)[row] * (1.0f / kFp8ToFp16);
+    if constexpr (!MmaFormat<F>::is_bf16) y *= 1.0f / kXScale;
+    finish_rows<kMmaRows>(p, y, lane, token, tile, row, old_residual[i]);
+  }
+}
+
+template <WeightFormat F, int kTiles, int kTokenTiles, int kGroupsPerBlock>
+void launch_mma_kernel(const GemvArgs& args, cudaStream_t stream, bool pdl) {
+  launch(gemv_mma_kernel<F, kTiles, kTokenTiles, kGroupsPerBlock>, dim3(ceil_div(gemv_blocks(args, kMmaRows), kTiles)),
+         dim3(kMmaWarps * 32), 0, stream, pdl, gemv_params(args, kMmaRows));
+}
+
+template <WeightFormat F, int kGroupsPerBlock>
+void launch_mma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
+  const bool two_tiles = kMmaConfigs[tile.config] == 2;
+  if (args.num_tokens > 8) {
+    if (two_tiles) return launch_mma_kernel<F, 2, 2, kGroupsPerBlock>(args, stream, pdl);
+    return launch_mma_kernel<F, 1, 2, kGroupsPerBlock>(args, stream, pdl);
+  }
+  if (two_tiles) return launch_mma_kernel<F, 2, 1, kGroupsPerBlock>(args, stream, pdl);
+  launch_mma_kernel<F, 1, 1, kGroupsPerBlock>(args, stream, pdl);
+}
+
+}  // namespace edgellm::kernels

@@ -1,0 +1,50 @@
+// How every kernel is launched: with programmatic dependent launch where asked for and known to the GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cassert>
+
+#include "edgellm/cuda_try.hpp"
+
+namespace edgellm::kernels {
+
+// Of the current device, asked once a thread.
+struct DeviceTraits {
+  int device = -1;
+  int num_sms = 0;
+  bool has_dependent_launch = false;  // also thread block clusters: both came with compute capability 9.0
+};
+
+inline const DeviceTraits& device_traits() {
+  thread_local DeviceTraits traits;
+  int device = 0;
+  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
+  if (traits.device != device) {
+    int major = 0;
+    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&traits.num_sms, cudaDevAttrMultiProcessorCount, device));
+    traits.has_dependent_launch = major >= 9;
+    traits.device = device;
+  }
+  return traits;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+            bool pdl, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = pdl && device_traits().has_dependent_launch ? 1 : 0;
+  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  EDGELLM_CUDA_TRY(cudaGetLastError());
+}
+
+}  // namespace edgellm::kernels
