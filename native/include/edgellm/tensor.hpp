@@ -14,7 +14,7 @@ namespace edgellm {
 
 enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kUInt8, kInt32, kInt64 };
 std::size_t size_of(DType dtype) noexcept;
-const char* name_of(DType dtype) noexcept;  // "float32", "bfloat16", …
+const char* name_of(DType dtype) noexcept;       // "float32", "bfloat16", …
 DType dtype_from_name(const std::string& name);  // throws std::invalid_argument
 
 enum class MemoryKind : std::uint8_t { kDevice, kPinned };

@@ -1,0 +1,220 @@
+// The decoder: NumPy arrays in, NumPy arrays out, the GIL released while the device works.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.hpp"
+#include "edgellm/decoder.hpp"
+
+namespace py = pybind11;
+
+namespace edgellm {
+namespace {
+
+using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+
+std::span<const std::int32_t> span_of(const Ints& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+HostTensor host_tensor(const std::string& name, const py::array& array) {
+  if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument(name + " is not contiguous");
+  const std::vector<std::int64_t> dims(array.shape(), array.shape() + array.ndim());
+  HostTensor host;
+  host.data = array.data();
+  host.dtype = dtype_from_name(py::str(array.dtype().attr("name")));
+  host.shape = Shape(std::span<const std::int64_t>(dims));
+  return host;
+}
+
+py::dict plan_to_dict(const MemoryPlan& plan) {
+  py::dict report;
+  for (const auto& [group, num_bytes] : plan.groups()) report[py::str(group)] = num_bytes;
+  report["graphs"] = kGraphBytes;
+  report["total"] = plan.total() + kGraphBytes;
+  return report;
+}
+
+void load_linear(Decoder& decoder, const std::string& stem, const py::array& weight, const py::object& scale) {
+  const HostTensor host = host_tensor(stem + ".weight", weight);
+  HostTensor host_scale;
+  if (!scale.is_none()) host_scale = host_tensor(stem + ".scale", scale.cast<py::array>());
+  const py::gil_scoped_release release;
+  decoder.load_linear(stem, host, scale.is_none() ? nullptr : &host_scale);
+}
+
+// batch: (slot, token_ids, position, num_logits) a sequence. The rows live in the decoder until its next step.
+py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, int, int>>& batch) {
+  auto& decoder = self.cast<Decoder&>();
+  std::vector<SequenceStep> steps;
+  steps.reserve(batch.size());
+  for (const auto& [slot, token_ids, position, num_logits] : batch) {
+    steps.push_back({slot, span_of(token_ids), position, num_logits});
+  }
+  int rows = 0;
+  {
+    const py::gil_scoped_release release;
+    rows = decoder.step(steps);
+  }
+  const py::ssize_t vocab = decoder.config().vocab_size;
+  return py::array_t<float>({py::ssize_t{rows}, vocab}, decoder.logits(), self);
+}
+
+template <typename Result>
+py::array_t<typename Result::value_type> to_array(const Result& values) {
+  return py::array_t<typename Result::value_type>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+kernels::SamplingRow sampling_row(std::uint64_t seed, float temperature, int top_k, float top_p, float min_p,
+                                  int draw_index) {
+  kernels::SamplingRow row{};
+  row.seed = seed;
+  row.temperature = temperature;
+  row.top_p = top_p;
+  row.min_p = min_p;
+  row.repetition_penalty = 1.0F;
+  row.top_k = top_k;
+  row.draw_index = draw_index;
+  return row;
+}
+
+void bind_config(py::module_& module) {
+  py::enum_<kernels::WeightFormat>(module, "WeightFormat")
+      .value("bf16", kernels::WeightFormat::bf16)
+      .value("fp16", kernels::WeightFormat::fp16)
+      .value("fp8", kernels::WeightFormat::fp8)
+      .value("int8", kernels::WeightFormat::int8)
+      .value("int4", kernels::WeightFormat::int4);
+  py::class_<DecoderConfig>(module, "DecoderConfig", "What a decoder is and how much it may hold.")
+      .def(py::init<>())
+      .def_readwrite("num_layers", &DecoderConfig::num_layers)
+      .def_readwrite("hidden_size", &DecoderConfig::hidden_size)
+      .def_readwrite("intermediate_size", &DecoderConfig::intermediate_size)
+      .def_readwrite("num_heads", &DecoderConfig::num_heads)
+      .def_readwrite("num_kv_heads", &DecoderConfig::num_kv_heads)
+      .def_readwrite("head_dim", &DecoderConfig::head_dim)
+      .def_readwrite("vocab_size", &DecoderConfig::vocab_size)
+      .def_readwrite("num_positions", &DecoderConfig::num_positions)
+      .def_readwrite("rms_norm_eps", &DecoderConfig::rms_norm_eps)
+      .def_readwrite("embed_scale", &DecoderConfig::embed_scale)
+      .def_readwrite("qk_norm", &DecoderConfig::qk_norm)
+      .def_readwrite("tied_head", &DecoderConfig::tied_head)
+      .def_readwrite("sliding_windows", &DecoderConfig::sliding_windows)
+      .def_readwrite("layer_format", &DecoderConfig::layer_format)
+      .def_readwrite("head_format", &DecoderConfig::head_format)
+      .def_readwrite("embedding_format", &DecoderConfig::embedding_format)
+      .def_readwrite("group_size", &DecoderConfig::group_size)
+      .def_readwrite("biases", &DecoderConfig::biases)
+      .def_readwrite("num_slots", &DecoderConfig::num_slots)
+      .def_readwrite("capacity", &DecoderConfig::capacity)
+      .def_readwrite("max_tokens", &DecoderConfig::max_tokens)
+      .def_readwrite("min_gemm_tokens", &DecoderConfig::min_gemm_tokens)
+      .def_readwrite("pdl", &DecoderConfig::pdl)
+      .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
+      .def("check", &DecoderConfig::check, "ValueError that names what the kernels cannot do.");
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& module) {
+  bind_config(module);
+  module.attr("MAX_BATCH") = kMaxBatch;
+  module.def(
+      "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
+      "Bytes of device memory by purpose, and their total; takes none.");
+  py::class_<kernels::SamplingRow>(module, "SamplingRow", "How one sequence of a run draws its tokens.")
+      .def(py::init(&sampling_row), py::arg("seed") = 0, py::arg("temperature") = 0.0F, py::arg("top_k") = 0,
+           py::arg("top_p") = 1.0F, py::arg("min_p") = 0.0F, py::arg("draw_index") = 0);
+  py::class_<Decoder>(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.")
+      .def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("plan", [](const Decoder& decoder) { return plan_to_dict(decoder.plan()); })
+      .def_property_readonly("products_reason", &Decoder::products_reason)
+      .def("load_linear", &load_linear, py::arg("stem"), py::arg("weight"), py::arg("scale") = py::none())
+      .def(
+          "load_vector",
+          [](Decoder& decoder, const std::string& name, const py::array& values) {
+            const HostTensor host = host_tensor(name, values);
+            const py::gil_scoped_release release;
+            decoder.load_vector(name, host);
+          },
+          py::arg("name"), py::arg("values"))
+      .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
+      .def("step", &step, py::arg("batch"))
+      .def(
+          "decode_tokens",
+          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
+             const std::vector<kernels::SamplingRow>& rows) {
+            std::vector<std::int32_t> tokens;
+            {
+              const py::gil_scoped_release release;
+              tokens = decoder.decode_tokens(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
+            }
+            return to_array(tokens).reshape({static_cast<py::ssize_t>(num_steps), slots.size()});
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
+          py::arg("sampling") = std::vector<kernels::SamplingRow>(),
+          "(num_steps, batch) tokens, each fed to the next step on the device; greedy without sampling rows.")
+      .def(
+          "start_run",
+          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids,
+             const std::vector<kernels::SamplingRow>& rows) {
+            const py::gil_scoped_release release;
+            decoder.start_run(span_of(slots), span_of(positions), span_of(token_ids), rows);
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("token_ids"),
+          py::arg("sampling") = std::vector<kernels::SamplingRow>())
+      .def("launch_run_step_async", &Decoder::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
+      .def("read_run_step",
+           [](Decoder& decoder) {
+             std::span<const std::int32_t> tokens;
+             {
+               const py::gil_scoped_release release;
+               tokens = decoder.read_run_step();
+             }
+             return to_array(tokens);
+           })
+      .def(
+          "time_run",
+          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
+             const std::vector<kernels::SamplingRow>& rows) {
+            const py::gil_scoped_release release;
+            return decoder.time_run(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
+          },
+          py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
+          py::arg("sampling") = std::vector<kernels::SamplingRow>(), "Milliseconds of each step, on the device.")
+      .def("copy_prefix", &Decoder::copy_prefix, py::arg("source"), py::arg("target"), py::arg("length"),
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "save_prefix",
+          [](Decoder& decoder, int slot, int length) {
+            const std::size_t size = static_cast<std::size_t>(length) * decoder.config().kv_bytes_per_token();
+            py::array_t<std::uint8_t> data(static_cast<py::ssize_t>(size));
+            auto* host = reinterpret_cast<std::byte*>(data.mutable_data());
+            const py::gil_scoped_release release;
+            decoder.save_prefix(slot, length, host);
+            return data;
+          },
+          py::arg("slot"), py::arg("length"))
+      .def(
+          "load_prefix",
+          [](Decoder& decoder, int slot, const py::array_t<std::uint8_t, py::array::c_style>& data, int length) {
+            const std::size_t size = static_cast<std::size_t>(length) * decoder.config().kv_bytes_per_token();
+            if (static_cast<std::size_t>(data.nbytes()) != size) {
+              throw std::invalid_argument("a prefix of " + std::to_string(length) + " tokens has " +
+                                          std::to_string(size) + " bytes, not " + std::to_string(data.nbytes()));
+            }
+            const auto* host = reinterpret_cast<const std::byte*>(data.data());
+            const py::gil_scoped_release release;
+            decoder.load_prefix(slot, length, host);
+          },
+          py::arg("slot"), py::arg("data"), py::arg("length"))
+      .def("num_tiles", &Decoder::num_tiles, py::arg("product"), py::arg("batch") = 1)
+      .def("set_tile", &Decoder::set_tile, py::arg("product"), py::arg("batch"), py::arg("tile"))
+      .def("use_graphs", &Decoder::use_graphs, py::arg("use"));
+}
+
+}  // namespace edgellm
