@@ -13,23 +13,45 @@ __all__ = ["Executor", "ExecutorInfo", "SequenceStep", "create_executor"]
 
 _log = logging.getLogger(__name__)
 
-# What a release may add, in the order in which `auto` prefers them.
-_NOT_BUILT = {
-    "tensorrt": "this version has no TensorRT executor yet",
-    "cuda": "this version has no CUDA executor yet",
-}
+_NO_TENSORRT = "tensorrt: this version has no such executor yet"
 
 
 def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
-    """Load `bundle` with the executor that `config` names, or the first that can run here.
+    """Load `bundle` with the executor that `config` names; auto is the first of tensorrt, cuda, onnxruntime that runs.
 
-    Raises UnsupportedError for an executor that this version cannot run, BundleError and ConfigError from loading.
+    The choice and its reason are logged. Raises UnsupportedError for an executor that cannot run here, BundleError,
+    ConfigError and DeviceError from loading.
     """
-    if config.executor in _NOT_BUILT:
-        raise UnsupportedError(f"executor is {config.executor!r}: {_NOT_BUILT[config.executor]}; use onnxruntime or auto")
-    from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+    if config.executor == "tensorrt":
+        raise UnsupportedError(f"executor is 'tensorrt': {_NO_TENSORRT.partition(': ')[2]}; use onnxruntime or auto")
+    reasons = [_NO_TENSORRT]
+    executor: Executor | None = None
+    if config.executor in ("auto", "cuda"):
+        reason = _cuda_reason(bundle)
+        if not reason:
+            from edgellm_ros.executors.cuda import CudaExecutor
 
-    executor = OnnxRuntimeExecutor(bundle, config)
-    reason = "asked for" if config.executor != "auto" else "; ".join(_NOT_BUILT.values())
-    _log.info("executor: %s on %s (%s)", executor.info.name, executor.info.device, reason)
+            executor = CudaExecutor(bundle, config)
+        elif config.executor == "cuda":
+            raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
+        else:
+            reasons.append(f"cuda: {reason}")
+    if executor is None:
+        from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+
+        executor = OnnxRuntimeExecutor(bundle, config)
+    why = "asked for" if config.executor != "auto" else "; ".join(reasons)
+    _log.info("executor: %s on %s (%s)", executor.info.name, executor.info.device, why)
     return executor
+
+
+def _cuda_reason(bundle: Bundle) -> str:
+    """Why the CUDA executor cannot run `bundle` here; empty when it can."""
+    from edgellm_ros import native
+
+    reason = native.unavailable_reason()
+    if reason:
+        return reason
+    from edgellm_ros.executors.cuda import unsupported_reason
+
+    return unsupported_reason(bundle)

@@ -22,6 +22,7 @@ class ExecutorInfo:
     vocab_size: int
     kv_bytes_per_token: int
     memory_bytes: int  # weights + KV cache + workspace, as planned at load
+    rounding: float = 0.0  # relative error of logits that the executor's own number formats add to the bundle's
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
         agreeing += int(np.sum(logits.argmax(-1) == np.asarray(case.next_ids)))
         tokens += len(case.next_ids)
     error = float(np.sqrt(difference / reference_energy)) if reference_energy else 0.0
-    return SelfTestResult(error, test.max_error, agreeing, tokens)
+    return SelfTestResult(error, test.max_error + executor.info.rounding, agreeing, tokens)
 
 
 def run_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:

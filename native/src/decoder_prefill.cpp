@@ -17,6 +17,8 @@ using kernels::GemvArgs;
 
 void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
+  // By the whole step, so that its last chunk, however short, is computed as the others are.
+  const bool products = products_ != nullptr && length >= config_.min_gemm_tokens;
   int start = 0;
   int row = first_row;
   while (start < length) {
@@ -26,14 +28,14 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
     const int wanted = std::min(count, std::max(0, end - (length - item.num_logits)));
     prefill_chunk_async(item.slot,
                         item.token_ids.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(count)),
-                        item.position + start, wanted, row);
+                        item.position + start, wanted, row, products);
     row += wanted;
     start = end;
   }
 }
 
 void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                                  int first_row) {
+                                  int first_row, bool products) {
   const auto count = static_cast<int>(token_ids.size());
   cudaStream_t stream = stream_.get();
   // tokens, slots, positions, then what attention and the gathering of logit rows read.
@@ -58,7 +60,6 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                            stream, false);
   kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
-  const bool products = products_ != nullptr && count >= config_.min_gemm_tokens;
   for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products);
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.

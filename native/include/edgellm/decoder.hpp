@@ -108,7 +108,7 @@ class Decoder {
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
   void prefill_async(const SequenceStep& item, int first_row);
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                           int first_row);
+                           int first_row, bool products);
   void prefill_layer_async(int layer, int num_tokens, bool products);
   void product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
   void gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,

@@ -1,0 +1,194 @@
+"""The CUDA executor: the project's own kernels over the bundle's weight file, for NVIDIA GPUs without TensorRT.
+
+Single tokens decode together as one CUDA graph; longer steps go through matrix products, sequence by sequence. The
+two round differently, so `decode_batching="exact"` keeps every step of two or more tokens on the second path; "fast"
+sends short steps (verifying a draft) through the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros import native
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError, DeviceError, UnsupportedError
+from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
+_FORMATS = {"fp32": "bf16", "fp16": "bf16", "int8": "int8", "int4": "int4"}
+_ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
+_FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
+
+
+def unsupported_reason(bundle: Bundle) -> str:
+    """What of `bundle` the kernels cannot run; empty when they can. Needs the native module, but no GPU."""
+    try:
+        _settings(bundle, EngineConfig(max_context=min(bundle.manifest.model.max_context, 64)))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+class CudaExecutor(Executor):
+    """Runs a bundle's decoder on the current NVIDIA GPU."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        """Plan the memory, take it, upload the weights and capture the graphs.
+
+        Raises UnsupportedError without a GPU or for a model that the kernels cannot run, ConfigError when the settings
+        ask for more context than the bundle has or more memory than is free, DeviceError when the device fails.
+        """
+        module = native.load()
+        settings = _settings(bundle, config)
+        plan: dict[str, int] = module.plan_memory(settings)
+        info: dict[str, Any] = module.device_info()
+        _check_memory(plan, info, settings)
+        self._decoder: Any = module.Decoder(settings)
+        if self._decoder.products_reason:
+            reason = self._decoder.products_reason
+            _log.warning("prompts are read slowly: no cuBLASLt (%s); pip install nvidia-cublas", reason)
+        _upload(self._decoder, bundle)
+        self._decoder.finish_load()
+        _log.info("GPU memory: %s", ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items()))
+        self.memory_plan = plan
+        major, minor = info["compute_capability"]
+        self.info = ExecutorInfo(
+            name="cuda",
+            device=f"{info['name']}, compute capability {major}.{minor}",
+            precision=f"{bundle.manifest.quantization.weights} weights, bf16 KV cache",
+            num_slots=settings.num_slots,
+            capacity=settings.capacity,
+            vocab_size=settings.vocab_size,
+            kv_bytes_per_token=settings.kv_bytes_per_token,
+            memory_bytes=plan["total"],
+            rounding=_ROUNDING,
+        )
+
+    def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
+        """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each."""
+        for item in batch:
+            end = item.position + len(item.token_ids)
+            assert 0 <= item.slot < self.info.num_slots and item.position >= 0 and end <= self.info.capacity, item
+            assert 0 <= item.num_logits <= len(item.token_ids), item
+        rows: npt.NDArray[np.float32] = self._open().step(
+            [(item.slot, item.token_ids, item.position, item.num_logits) for item in batch]
+        )
+        return rows
+
+    def decode_tokens(
+        self,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        first_tokens: Sequence[int],
+        num_steps: int,
+        sampling: Sequence[Any] = (),
+    ) -> npt.NDArray[np.int32]:
+        """Generate on the device: each token feeds the next step, and the host reads one step behind.
+
+        The sequences' first tokens are computed at `positions` of `slots`. `sampling` holds one `_native.SamplingRow` a
+        sequence; none is greedy. Returns (num_steps, num_sequences) tokens.
+        """
+        assert max(positions) + num_steps <= self.info.capacity, (positions, num_steps)
+        tokens: npt.NDArray[np.int32] = self._open().decode_tokens(
+            slots, positions, first_tokens, num_steps, list(sampling)
+        )
+        return tokens
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See Executor.copy_prefix."""
+        self._open().copy_prefix(source, target, length)
+
+    def save_prefix(self, slot: int, length: int) -> npt.NDArray[np.uint8]:
+        """See Executor.save_prefix."""
+        data: npt.NDArray[np.uint8] = self._open().save_prefix(slot, length)
+        return data
+
+    def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
+        """See Executor.load_prefix."""
+        self._open().load_prefix(slot, data, length)
+
+    def close(self) -> None:
+        """See Executor.close."""
+        self._decoder = None
+
+    def _open(self) -> Any:
+        if self._decoder is None:
+            raise DeviceError("the CUDA executor is closed")
+        return self._decoder
+
+
+def _settings(bundle: Bundle, config: EngineConfig) -> Any:
+    """The native DecoderConfig; raises ConfigError and UnsupportedError."""
+    module, reason = native.import_module()
+    if module is None:
+        raise UnsupportedError(reason)
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    capacity = config.max_context or min(model.max_context, DEFAULT_CONTEXT)
+    if capacity > model.max_context:
+        raise ConfigError(
+            f"max_context {capacity} exceeds the bundle's {model.max_context}; "
+            f"export again with --max-context {capacity}, if the model allows it"
+        )
+    formats = module.WeightFormat.__members__
+    settings = module.DecoderConfig()
+    for name in (
+        "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+        "rms_norm_eps", "embed_scale", "qk_norm",
+    ):  # fmt: skip
+        setattr(settings, name, getattr(model, name))
+    settings.num_positions = model.max_context
+    settings.tied_head = quant.head_tensor(model) == "embed"
+    settings.sliding_windows = list(model.sliding_windows)
+    settings.layer_format = formats[_FORMATS[quant.weights]]
+    settings.head_format = formats[_FORMATS[quant.lm_head]]
+    settings.embedding_format = formats[_FORMATS[quant.embedding]]
+    settings.group_size = quant.group_size
+    prefix = "layers.0."
+    settings.biases = [
+        name[len(prefix) : -len(".bias")]
+        for name in bundle.weights().names()
+        if name.startswith(prefix) and name.endswith(".bias")
+    ]
+    settings.num_slots = config.max_slots
+    settings.capacity = capacity
+    settings.max_tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
+    settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
+    try:
+        settings.check()
+    except ValueError as error:
+        raise UnsupportedError(f"{model.name}: {error}") from error
+    return settings
+
+
+def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> None:
+    if plan["total"] <= info["free_bytes"]:
+        return
+    raise ConfigError(
+        f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({plan['weights'] / 1e6:.0f} MB weights, max_slots "
+        f"{settings.num_slots} x max_context {settings.capacity} x {settings.kv_bytes_per_token} bytes of KV cache, "
+        f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}) but "
+        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower max_slots, max_context or prefill_chunk"
+    )
+
+
+def _upload(decoder: Any, bundle: Bundle) -> None:
+    weights = bundle.weights()
+    names = set(weights.names())
+    for name in weights.names():
+        values = weights[name]
+        if name.endswith(".scale"):
+            continue  # goes with its weight
+        if values.ndim == 2 and name.endswith(".weight"):
+            stem = name.removesuffix(".weight")
+            scale = f"{stem}.scale"
+            decoder.load_linear(stem, values, weights[scale] if scale in names else None)
+        else:
+            decoder.load_vector(name, values)
