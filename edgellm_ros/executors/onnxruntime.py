@@ -23,6 +23,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError
 from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
 from edgellm_ros.executors.embedding import EmbeddingTable
+from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_regions
 from edgellm_ros.executors.memory import available_memory, physical_cores
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
@@ -59,7 +60,9 @@ class OnnxRuntimeExecutor(Executor):
                 f"{free / 1e6:.0f} MB are free; lower max_slots or max_context"
             )
         self._embedding = EmbeddingTable(bundle)
+        before = anonymous_regions()
         self._session = self._load(bundle, threads)
+        self._collapsing = collapse_new_regions(before)
         shape = (config.max_slots, model.num_kv_heads, capacity, model.head_dim)
         # Fresh zero pages: the kernel backs them as they are first written.
         self._cache = [np.zeros(shape, np.float32) for _ in range(2 * model.num_layers)]  # key, value, key, …
@@ -203,6 +206,7 @@ class OnnxRuntimeExecutor(Executor):
 
     def close(self) -> None:
         """See Executor.close."""
+        self._collapsing.join()
         self._bindings.clear()
         self._cache.clear()
         self._session = None
