@@ -1,8 +1,9 @@
 """The CUDA executor: the project's own kernels over the bundle's weight file, for NVIDIA GPUs without TensorRT.
 
 Single tokens decode together as one CUDA graph; longer steps go through matrix products, sequence by sequence. The
-two round differently, so `decode_batching="exact"` keeps every step of two or more tokens on the second path; "fast"
-sends short steps (verifying a draft) through the first.
+two round differently, so `decode_batching="exact"` keeps every step of two or more tokens on the second path, and
+where several sequences may decode together it leaves out the kernels that only one can use. "fast" takes what is
+fastest: those kernels for a sequence alone, and the first path for short steps (verifying a draft).
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.num_slots = config.max_slots
     settings.capacity = capacity
     settings.max_tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
+    settings.batch_invariant = config.decode_batching == "exact" and config.max_slots > 1
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

@@ -113,6 +113,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("capacity", &DecoderConfig::capacity)
       .def_readwrite("max_tokens", &DecoderConfig::max_tokens)
       .def_readwrite("min_gemm_tokens", &DecoderConfig::min_gemm_tokens)
+      .def_readwrite("batch_invariant", &DecoderConfig::batch_invariant)
       .def_readwrite("pdl", &DecoderConfig::pdl)
       .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
       .def("check", &DecoderConfig::check, "ValueError that names what the kernels cannot do.");

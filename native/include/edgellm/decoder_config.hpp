@@ -34,7 +34,10 @@ struct DecoderConfig {
   int capacity = 0;         // tokens a slot holds
   int max_tokens = 0;       // of one prefill chunk; longer steps are cut
   int min_gemm_tokens = 2;  // shorter steps run through the decode kernels, whose rounding is another
-  bool pdl = true;          // programmatic dependent launch, where the GPU has it
+  // One decoding sequence gets the bits that it gets among others: the kernels for a single token, which are faster but
+  // sum in another order, are left out.
+  bool batch_invariant = true;
+  bool pdl = true;  // programmatic dependent launch, where the GPU has it
 
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int q_width() const { return num_heads * head_dim; }

@@ -1,0 +1,175 @@
+"""Decode and prefill of the CUDA executor on random weights, beside the memory's read speed and torch.compile.
+
+    python3 bench/bench_decode.py --shape llama-1b llama-8b --weights bf16 int4 --torch
+
+One sequence decodes greedily on the device from `--context` on; ms/token is the host's clock over all tokens of
+`decode_tokens`, "device" the median between two steps on the GPU. The share is the weights' and the cache's bytes over
+that time, in relation to what a kernel that only reads reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from random_bundle import SCHEMES, SHAPES, RandomBundle, decode_bytes  # noqa: E402
+
+from edgellm_ros import native  # noqa: E402
+from edgellm_ros.config import EngineConfig  # noqa: E402
+from edgellm_ros.executors import SequenceStep  # noqa: E402
+from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
+
+PRODUCTS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down", "head")
+
+
+@dataclasses.dataclass
+class Result:
+    """One line of the table."""
+
+    shape: str
+    weights: str
+    batch: int
+    ms_per_token: float  # host clock, sampling included
+    device_ms: float  # median step
+    sampled_ms: float  # the same with temperature, top-k and top-p
+    gb_per_s: float
+    share: float  # of the read bandwidth
+    prefill_ms: dict[int, float]
+    torch_ms: float  # 0: not measured
+    load_s: float
+    memory_mb: float
+    tiles: dict[str, int]  # that --tune chose
+
+
+def main() -> None:
+    """Measure what the options ask for, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
+    parser.add_argument("--torch", action="store_true", help="torch.compile in bf16 as well (a minute a shape)")
+    parser.add_argument("--tune", action="store_true", help="search the tile of every decode product first")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    module = native.load()
+    info = module.device_info()
+    bandwidth = module.measure_read_bandwidth(1 << 31)
+    if not options.json:
+        print(f"{info['name']}, {info['num_sms']} SMs; read-only kernel {bandwidth:.0f} GB/s; "
+              f"context {options.context}, {options.tokens} tokens")  # fmt: skip
+    results = []
+    for shape in options.shape:
+        torch_ms = _torch_ms(shape, options) if options.torch else 0.0
+        for weights in options.weights:
+            for batch in options.batch:
+                result = measure(shape, weights, batch, bandwidth, torch_ms, options)
+                results.append(result)
+                if not options.json:
+                    print_result(result)
+    if options.json:
+        print(json.dumps({"device": info["name"], "read_gb_per_s": bandwidth,
+                          "results": [dataclasses.asdict(r) for r in results]}))  # fmt: skip
+
+
+def measure(shape: str, weights: str, batch: int, bandwidth: float, torch_ms: float, options: Any) -> Result:
+    """Load one random bundle and time it."""
+    module = native.load()
+    bundle = RandomBundle(shape, weights)
+    longest = max([options.context, *options.prefill])
+    capacity = -(-(longest + 3 * options.tokens + 64) // 64) * 64
+    config = EngineConfig(
+        max_slots=batch, max_context=capacity, prefill_chunk=min(longest, 2048), decode_batching="fast"
+    )
+    started = time.monotonic()
+    executor = CudaExecutor(bundle, config)
+    load_s = time.monotonic() - started
+    ids = np.random.default_rng(1).integers(0, bundle.manifest.model.vocab_size, longest).astype(np.int32)
+    prefill_ms = {length: _time_prefill(executor, ids[:length]) for length in options.prefill}
+    for slot in range(batch):
+        executor.step([SequenceStep(slot, ids[: options.context], 0)])
+    decoder: Any = executor._decoder
+    at = ([*range(batch)], [options.context] * batch, [7] * batch)
+    tiles = _tune(decoder, at, batch) if options.tune else {}
+    executor.decode_tokens(*at, 16)
+    walls = []
+    for _ in range(3):
+        started = time.perf_counter()
+        executor.decode_tokens(*at, options.tokens)
+        walls.append((time.perf_counter() - started) * 1e3 / options.tokens)
+    device_ms = statistics.median(decoder.time_run(*at, options.tokens))
+    rows = [module.SamplingRow(seed=i, temperature=0.8, top_k=40, top_p=0.95) for i in range(batch)]
+    sampled_ms = statistics.median(decoder.time_run(*at, options.tokens, rows))
+    ms = statistics.median(walls)
+    read = decode_bytes(shape, weights)
+    read += batch * (options.context + options.tokens // 2) * executor.info.kv_bytes_per_token
+    gb_per_s = read / ms * 1e-6
+    memory_mb = executor.info.memory_bytes / 1e6
+    executor.close()
+    del executor, decoder
+    gc.collect()
+    return Result(shape, weights, batch, ms, device_ms, sampled_ms, gb_per_s, gb_per_s / bandwidth, prefill_ms,
+                  torch_ms, load_s, memory_mb, tiles)  # fmt: skip
+
+
+def print_result(r: Result) -> None:
+    """One line, and the tiles under it."""
+    prefill = ", ".join(f"{length}: {ms:.1f} ms" for length, ms in r.prefill_ms.items())
+    peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({r.torch_ms / r.ms_per_token:.2f} x)" if r.torch_ms else ""
+    print(
+        f"{r.shape:9} {r.weights:5} batch {r.batch}  {r.ms_per_token:7.3f} ms/token (device {r.device_ms:.3f}, sampled "
+        f"{r.sampled_ms:.3f})  {r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
+        f"{r.memory_mb:.0f} MB",
+        flush=True,
+    )
+    if r.tiles:
+        print(f"{'':9} tiles {r.tiles}", flush=True)
+
+
+def _time_prefill(executor: CudaExecutor, ids: np.ndarray) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        executor.step([SequenceStep(0, ids, 0)])
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[1:])
+
+
+def _tune(decoder: Any, at: tuple[list[int], list[int], list[int]], batch: int) -> dict[str, int]:
+    """The fastest tile of each decode product, one product after the other."""
+    chosen = {}
+    for product in PRODUCTS:
+        times = {}
+        for tile in range(-1, decoder.num_tiles(product, batch)):
+            decoder.set_tile(product, batch, tile)
+            decoder.time_run(*at, 4)
+            times[tile] = statistics.median(decoder.time_run(*at, 24))
+        best = min(times, key=lambda tile: times[tile])
+        if times[best] > 0.997 * times[-1]:  # within the noise: leave the choice to the kernel
+            best = -1
+        decoder.set_tile(product, batch, best)
+        chosen[product] = best
+    return chosen
+
+
+def _torch_ms(shape: str, options: Any) -> float:
+    from torch_decoder import time_torch_decode
+
+    return time_torch_decode(SHAPES[shape], options.context, options.tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What the tests of the CUDA executor share: the reason to skip them elsewhere, and bundles that the kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellm_ros import native
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.executors.cuda import CudaExecutor
+
+HERE = Path(__file__).parent
+CONTEXT = 256
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = native.unavailable_reason()
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _configs() -> dict[str, Callable[[], Any]]:
+    import transformers
+
+    common = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return {
+        "gpu_llama": lambda: transformers.LlamaConfig(**common, head_dim=64),
+        "gpu_llama_bias": lambda: transformers.LlamaConfig(**common, head_dim=80, attention_bias=True, mlp_bias=True),
+        "gpu_mistral": lambda: transformers.MistralConfig(**common, sliding_window=16, head_dim=96),
+        "gpu_qwen2": lambda: transformers.Qwen2Config(**common, tie_word_embeddings=True),
+        "gpu_qwen3": lambda: transformers.Qwen3Config(**common, head_dim=128),
+    }
+
+
+@pytest.fixture(scope="session")
+def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """`gpu_model("gpu_qwen3")` is (the transformers model in fp32, its checkpoint's directory)."""
+    import tiny
+
+    tiny.CONFIGS.update(_configs())
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def get(kind: str) -> tuple[Any, Path]:
+        if kind not in made:
+            path = tmp_path_factory.mktemp(kind) / "checkpoint"
+            made[kind] = tiny.save_checkpoint(kind, path), path
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def gpu_bundle(
+    gpu_model: Callable[[str], tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Bundle]:
+    """`gpu_bundle("gpu_qwen3", "int4")` is that checkpoint's bundle; read-only."""
+    from edgellm_ros.toolchain.export import export_bundle
+
+    made: dict[tuple[str, str], Bundle] = {}
+
+    def get(kind: str, weights: str = "fp16") -> Bundle:
+        if (kind, weights) not in made:
+            output = tmp_path_factory.mktemp(f"{kind}-{weights}") / "bundle"
+            made[kind, weights] = export_bundle(gpu_model(kind)[1], output, weights=weights)
+        return made[kind, weights]
+
+    return get
+
+
+@pytest.fixture
+def open_cuda(gpu_bundle: Callable[..., Bundle]) -> Iterator[Callable[..., CudaExecutor]]:
+    """`open_cuda(kind, weights, **settings)` is an executor, closed after the test."""
+    opened: list[CudaExecutor] = []
+
+    def get(kind: str, weights: str = "fp16", **settings: Any) -> CudaExecutor:
+        opened.append(CudaExecutor(gpu_bundle(kind, weights), EngineConfig(**{"max_slots": 4, **settings})))
+        return opened[-1]
+
+    yield get
+    for executor in opened:
+        executor.close()

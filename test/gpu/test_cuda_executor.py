@@ -1,0 +1,227 @@
+"""The CUDA executor computes what Hugging Face and ONNX Runtime compute, and takes no memory while it does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgellm_ros import native
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import Request, SamplingParams
+from edgellm_ros.errors import ConfigError, DeviceError
+from edgellm_ros.executors import SequenceStep, create_executor
+from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+
+KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3")  # every head_dim, bias, norm, window
+RNG = np.random.default_rng(11)
+OpenCuda = Callable[..., CudaExecutor]
+
+
+def prompt(length: int) -> np.ndarray:
+    return RNG.integers(5, 300, length).astype(np.int32)
+
+
+def step(slot: int, ids: np.ndarray, position: int, num_logits: int = 1) -> SequenceStep:
+    return SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits)
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    centred = expected - expected.mean(-1, keepdims=True)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(centred))
+
+
+def prefilled_and_decoded(executor: Any, ids: np.ndarray, num_prefilled: int) -> np.ndarray:
+    """Logits after every token of `ids`, the first `num_prefilled` in one step, the others one by one."""
+    rows = [executor.step([step(1, ids[:num_prefilled], 0, num_prefilled)]).copy()]
+    for i in range(num_prefilled, len(ids)):
+        rows.append(executor.step([step(1, ids[i : i + 1], i)]).copy())
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_hugging_faces_in_prefill_and_decode(
+    kind: str, open_cuda: OpenCuda, gpu_model: Callable[[str], tuple[Any, Path]]
+) -> None:
+    import torch
+
+    executor = open_cuda(kind, "fp16")
+    ids = prompt(90)
+    with torch.no_grad():
+        expected = gpu_model(kind)[0](torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+    got = prefilled_and_decoded(executor, ids, 60)
+    assert relative_error(got[:60], expected[:60]) < 0.03
+    assert relative_error(got[60:], expected[60:]) < 0.03
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_logits_are_onnx_runtimes(
+    kind: str, weights: str, open_cuda: OpenCuda, gpu_bundle: Callable[..., Bundle]
+) -> None:
+    reference = OnnxRuntimeExecutor(gpu_bundle(kind, weights), EngineConfig(max_slots=2))
+    ids = prompt(90)
+    expected = prefilled_and_decoded(reference, ids, 60)
+    reference.close()
+    got = prefilled_and_decoded(open_cuda(kind, weights), ids, 60)
+    # ONNX Runtime rounds activations to int8 in these products, which moves its logits as far as bf16 moves ours.
+    assert relative_error(got[:60], expected[:60]) < 0.08
+    assert relative_error(got[60:], expected[60:]) < 0.08
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+def test_short_steps_through_the_decode_kernels_agree_with_products(weights: str, open_cuda: OpenCuda) -> None:
+    ids = prompt(40)
+    exact = open_cuda("gpu_qwen3", weights).step([step(0, ids[:30], 0), step(1, ids[:9], 0, 5)]).copy()
+    fast = open_cuda("gpu_qwen3", weights, decode_batching="fast")
+    assert relative_error(fast.step([step(0, ids[:30], 0), step(1, ids[:9], 0, 5)]), exact) < 0.03
+
+
+def greedy_by_steps(executor: CudaExecutor, slot: int, position: int, token: int, count: int) -> list[int]:
+    tokens = []
+    for i in range(count):
+        logits = executor.step([step(slot, np.array([token]), position + i)])
+        token = int(logits[0].argmax())
+        tokens.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("batching", ["exact", "fast"])
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+def test_tokens_fed_back_on_the_device_are_those_of_single_steps(
+    weights: str, batching: str, open_cuda: OpenCuda
+) -> None:
+    executor = open_cuda("gpu_qwen3", weights, max_slots=8, decode_batching=batching)
+    lengths = [3, 40, 17, 64, 9, 30, 2, 50]
+    for slot, length in enumerate(lengths):
+        executor.step([step(slot, prompt(length), 0)])
+    first = [7 + slot for slot in range(8)]
+    single = greedy_by_steps(executor, 2, lengths[2], first[2], 24)
+    assert executor.decode_tokens([2], [lengths[2]], [first[2]], 24)[:, 0].tolist() == single
+    if batching == "exact":
+        alone = [greedy_by_steps(executor, s, lengths[s], first[s], 24) for s in range(8)]
+        for slots in ([0, 1, 2], list(range(8)), [5, 3]):
+            got = executor.decode_tokens(slots, [lengths[s] for s in slots], [first[s] for s in slots], 24)
+            assert got.T.tolist() == [alone[s] for s in slots], slots
+
+
+def test_a_graph_replays_what_plain_launches_compute(open_cuda: OpenCuda) -> None:
+    executor = open_cuda("gpu_llama", "int4")
+    executor.step([step(0, prompt(20), 0)])
+    replayed = executor.step([step(0, np.array([9]), 20)]).copy()
+    executor._decoder.use_graphs(False)
+    assert np.array_equal(executor.step([step(0, np.array([9]), 20)]), replayed)
+
+
+def test_greedy_sampling_rows_draw_the_most_likely_token(open_cuda: OpenCuda) -> None:
+    module = native.load()
+    executor = open_cuda("gpu_qwen3", "fp16")
+    executor.step([step(0, prompt(20), 0), step(1, prompt(11), 0)])
+    greedy = executor.decode_tokens([0, 1], [20, 11], [5, 6], 30)
+    cold = [module.SamplingRow(seed=1), module.SamplingRow(seed=2, temperature=0.9, top_k=1)]
+    assert np.array_equal(executor.decode_tokens([0, 1], [20, 11], [5, 6], 30, cold), greedy)
+
+
+def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch(open_cuda: OpenCuda) -> None:
+    module = native.load()
+    executor = open_cuda("gpu_qwen3", "fp16")
+    executor.step([step(0, prompt(20), 0), step(1, prompt(11), 0)])
+
+    def rows(*seeds: int) -> list[Any]:
+        return [module.SamplingRow(seed=s, temperature=1.0, top_k=50, top_p=0.95) for s in seeds]
+
+    together = executor.decode_tokens([0, 1], [20, 11], [5, 6], 30, rows(3, 4))
+    assert np.array_equal(executor.decode_tokens([1], [11], [6], 30, rows(4))[:, 0], together[:, 1])
+    assert not np.array_equal(executor.decode_tokens([1], [11], [6], 30, rows(5))[:, 0], together[:, 1])
+
+
+def test_draws_follow_the_models_distribution(open_cuda: OpenCuda) -> None:
+    """First tokens over many seeds against the softmax of the logits: total variation far below that of a wrong one."""
+    module = native.load()
+    executor = open_cuda("gpu_qwen3", "fp16")
+    executor.step([step(0, prompt(20), 0)])
+    logits = executor.step([step(0, np.array([5]), 20)])[0].astype(np.float64) / 2.0
+    expected = np.exp(logits - logits.max())
+    expected /= expected.sum()
+    draws = [
+        int(executor.decode_tokens([0], [20], [5], 1, [module.SamplingRow(seed=s, temperature=2.0)])[0, 0])
+        for s in range(3000)
+    ]
+    counts = np.bincount(draws, minlength=len(expected)) / len(draws)
+    noise = np.random.default_rng(0).multinomial(len(draws), expected) / len(draws)
+    assert np.abs(counts - expected).sum() < 1.5 * np.abs(noise - expected).sum()
+
+
+def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
+    module = native.load()
+    executor = open_cuda("gpu_qwen3", "int4", max_slots=8)
+    executor.step([step(slot, prompt(20 + slot), 0) for slot in range(8)])
+    before, free = module.allocation_count(), module.device_info()["free_bytes"]
+    for i in range(20):
+        executor.step([step(slot, prompt(1), 20 + slot + i) for slot in range(8)])
+    executor.step([step(0, prompt(60), 0)])
+    executor.decode_tokens(list(range(8)), [60] * 8, [5] * 8, 50)
+    executor.decode_tokens([3], [60], [5], 50, [module.SamplingRow(seed=1, temperature=1.0)])
+    assert module.allocation_count() == before
+    assert module.device_info()["free_bytes"] == free
+
+
+def test_the_plan_names_every_purpose_and_bounds_what_is_taken(open_cuda: OpenCuda) -> None:
+    module = native.load()
+    free = module.device_info()["free_bytes"]
+    executor = open_cuda("gpu_qwen3", "fp16", max_slots=4)
+    plan = executor.memory_plan
+    assert set(plan) == {"weights", "kv_cache", "workspace", "logits", "graphs", "total"}
+    assert plan["total"] == sum(size for name, size in plan.items() if name != "total") == executor.info.memory_bytes
+    assert free - module.device_info()["free_bytes"] <= plan["total"] + (64 << 20)  # the libraries' own code
+
+
+def test_memory_is_refused_before_it_is_taken(
+    gpu_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = native.load()
+    info = dict(module.device_info(), free_bytes=50_000_000)
+    monkeypatch.setattr(module, "device_info", lambda: info)
+    before = module.allocation_count()
+    with pytest.raises(ConfigError, match=r"max_slots 4 x max_context 256 .* 50 MB are free; lower max_slots"):
+        CudaExecutor(gpu_bundle("gpu_llama"), EngineConfig())
+    assert module.allocation_count() == before
+
+
+def test_auto_takes_the_gpu_and_says_so(gpu_bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        executor = create_executor(gpu_bundle("gpu_llama"), EngineConfig())
+    assert executor.info.name == "cuda"
+    assert any(record.getMessage().startswith("executor: cuda on NVIDIA") for record in caplog.records)
+    executor.close()
+    executor.close()
+    with pytest.raises(DeviceError, match="closed"):
+        executor.copy_prefix(0, 1, 1)
+
+
+def test_a_model_that_the_kernels_cannot_run_falls_back_by_name(
+    tiny_bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        executor = create_executor(tiny_bundle("qwen3"), EngineConfig())
+    assert executor.info.name == "onnxruntime"
+    assert "head_dim is 32; the kernels take 64, 80, 96 and 128" in caplog.text
+    executor.close()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
+def test_the_engine_passes_the_self_test_and_answers(weights: str, gpu_bundle: Callable[..., Bundle]) -> None:
+    from edgellm_ros.llm import LLM
+
+    with LLM.open(gpu_bundle("gpu_qwen3", weights), EngineConfig(executor="cuda")) as llm:
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        request = Request(prompt="The robot", sampling=sampling)
+        first = llm.complete(request)
+        assert len(first.token_ids) == 12
+        assert llm.complete(request).token_ids == first.token_ids

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Build the native module on a machine with a GPU, test it there, and measure; the table at the end is the result.
+#   tools/gpu_check.sh [build|test|sanitize|bench ...]     all but sanitize when nothing is named
+# EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS and PYTEST_ARGS change what runs.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+parts=("$@")
+[ ${#parts[@]} -eq 0 ] && parts=(build test bench)
+out=${OUT:-build/gpu_check}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+status=0
+summary=()
+
+run() { # NAME SECONDS COMMAND...: run it, keep its output, note how it went
+  local name=$1 limit=$2 started=$SECONDS code
+  shift 2
+  timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n "${TAIL:-40}"
+  code=${PIPESTATUS[0]}
+  summary+=("$(printf '%-10s %-7s %4d s' "$name" "$([ "$code" -eq 0 ] && echo ok || echo "rc $code")" $((SECONDS - started)))")
+  [ "$code" -eq 0 ] || status=1
+  return "$code"
+}
+
+if [ "${1:-}" = build-only ]; then
+  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" \
+    -DPython3_EXECUTABLE="$($python -c 'import sys; print(sys.executable)')" && cmake --build build/native
+  exit
+fi
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "nvidia-smi: no GPU"
+for part in "${parts[@]}"; do
+  case $part in
+    build) TAIL=8 run build 400 "$0" build-only ;;
+    test) run test 240 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex-exclude kns=pytorch \
+          "$python" -m pytest -q -p no:cacheprovider test/gpu/test_executor_contract_cuda.py -k "batch or copied"
+      done
+      ;;
+    bench) run bench 420 "$python" bench/bench_decode.py ${BENCH_ARGS:-} ;;
+    *) echo "unknown part $part; allowed are build, test, sanitize, bench" >&2 && exit 2 ;;
+  esac || true
+done
+echo "---- summary"
+printf '%s\n' "${summary[@]}"
+[ -f "$out/bench.log" ] && grep -E "ms/token|read-only|tiles" "$out/bench.log"
+exit $status
