@@ -10,7 +10,7 @@ struct DecodeAttentionArgs {
   KvLayer kv;
   RopeTables rope;
   const int32_t* slots = nullptr;      // (batch), distinct
-  const int32_t* positions = nullptr;  // (batch) position of the new token; the slot holds everything before it
+  const int32_t* positions = nullptr;  // (batch) of the new token; the slot holds all before it. < 0: a free place
   __nv_bfloat16* out = nullptr;        // (batch, num_heads * head_dim)
   int batch = 1;
   int num_heads = 0;

@@ -33,7 +33,7 @@ struct WeightView {
   int group = 0;  // input features that share a scale: 16, 32, 64 or 128; int8 and int4 only
 };
 
-enum class KvFormat : int { bf16 = 0, fp16 = 1, fp8 = 2 };
+enum class KvFormat : int { bf16 = 0, fp8 = 1 };  // fp8: E4M3 without scales
 
 constexpr std::size_t kv_element_bytes(KvFormat format) { return format == KvFormat::fp8 ? 1 : 2; }
 

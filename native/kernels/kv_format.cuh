@@ -1,0 +1,45 @@
+// How keys and values are stored in the cache, eight at a time.
+#pragma once
+
+#include "device.cuh"
+#include "edgellm/kernels/types.hpp"
+
+namespace edgellm::kernels {
+
+template <KvFormat F>
+struct Kv;
+
+template <>
+struct Kv<KvFormat::bf16> {
+  using Element = bf16;
+  using Eight = uint4;
+  static __device__ __forceinline__ Element from_float(float v) { return __float2bfloat16(v); }
+  static __device__ __forceinline__ Eight load(const Element* p) { return load_l2(static_cast<const void*>(p)); }
+  static __device__ __forceinline__ Eight zeros() { return make_uint4(0, 0, 0, 0); }
+  static __device__ __forceinline__ void unpack(const Eight& v, float* out) { unpack_bf16(v, out); }
+};
+
+template <>
+struct Kv<KvFormat::fp8> {
+  using Element = uint8_t;
+  using Eight = uint2;
+  static __device__ __forceinline__ Element from_float(float v) {
+    return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+  }
+  static __device__ __forceinline__ Eight load(const Element* p) {
+    Eight v;
+    asm volatile("ld.global.cg.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+  }
+  static __device__ __forceinline__ Eight zeros() { return make_uint2(0, 0); }
+  static __device__ __forceinline__ void unpack(const Eight& v, float* out) {
+    const uint32_t words[2] = {v.x, v.y};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 two = unpack_fp16(fp8x2_to_fp16x2(words[i / 2] >> (16 * (i & 1))));
+      out[2 * i] = two.x * (1.0f / kFp8ToFp16), out[2 * i + 1] = two.y * (1.0f / kFp8ToFp16);
+    }
+  }
+};
+
+}  // namespace edgellm::kernels
