@@ -56,7 +56,7 @@ def main() -> None:
     """Measure what the options ask for, one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
@@ -130,7 +130,7 @@ def print_result(r: Result) -> None:
     prefill = ", ".join(f"{length}: {ms:.1f} ms" for length, ms in r.prefill_ms.items())
     peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({r.torch_ms / r.ms_per_token:.2f} x)" if r.torch_ms else ""
     print(
-        f"{r.shape:9} {r.weights:5} batch {r.batch}  {r.ms_per_token:7.3f} ms/token (device {r.device_ms:.3f}, sampled "
+        f"{r.shape:9} {r.weights:8} batch {r.batch}  {r.ms_per_token:7.3f} ms/token (device {r.device_ms:.3f}, sampled "
         f"{r.sampled_ms:.3f})  {r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
         f"{r.memory_mb:.0f} MB",
         flush=True,

@@ -31,12 +31,16 @@ SHAPES: dict[str, ModelSpec] = {
         head_dim=128, vocab_size=128256, rms_norm_eps=1e-5, rope_theta=500000.0,
     ),
 }  # fmt: skip
-# Weights -> (layers, head and embedding), as the bundle stores them; groups of 64 as export makes them.
+# Layers, group, head, embedding. The first three are what export writes; fp8 is made of fp16 weights at load, and the
+# last one is the fastest that the kernels have.
 SCHEMES: dict[str, QuantSpec] = {
     "bf16": QuantSpec("fp16", 0, "fp16", "fp16"),
     "int8": QuantSpec("int8", 64, "int8", "int8"),
     "int4": QuantSpec("int4", 64, "int8", "int8"),
+    "fp8": QuantSpec("fp8", 0, "fp8", "fp16"),
+    "int4-fp8": QuantSpec("int4", 128, "fp8", "fp16"),
 }
+_FLOATS = ("fp16", "fp8")  # stored as fp16
 
 
 class RandomWeights:
@@ -69,7 +73,7 @@ class RandomWeights:
         block = generator.integers(0, 256, 1 << 24, np.uint8)
         self._bytes = np.resize(block, largest)
         floats = (generator.standard_normal(1 << 22) * 0.02).astype(np.float16)
-        self._floats = np.resize(floats, largest) if quant.weights == "fp16" else floats
+        self._floats = np.resize(floats, largest) if "fp16" in (quant.weights, quant.embedding) else floats
         angles = np.outer(np.arange(model.max_context), 1 / model.rope_theta ** (np.arange(0, 1, 2 / model.head_dim)))
         self._rope = {"rope.cos": np.cos(angles).astype(np.float32), "rope.sin": np.sin(angles).astype(np.float32)}
 
@@ -77,7 +81,7 @@ class RandomWeights:
         rows, cols = shape
         stored = (rows, cols // 2) if scheme == "int4" else shape
         self._tensors[f"{stem}.weight"] = scheme, stored
-        if scheme != "fp16":
+        if scheme not in _FLOATS:
             self._tensors[f"{stem}.scale"] = f"{scheme} scale", (rows, cols // group)
 
     def names(self) -> list[str]:
@@ -96,7 +100,7 @@ class RandomWeights:
             return np.ones(shape, np.float32)
         if kind.endswith("scale"):  # a standard deviation of about 0.02 whatever the number of bits
             return np.full(shape, 0.02 / (74 if kind.startswith("int8") else 4.6), np.float16)
-        if kind == "fp16":
+        if kind in _FLOATS:
             return self._floats[:count].reshape(shape)
         data = self._bytes[:count]
         return (data.view(np.int8) if kind == "int8" else data).reshape(shape)
@@ -124,7 +128,7 @@ def decode_bytes(shape: str, weights: str) -> int:
     head = model.hidden_size * model.vocab_size
 
     def size(count: int, scheme: str) -> float:
-        per_weight = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}[scheme]
-        return count * (per_weight + (2.0 / quant.group_size if scheme != "fp16" else 0.0))
+        per_weight = {"fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}[scheme]
+        return count * (per_weight + (2.0 / quant.group_size if scheme not in _FLOATS else 0.0))
 
     return int(size(model.num_layers * layer, quant.weights) + size(head, quant.lm_head))

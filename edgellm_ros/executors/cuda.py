@@ -24,7 +24,8 @@ from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
 _log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
-_FORMATS = {"fp32": "bf16", "fp16": "bf16", "int8": "int8", "int4": "int4"}
+# The bundle's schemes as the kernels have them. fp8 is made at load from weights that are stored as floats.
+_FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 

@@ -21,6 +21,7 @@ void throw_cuda_error(cudaError_t code, const char* call, const char* file, int 
 
 void warn_cuda_error(cudaError_t code, const char* call, const char* file, int line) noexcept {
   (void)cudaGetLastError();
+  if (code == cudaErrorCudartUnloading) return;  // the process ends, and with it everything that was to be freed
   try {
     std::fprintf(stderr, "edgellm: %s\n", describe(code, call, file, line).c_str());
   } catch (...) {  // out of memory for the message: the code alone must do

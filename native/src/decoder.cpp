@@ -279,6 +279,7 @@ int Decoder::step(std::span<const SequenceStep> batch) {
       num_rows += item.num_logits;
       if (length == 1) singles.push_back(static_cast<int>(i));
     }
+    if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
     reserve_logits(num_rows);
     inputs_used_ = 0;
     for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {
@@ -306,12 +307,21 @@ void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const 
                                    3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
   run_step_async(static_cast<int>(members.size()), StepTail::kLogits);
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
-  for (std::size_t i = 0; i < members.size(); ++i) {
-    const auto index = static_cast<std::size_t>(members[i]);
-    if (batch[index].num_logits == 0) continue;
-    EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(rows[index]) * vocab,
-                                     arena_.get<float>("logits") + i * vocab, vocab * sizeof(float),
-                                     cudaMemcpyDeviceToHost, stream_.get()));
+  // Rows that lie together on both sides, the usual case, are one copy.
+  for (std::size_t i = 0; i < members.size();) {
+    const auto first = static_cast<std::size_t>(members[i]);
+    std::size_t count = 0;
+    while (i + count < members.size()) {
+      const auto index = static_cast<std::size_t>(members[i + count]);
+      if (batch[index].num_logits == 0 || rows[index] != rows[first] + static_cast<int>(count)) break;
+      ++count;
+    }
+    if (count > 0) {
+      EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(rows[first]) * vocab,
+                                       arena_.get<float>("logits") + i * vocab, count * vocab * sizeof(float),
+                                       cudaMemcpyDeviceToHost, stream_.get()));
+    }
+    i += std::max<std::size_t>(count, 1);
   }
 }
 

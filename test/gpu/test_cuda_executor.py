@@ -162,12 +162,17 @@ def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
     module = native.load()
     executor = open_cuda("gpu_qwen3", "int4", max_slots=8)
     executor.step([step(slot, prompt(20 + slot), 0) for slot in range(8)])
+
+    def generate() -> None:
+        for i in range(20):
+            executor.step([step(slot, prompt(1), 20 + slot + i) for slot in range(8)])
+        executor.step([step(0, prompt(60), 0)])
+        executor.decode_tokens(list(range(8)), [60] * 8, [5] * 8, 50)
+        executor.decode_tokens([3], [60], [5], 50, [module.SamplingRow(seed=1, temperature=1.0)])
+
+    generate()  # CUDA and cuBLASLt load a kernel's code when it first runs
     before, free = module.allocation_count(), module.device_info()["free_bytes"]
-    for i in range(20):
-        executor.step([step(slot, prompt(1), 20 + slot + i) for slot in range(8)])
-    executor.step([step(0, prompt(60), 0)])
-    executor.decode_tokens(list(range(8)), [60] * 8, [5] * 8, 50)
-    executor.decode_tokens([3], [60], [5], 50, [module.SamplingRow(seed=1, temperature=1.0)])
+    generate()
     assert module.allocation_count() == before
     assert module.device_info()["free_bytes"] == free
 
@@ -179,7 +184,7 @@ def test_the_plan_names_every_purpose_and_bounds_what_is_taken(open_cuda: OpenCu
     plan = executor.memory_plan
     assert set(plan) == {"weights", "kv_cache", "workspace", "logits", "graphs", "total"}
     assert plan["total"] == sum(size for name, size in plan.items() if name != "total") == executor.info.memory_bytes
-    assert free - module.device_info()["free_bytes"] <= plan["total"] + (64 << 20)  # the libraries' own code
+    assert free - module.device_info()["free_bytes"] <= plan["total"] + (128 << 20)  # the libraries' own code
 
 
 def test_memory_is_refused_before_it_is_taken(
