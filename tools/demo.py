@@ -1,4 +1,4 @@
-"""`make demo`: starts the real llm node in a process of its own, and streams one answer from it with an action client."""
+"""`make demo`: starts the llm node in a process of its own, and streams one answer from it with an action client."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def ask(prompt: str, max_tokens: int) -> int:
             usage = stream.result().usage
             first_ms = 1e3 * (stream.first_delta_s or 0.0)
         speed = (usage.completion_tokens - 1) / usage.decode_time if usage.decode_time else 0.0
-        print(f"\n\n-- {usage.completion_tokens} tokens at {speed:.1f} tokens/s; time to first token {first_ms:.0f} ms")
-        print(f"   at the client, {1e3 * usage.time_to_first_token:.0f} ms in the engine ({usage.prompt_tokens} prompt tokens)")
+        engine_ms = 1e3 * usage.time_to_first_token
+        print(f"\n\n-- {usage.completion_tokens} tokens at {speed:.1f} tokens/s, prompt {usage.prompt_tokens} tokens")
+        print(f"-- time to first token {first_ms:.1f} ms at the client, {engine_ms:.1f} ms in the engine")
     return 0
 
 

@@ -40,13 +40,13 @@ def export(gguf: Path, weights: str) -> Path:
     stamp, key = bundle.with_suffix(".stamp"), sources_hash()
     if bundle.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return bundle
-    print(f"-- exporting {gguf.name} with {weights} weights into {bundle.relative_to(ROOT)}", file=sys.stderr, flush=True)
+    print(f"-- exporting {gguf.name} with {weights} weights into {bundle}", file=sys.stderr, flush=True)
     partial = bundle.with_suffix(".partial")
     for old in (partial, bundle):
         shutil.rmtree(old, ignore_errors=True)
     CACHE.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", gguf, "-o", partial, "--weights", weights]
-    subprocess.run(command, check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", str(gguf), "-o", str(partial)]
+    subprocess.run([*command, "--weights", weights], check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     partial.rename(bundle)
     stamp.write_text(key, encoding="utf-8")
     return bundle

@@ -145,8 +145,8 @@ def check_headers() -> None:
         raise SetupError("no C and C++ compiler was found; on Debian or Ubuntu: apt install build-essential")
     include = python_path("include")
     if not (Path(include) / "Python.h").is_file():
-        name = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        raise SetupError(f"Python's headers are missing (no Python.h in {include}); on Debian or Ubuntu: apt install {name}")
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        raise SetupError(f"Python's headers are missing: no Python.h in {include}; on Debian: apt install {package}")
 
 
 def build_interfaces() -> None:
@@ -158,8 +158,8 @@ def build_interfaces() -> None:
             return
         check_headers()
         environment = dict(os.environ)
-        configure = ["-S", SOURCE, "-B", BUILD, f"-DCMAKE_INSTALL_PREFIX={INSTALL}", "-DCMAKE_BUILD_TYPE=Release"]
-        configure += ["-DBUILD_TESTING=OFF", "-DEDGELLM_NATIVE=OFF"]
+        configure: list[str | Path] = ["-S", SOURCE, "-B", BUILD, f"-DCMAKE_INSTALL_PREFIX={INSTALL}"]
+        configure += ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_TESTING=OFF", "-DEDGELLM_NATIVE=OFF"]
         if not ros_is_sourced():
             environment["PATH"] = f"{VENV / 'bin'}{os.pathsep}{environment.get('PATH', '')}"
             environment["AMENT_PREFIX_PATH"] = environment["CMAKE_PREFIX_PATH"] = str(VENV)

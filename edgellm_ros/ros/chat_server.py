@@ -16,6 +16,7 @@ from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
+from rclpy.qos import QoSProfile
 from rclpy.task import Future
 
 from edgellm_ros.action import Chat
@@ -25,6 +26,7 @@ from edgellm_ros.ros.convert import fill_result
 from edgellm_ros.ros.stream import Batch, Outcome, Stream, Streamer
 
 ABANDONED_AFTER_S = 2.0
+QOS_REQUESTS = QoSProfile(depth=1000)  # of the default's 10, more goals sent at once would be lost without an answer
 
 
 class AbandonedError(EdgeLLMError):
@@ -45,7 +47,7 @@ class _Goal:
 
 
 class ChatServer:
-    """Serves the Chat action of a node; `start` hands a goal's message and its stream to the engine, without waiting."""
+    """Serves the Chat action of a node; `start` hands a goal's message and its stream on, without waiting."""
 
     def __init__(
         self,
@@ -67,6 +69,10 @@ class ChatServer:
             handle_accepted_callback=self._accepted,
             cancel_callback=self._cancel,
             callback_group=group,
+            goal_service_qos_profile=QOS_REQUESTS,
+            result_service_qos_profile=QOS_REQUESTS,
+            cancel_service_qos_profile=QOS_REQUESTS,
+            feedback_pub_qos_profile=QoSProfile(depth=100),
             result_timeout=round(result_timeout_s),
         )
         self._feedback_topic = node.resolve_topic_name("~/chat/_action/feedback")

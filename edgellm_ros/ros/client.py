@@ -1,6 +1,7 @@
 """A client for planners and scripts: `for delta in llm.chat("hello"): ...`, with cancel, results and errors in Python.
 
-It has a node and a thread of its own, so it works alone and inside the callbacks of any other node.
+It has a node and a thread of its own, so it works alone and inside the callbacks of any other node. Everything is sent
+on that thread: rclpy loses a response that arrives before the sender has noted what it is waiting for.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import rclpy
 from builtin_interfaces.msg import Duration
 from rclpy.action import ActionClient
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.qos import QoSProfile
 
 from edgellm_ros import errors
 from edgellm_ros.action import Chat
@@ -27,6 +29,7 @@ from edgellm_ros.msg import ChatMessage, Sampling, Tool
 from edgellm_ros.srv import ResetSession, Tokenize
 
 _LOST_AFTER_S = 3.0
+_QOS = QoSProfile(depth=1000)  # the default keeps 10 responses
 _SAMPLING = tuple(Sampling.get_fields_and_field_types())
 _counter = itertools.count()
 
@@ -41,6 +44,18 @@ class ChatResult:
     usage: Any
 
 
+class _Sender:
+    """Runs functions on an executor's thread in the order in which they were given; create_task alone reverses it."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._functions: deque[Callable[[], Any]] = deque()
+
+    def send(self, function: Callable[[], Any]) -> None:
+        self._functions.append(function)
+        self._executor.create_task(lambda: self._functions.popleft()())
+
+
 class ChatStream:
     """One running goal: iterate over the answer's text as it comes, `cancel` it, or wait for its `result`.
 
@@ -48,9 +63,9 @@ class ChatStream:
     from the result. Raises the error that the node ended the goal with, as the exception of edgellm_ros.errors.
     """
 
-    def __init__(self, client: ActionClient, goal: Any) -> None:
+    def __init__(self, client: ActionClient, sender: _Sender, goal: Any) -> None:
         """Send the goal."""
-        self._client = client
+        self._client, self._sender = client, sender
         self._items: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty text only wakes the reader
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -62,7 +77,7 @@ class ChatStream:
         self.sent_at = time.monotonic()
         self.first_delta_s: float | None = None  # from sending the goal to its first text
         self.state = Chat.Feedback.STATE_QUEUED
-        client.send_goal_async(goal, self._on_feedback).add_done_callback(self._on_accepted)
+        sender.send(lambda: self._send(goal))
 
     def __iter__(self) -> Iterator[str]:
         while True:
@@ -84,7 +99,7 @@ class ChatStream:
             self._cancel = True
             handle = self._handle
         if handle is not None and not self._done.is_set():
-            handle.cancel_goal_async()
+            self._sender.send(handle.cancel_goal_async)
 
     def result(self, timeout_s: float | None = None) -> ChatResult:
         """Wait for the end; raises the goal's error, and TimeoutError (the goal goes on) after `timeout_s`."""
@@ -108,6 +123,9 @@ class ChatStream:
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+
+    def _send(self, goal: Any) -> None:
+        self._client.send_goal_async(goal, self._on_feedback).add_done_callback(self._on_accepted)
 
     def _on_feedback(self, message: Any) -> None:
         feedback = message.feedback
@@ -174,11 +192,13 @@ class LLMClient:
         namespace = node.get_namespace() if node is not None else ""
         name = f"llm_client_{time.time_ns() % 10**9}_{next(_counter)}"
         self._node = rclpy.create_node(name, context=context, namespace=namespace, use_global_arguments=False)
-        self._chat = ActionClient(self._node, Chat, f"{node_name}/chat")
+        deep = {f"{kind}_service_qos_profile": _QOS for kind in ("goal", "result", "cancel")}
+        self._chat = ActionClient(self._node, Chat, f"{node_name}/chat", **deep, feedback_sub_qos_profile=_QOS)
         self._tokenize = self._node.create_client(Tokenize, f"{node_name}/tokenize")
         self._reset = self._node.create_client(ResetSession, f"{node_name}/reset_session")
         self._executor = SingleThreadedExecutor(context=context)
         self._executor.add_node(self._node)
+        self._sender = _Sender(self._executor)
         self._thread = threading.Thread(target=self._spin, name="llm-client", daemon=True)
         self._thread.start()
         self._streams: list[ChatStream] = []
@@ -193,7 +213,7 @@ class LLMClient:
         fields of the goal (session_id, priority, tools, raw_prompt, thinking, ...; deadline in seconds) and of Sampling
         (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist.
         """
-        stream = ChatStream(self._chat, make_goal(prompt, **options))
+        stream = ChatStream(self._chat, self._sender, make_goal(prompt, **options))
         self._streams = [s for s in self._streams if not s.done] + [stream]
         return stream
 
@@ -233,7 +253,7 @@ class LLMClient:
     def __enter__(self) -> LLMClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _spin(self) -> None:
@@ -243,13 +263,18 @@ class LLMClient:
             pass
 
     def _call(self, client: Any, request: Any, timeout_s: float) -> Any:
-        answered = threading.Event()
-        future = client.call_async(request)
-        future.add_done_callback(lambda _: answered.set())
-        if not answered.wait(timeout_s):
-            client.remove_pending_request(future)
-            raise TimeoutError(f"no response from {client.srv_name} within {timeout_s} s")
-        response = future.result()
+        if not client.wait_for_service(timeout_s):
+            raise UnavailableError(f"no service {client.srv_name} appeared within {timeout_s} s")
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def send() -> None:
+            client.call_async(request).add_done_callback(lambda future: answers.put(future.result()))
+
+        self._sender.send(send)
+        try:
+            response = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no response from {client.srv_name} within {timeout_s} s") from None
         if response.error_code:
             raise error_from_code(response.error_code, response.error_msg)
         return response

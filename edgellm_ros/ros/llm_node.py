@@ -30,7 +30,7 @@ from edgellm_ros.errors import (
 )
 from edgellm_ros.llm import LLM
 from edgellm_ros.msg import ModelInfo
-from edgellm_ros.ros.chat_server import ChatServer
+from edgellm_ros.ros.chat_server import QOS_REQUESTS, ChatServer
 from edgellm_ros.ros.convert import fill_result, model_info_to_msg, request_from_goal, set_error
 from edgellm_ros.ros.diagnostics import diagnostic_array
 from edgellm_ros.ros.params import NodeParameters
@@ -65,7 +65,7 @@ class LLMNode(LifecycleNode):
             (ResetSession, "~/reset_session", self._on_reset_session),
             (LoadLora, "~/load_lora", self._on_load_lora),
         ):
-            self.create_service(kind, name, callback, callback_group=group)
+            self.create_service(kind, name, callback, qos_profile=QOS_REQUESTS, callback_group=group)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._model_info = self.create_publisher(ModelInfo, "~/model_info", latched)
         self._response = self.create_publisher(String, "~/response", 10)
@@ -190,7 +190,8 @@ class LLMNode(LifecycleNode):
         return llm
 
     def _on_prompt(self, message: String) -> None:
-        self._start(Chat.Goal(prompt=message.data), Stream(self._streamer, self._publish_tokens, self._publish_response))
+        stream = Stream(self._streamer, self._publish_tokens, self._publish_response)
+        self._start(Chat.Goal(prompt=message.data), stream)
 
     def _publish_tokens(self, batch: Batch) -> None:
         if batch.text:

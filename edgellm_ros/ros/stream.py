@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgellm_ros.core import Delta, FinishReason, Phase, Usage
 from edgellm_ros.runtime.generation import Generation
@@ -39,7 +39,7 @@ class Outcome:
     text: str = ""
     reasoning: str = ""
     reason: FinishReason = FinishReason.ERROR
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     error: Exception | None = None
 
 

@@ -1,0 +1,95 @@
+"""How the llm node starts, changes state, loses clients and ends: each test has a node of its own."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from edgellm_ros.msg import ModelInfo
+from node_process import NodeProcess, Probe, run_client
+
+from edgellm_ros import errors
+from edgellm_ros.ros.client import LLMClient
+
+PROMPT = "Write a long story about a lighthouse keeper."
+
+
+def test_an_abandoned_goal_is_cancelled_and_a_crashed_client_harms_nobody(bundle_path):
+    with NodeProcess(bundle_path, {"engine.max_slots": 2}), Probe() as probe:
+        diagnostics = probe.diagnostics()
+        crashed = run_client(PROMPT, "1800", "crash")
+        crashed.wait(timeout=20)
+        assert crashed.returncode == -signal.SIGKILL
+        quitter = run_client(PROMPT, "1900")
+        quitter.send_signal(signal.SIGTERM)  # ends at once, without cancelling
+        quitter.wait(timeout=20)
+        with LLMClient("llm") as llm:
+            assert llm.generate("Hi", max_tokens=5, ignore_eos=True).usage.completion_tokens == 5
+        probe.wait_for(lambda: diagnostics()["active requests"] == "0", 60)
+
+
+def test_lifecycle_goals_are_refused_while_inactive_and_cancelled_by_deactivate(bundle_path):
+    with NodeProcess(bundle_path, {"autostart": False}, wait_active=False), Probe() as probe, LLMClient("llm") as llm:
+        models = probe.listen(ModelInfo, "llm/model_info", latched=True)
+        assert probe.state() == "unconfigured"
+        with pytest.raises(errors.InactiveError):
+            llm.generate("Hi")
+        assert probe.change("configure")
+        with pytest.raises(errors.InactiveError, match="inactive"):
+            llm.generate("Hi")
+        assert llm.tokenize("hello")  # needs no generation
+        assert probe.change("activate")
+        stream = llm.chat(PROMPT, max_tokens=1900, ignore_eos=True)
+        next(iter(stream))
+        assert probe.change("deactivate")
+        with pytest.raises(errors.InactiveError, match="deactivated"):
+            stream.result(10)
+        assert probe.change("cleanup")
+        with pytest.raises(errors.InactiveError):
+            llm.tokenize("hello")
+        for label in ("configure", "activate"):
+            assert probe.change(label)
+        assert llm.generate("Hi", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+        probe.wait_for(lambda: len(models) >= 3, 10)
+        assert [bool(model.name) for model in models] == [True, False, True]
+        assert models[0].max_context >= 1024 and models[0].executor == "onnxruntime" and models[0].chat
+
+
+def test_a_missing_bundle_leaves_the_node_up_saying_why(tmp_path):
+    with NodeProcess(tmp_path / "nowhere", wait_active=False) as node, Probe() as probe:
+        newest = probe.diagnostics()
+        assert probe.state() == "unconfigured"
+        values = newest()
+        assert values["level"] == "2" and "nowhere" in values["last error"] and "edgellm export" in values["message"]
+        assert not probe.change("configure")
+        assert node.process.poll() is None
+
+
+def test_an_impossible_parameter_ends_the_process_with_its_name(bundle_path):
+    node = NodeProcess(bundle_path, {"engine.max_slots": 1000}, wait_active=False)
+    assert node.process.wait(timeout=30) == 1
+    assert "engine.max_slots" in node.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_running_goals_with_an_error_code_and_the_process_with_status_0(bundle_path, number):
+    with NodeProcess(bundle_path) as node, LLMClient("llm") as llm:
+        stream = llm.chat(PROMPT, max_tokens=1900, ignore_eos=True)
+        next(iter(stream))
+        assert node.stop(number) == 0
+        with pytest.raises(errors.ShuttingDownError):
+            stream.result(5)
+        assert "Traceback" not in node.log()
+
+
+@pytest.mark.slow
+def test_two_thousand_goals_do_not_grow_the_node(bundle_path):
+    with NodeProcess(bundle_path, {"result_timeout_s": 1.0}) as node, LLMClient("llm") as llm:
+        sizes = []
+        for count in range(2300):
+            llm.generate("Hi", max_tokens=1, ignore_eos=True)
+            if count in (299, 2299):
+                time.sleep(2.5)  # results expire
+                sizes.append(node.resident_bytes())
+    assert sizes[1] - sizes[0] < 4e6
