@@ -7,8 +7,8 @@ namespace edgellm::kernels {
 
 // What the device keeps of a decode batch between steps, so that one graph serves every step.
 struct DecodeState {
-  int32_t* token_ids = nullptr;  // (batch) the token to embed next
-  int32_t* positions = nullptr;  // (batch) its position; sampling adds 1
+  int32_t* token_ids = nullptr;  // (batch) the token to embed next; -1: the logits were not finite
+  int32_t* positions = nullptr;  // (batch) its position; sampling adds 1; negative: a free place, left alone
   // Ring of the tokens chosen, for the host to read one step behind: history[b * length + step_counts[b] % length].
   int32_t* history = nullptr;      // (batch, history_length), or null
   int32_t* step_counts = nullptr;  // (batch) tokens chosen; sampling adds 1; null with history
