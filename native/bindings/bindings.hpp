@@ -7,6 +7,16 @@ namespace edgellm {
 
 void bind_decoder(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
+void bind_kernels(pybind11::module_& module);
 void bind_tensor(pybind11::module_& module);
+
+// What bind_kernels lists.
+void bind_attention_decode(pybind11::module_& module);
+void bind_attention_prefill(pybind11::module_& module);
+void bind_elementwise(pybind11::module_& module);
+void bind_embedding(pybind11::module_& module);
+void bind_gemv(pybind11::module_& module);
+void bind_quantized(pybind11::module_& module);
+void bind_sampling(pybind11::module_& module);
 
 }  // namespace edgellm

@@ -1,0 +1,73 @@
+// Many tokens a sequence: rope_kv_write, prefill_attention.
+#include "bindings.hpp"
+#include "edgellm/kernels/attention_prefill.hpp"
+#include "kernel_views.hpp"
+
+namespace py = pybind11;
+
+namespace edgellm {
+namespace {
+
+void rope_kv_write(const py::object& qkv, const py::object& kv, const py::object& slots, const py::object& positions,
+                   const py::object& cos, const py::object& sin, const py::object& q_out, int num_heads,
+                   const py::object& bias, const py::object& q_gain, const py::object& k_gain, float norm_eps,
+                   std::uintptr_t stream) {
+  kernels::RopeKvWriteArgs args;
+  args.kv = kv_layer(kv);
+  args.rope = rope_tables(cos, sin, q_gain, k_gain, norm_eps, args.kv);
+  const DeviceArray input(qkv, "qkv");
+  const std::int64_t tokens = input.size(0), head_dim = args.kv.head_dim;
+  const std::int64_t width = (num_heads + 2 * args.kv.num_kv_heads) * head_dim;
+  args.qkv_is_f32 = !input.is_bfloat();
+  if (args.qkv_is_f32) {
+    args.qkv = input.as<const float>({tokens, width});
+  } else {
+    args.qkv = input.as<const __nv_bfloat16>({tokens, width});
+  }
+  args.bias = optional<const float>(bias, "bias", {width});
+  args.slots = required<const std::int32_t>(slots, "slots", {tokens});
+  args.positions = required<const std::int32_t>(positions, "positions", {tokens});
+  args.q_out = required<__nv_bfloat16>(q_out, "q_out", {tokens, num_heads * head_dim});
+  args.num_tokens = static_cast<int>(tokens);
+  args.num_heads = num_heads;
+  kernels::rope_kv_write_async(args, to_stream(stream), false);
+}
+
+void prefill_attention(const py::object& q, const py::object& kv, const py::object& starts, const py::object& slots,
+                       const py::object& positions, const py::object& out, int max_tokens, float scale, int window,
+                       std::uintptr_t stream) {
+  kernels::PrefillAttentionArgs args;
+  args.kv = kv_layer(kv);
+  const DeviceArray input(q, "q");
+  const std::int64_t tokens = input.size(0), width = input.size(1);
+  args.num_heads = static_cast<int>(width / args.kv.head_dim);
+  if (width % args.kv.head_dim != 0 || args.num_heads % args.kv.num_kv_heads != 0) {
+    input.fail("does not hold whole groups of query heads");
+  }
+  args.q = input.as<const __nv_bfloat16>({tokens, width});
+  const DeviceArray slot_array(slots, "slots");
+  const std::int64_t sequences = slot_array.size(0);
+  args.slots = slot_array.as<const std::int32_t>({sequences});
+  args.starts = required<const std::int32_t>(starts, "starts", {sequences + 1});
+  args.positions = required<const std::int32_t>(positions, "positions", {sequences});
+  args.out = required<__nv_bfloat16>(out, "out", {tokens, width});
+  args.num_sequences = static_cast<int>(sequences);
+  args.max_tokens = max_tokens;
+  args.window = window;
+  args.scale = scale;
+  kernels::prefill_attention_async(args, to_stream(stream), false);
+}
+
+}  // namespace
+
+void bind_attention_prefill(py::module_& module) {
+  module.def("rope_kv_write", &rope_kv_write, py::arg("qkv"), py::arg("kv"), py::arg("slots"), py::arg("positions"),
+             py::arg("cos"), py::arg("sin"), py::arg("q_out"), py::arg("num_heads"), py::arg("bias") = py::none(),
+             py::arg("q_gain") = py::none(), py::arg("k_gain") = py::none(), py::arg("norm_eps") = 1e-6F,
+             py::arg("stream") = 0);
+  module.def("prefill_attention", &prefill_attention, py::arg("q"), py::arg("kv"), py::arg("starts"), py::arg("slots"),
+             py::arg("positions"), py::arg("out"), py::arg("max_tokens"), py::arg("scale"), py::arg("window") = 0,
+             py::arg("stream") = 0);
+}
+
+}  // namespace edgellm

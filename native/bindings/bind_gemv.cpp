@@ -1,0 +1,87 @@
+// y = W x with its prologue and epilogue: gemv, gemv_num_tiles, gemv_num_blocks.
+#include "bindings.hpp"
+#include "edgellm/kernels/gemv.hpp"
+#include "kernel_views.hpp"
+
+namespace py = pybind11;
+
+namespace edgellm {
+namespace {
+
+using kernels::Epilogue;
+
+kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue,
+                            const py::object& gain, float norm_eps, const py::object& bias, const py::object& out_bf16,
+                            const py::object& block_max, int tile) {
+  kernels::GemvArgs args;
+  args.weight = WeightTuple(weight).view;
+  const std::int64_t rows = args.weight.rows, cols = args.weight.cols;
+  const DeviceArray input(x, "x");
+  args.x = input.as<const __nv_bfloat16>({-1, cols});
+  const std::int64_t tokens = input.size(0);
+  if (tokens < 1 || tokens > kernels::kMaxGemvTokens) {
+    throw std::invalid_argument("x has " + std::to_string(tokens) + " tokens; 1 to " +
+                                std::to_string(kernels::kMaxGemvTokens) + " are allowed");
+  }
+  args.num_tokens = static_cast<int>(tokens);
+  args.epilogue = epilogue;
+  args.gain = optional<const __nv_bfloat16>(gain, "gain", {cols});
+  args.norm_eps = norm_eps;
+  args.bias = optional<const float>(bias, "bias", {rows});
+  args.tile = tile;
+  if (tile >= kernels::gemv_num_tiles(args)) throw std::invalid_argument("tile is not below gemv_num_tiles");
+  if (epilogue == Epilogue::swiglu || epilogue == Epilogue::store_bf16) {
+    args.out_bf16 = required<__nv_bfloat16>(out, "out", {tokens, epilogue == Epilogue::swiglu ? rows / 2 : rows});
+  } else {
+    args.out_f32 = required<float>(out, "out", {tokens, rows});
+  }
+  if (epilogue == Epilogue::residual) args.out_bf16 = required<__nv_bfloat16>(out_bf16, "out_bf16", {tokens, rows});
+  args.block_max = reinterpret_cast<unsigned long long*>(
+      optional<std::int64_t>(block_max, "block_max", {tokens, kernels::gemv_num_blocks(args)}));
+  return args;
+}
+
+}  // namespace
+
+void bind_gemv(py::module_& module) {
+  py::enum_<Epilogue>(module, "Epilogue")
+      .value("store_f32", Epilogue::store_f32)
+      .value("store_bf16", Epilogue::store_bf16)
+      .value("residual", Epilogue::residual)
+      .value("swiglu", Epilogue::swiglu)
+      .value("logits", Epilogue::logits);
+  module.def(
+      "gemv",
+      [](const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue, const py::object& gain,
+         float norm_eps, const py::object& bias, const py::object& out_bf16, const py::object& block_max, int tile,
+         std::uintptr_t stream, bool pdl) {
+        const auto args = gemv_args(weight, x, out, epilogue, gain, norm_eps, bias, out_bf16, block_max, tile);
+        kernels::gemv_async(args, to_stream(stream), pdl);
+      },
+      py::arg("weight"), py::arg("x"), py::arg("out"), py::arg("epilogue") = Epilogue::store_f32,
+      py::arg("gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("bias") = py::none(),
+      py::arg("out_bf16") = py::none(), py::arg("block_max") = py::none(), py::arg("tile") = -1, py::arg("stream") = 0,
+      py::arg("pdl") = false);
+  const auto shape_only = [](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile) {
+    kernels::GemvArgs args;
+    args.weight = WeightTuple(weight).view;
+    args.num_tokens = num_tokens;
+    args.epilogue = epilogue;
+    args.tile = tile;
+    return args;
+  };
+  module.def(
+      "gemv_num_tiles",
+      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue) {
+        return kernels::gemv_num_tiles(shape_only(weight, num_tokens, epilogue, -1));
+      },
+      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::store_f32);
+  module.def(
+      "gemv_num_blocks",
+      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile) {
+        return kernels::gemv_num_blocks(shape_only(weight, num_tokens, epilogue, tile));
+      },
+      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::logits, py::arg("tile") = -1);
+}
+
+}  // namespace edgellm

@@ -1,0 +1,17 @@
+// `_native.kernels`: every kernel on its own, for tests and measurements; device arrays come by DLPack.
+#include "bindings.hpp"
+
+namespace edgellm {
+
+void bind_kernels(pybind11::module_& module) {
+  pybind11::module_ kernels = module.def_submodule("kernels", "The CUDA kernels; launches are asynchronous.");
+  bind_quantized(kernels);
+  bind_gemv(kernels);
+  bind_embedding(kernels);
+  bind_attention_decode(kernels);
+  bind_attention_prefill(kernels);
+  bind_elementwise(kernels);
+  bind_sampling(kernels);
+}
+
+}  // namespace edgellm

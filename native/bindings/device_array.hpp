@@ -1,0 +1,101 @@
+// Device memory of another CUDA library, through DLPack, checked before a kernel sees its pointer.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "dlpack.hpp"
+
+namespace edgellm {
+
+class DeviceArray {
+ public:
+  DeviceArray(const pybind11::object& object, std::string name) : name_(std::move(name)) {
+    // -1: no synchronisation; launches are ordered by the stream that the caller names.
+    capsule_ = object.attr("__dlpack__")(pybind11::arg("stream") = -1).cast<pybind11::capsule>();
+    managed_ = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+    if (!managed_) throw pybind11::error_already_set();
+    if (managed_->dl_tensor.device.device_type != dlpack::kCuda) fail("is not in device memory");
+    std::int64_t dense = 1;
+    for (int i = managed_->dl_tensor.ndim - 1; i >= 0; --i) {
+      const std::int64_t size = managed_->dl_tensor.shape[i];
+      if (managed_->dl_tensor.strides && size > 1 && managed_->dl_tensor.strides[i] != dense) fail("is not contiguous");
+      dense *= size;
+    }
+  }
+
+  int rank() const { return managed_->dl_tensor.ndim; }
+  std::int64_t size(int axis) const {
+    if (axis >= rank()) fail("has too few dimensions");
+    return managed_->dl_tensor.shape[axis];
+  }
+  int bits() const { return managed_->dl_tensor.dtype.bits; }
+  bool is_float() const { return managed_->dl_tensor.dtype.code == dlpack::kFloat; }
+  bool is_bfloat() const { return managed_->dl_tensor.dtype.code == dlpack::kBfloat; }
+
+  // The data as T; integers may be signed or not. An extent of -1 is any; the sizes are the caller's contract.
+  template <class T>
+  T* as(const std::vector<std::int64_t>& shape) const {
+    using Plain = std::remove_const_t<T>;
+    const dlpack::DLDataType dtype = managed_->dl_tensor.dtype;
+    const bool floating = std::is_same_v<Plain, float> || std::is_same_v<Plain, __half>;
+    const bool fits = std::is_same_v<Plain, __nv_bfloat16> ? is_bfloat()
+                      : floating                           ? is_float()
+                                                           : dtype.code == dlpack::kInt || dtype.code == dlpack::kUInt;
+    if (!fits || dtype.bits != 8 * sizeof(Plain)) {
+      fail("has DLPack type (" + std::to_string(dtype.code) + ", " + std::to_string(dtype.bits) + " bits), not " +
+           type_name<Plain>());
+    }
+    bool same = rank() == static_cast<int>(shape.size());
+    for (int i = 0; same && i < rank(); ++i) same = shape[static_cast<std::size_t>(i)] < 0 || shape[static_cast<std::size_t>(i)] == size(i);
+    if (!same) fail("has shape " + text(managed_->dl_tensor.shape, rank()) + ", not " + text(shape.data(), static_cast<int>(shape.size())));
+    return reinterpret_cast<T*>(raw());
+  }
+
+  char* raw() const { return static_cast<char*>(managed_->dl_tensor.data) + managed_->dl_tensor.byte_offset; }
+  std::int64_t num_bytes() const {
+    std::int64_t bytes = bits() / 8;
+    for (int i = 0; i < rank(); ++i) bytes *= size(i);
+    return bytes;
+  }
+
+  [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(name_ + " " + what); }
+
+ private:
+  template <class T>
+  static std::string type_name() {
+    if (std::is_same_v<T, __nv_bfloat16>) return "bfloat16";
+    if (std::is_same_v<T, __half>) return "float16";
+    if (std::is_same_v<T, float>) return "float32";
+    return std::to_string(8 * sizeof(T)) + "-bit integers";
+  }
+  static std::string text(const std::int64_t* dims, int rank) {
+    std::string out = "[";
+    for (int i = 0; i < rank; ++i) out += (i ? ", " : "") + (dims[i] < 0 ? "any" : std::to_string(dims[i]));
+    return out + "]";
+  }
+
+  std::string name_;
+  pybind11::capsule capsule_;  // its destructor frees the export; the caller's own reference keeps the memory
+  dlpack::DLManagedTensor* managed_ = nullptr;
+};
+
+// None is null.
+template <class T>
+T* optional(const pybind11::object& object, const char* name, const std::vector<std::int64_t>& shape) {
+  return object.is_none() ? nullptr : DeviceArray(object, name).as<T>(shape);
+}
+template <class T>
+T* required(const pybind11::object& object, const char* name, const std::vector<std::int64_t>& shape) {
+  return DeviceArray(object, name).as<T>(shape);
+}
+
+}  // namespace edgellm

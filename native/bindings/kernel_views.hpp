@@ -1,0 +1,89 @@
+// Python's arrays as the views that the kernels' launch functions take.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "device_array.hpp"
+#include "edgellm/kernels/quantized.hpp"
+#include "edgellm/kernels/types.hpp"
+
+namespace edgellm {
+
+inline cudaStream_t to_stream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// (format, data, scales or None, rows, cols, group); int4 is the repacked pair.
+struct WeightTuple {
+  kernels::WeightView view;
+
+  explicit WeightTuple(const pybind11::tuple& t) {
+    if (t.size() != 6) throw std::invalid_argument("a weight is (format, data, scales, rows, cols, group)");
+    view.format = t[0].cast<kernels::WeightFormat>();
+    view.rows = t[3].cast<int>(), view.cols = t[4].cast<int>(), view.group = t[5].cast<int>();
+    if (view.cols % 16 != 0) throw std::invalid_argument("cols " + std::to_string(view.cols) + " is not a multiple of 16");
+    const pybind11::object data = t[1], scales = t[2];
+    const std::int64_t rows = view.rows, cols = view.cols;
+    switch (view.format) {
+      case kernels::WeightFormat::bf16:
+        view.data = required<const __nv_bfloat16>(data, "weight", {rows, cols});
+        break;
+      case kernels::WeightFormat::fp16:
+        view.data = required<const __half>(data, "weight", {rows, cols});
+        break;
+      case kernels::WeightFormat::fp8:
+        view.data = required<const std::uint8_t>(data, "weight", {rows, cols});
+        view.scales = required<const float>(scales, "scales", {rows});
+        break;
+      case kernels::WeightFormat::int8:
+        check_group();
+        view.data = required<const std::int8_t>(data, "weight", {rows, cols});
+        view.scales = required<const __half>(scales, "scales", {rows, cols / view.group});
+        break;
+      case kernels::WeightFormat::int4: {
+        check_group();
+        const auto data_bytes = static_cast<std::int64_t>(kernels::int4_packed_data_bytes(view.rows, view.cols));
+        const auto scales_bytes =
+            static_cast<std::int64_t>(kernels::int4_packed_scales_bytes(view.rows, view.cols, view.group));
+        view.data = required<const std::uint8_t>(data, "weight", {data_bytes});
+        view.scales = required<const std::uint8_t>(scales, "scales", {scales_bytes});
+        break;
+      }
+    }
+  }
+
+ private:
+  void check_group() const {
+    const int g = view.group;
+    if ((g != 16 && g != 32 && g != 64 && g != 128) || view.cols % g != 0) {
+      throw std::invalid_argument("group " + std::to_string(g) + " must be 16, 32, 64 or 128 and divide cols " +
+                                  std::to_string(view.cols));
+    }
+  }
+};
+
+// (slots, 2, kv_heads, capacity, head_dim): bfloat16, or uint8 that holds E4M3.
+inline kernels::KvLayer kv_layer(const pybind11::object& object) {
+  const DeviceArray cache(object, "kv");
+  if (cache.rank() != 5 || cache.size(1) != 2) cache.fail("must be (slots, 2, kv_heads, capacity, head_dim)");
+  kernels::KvLayer kv;
+  if (!cache.is_bfloat() && cache.bits() != 8) cache.fail("must be bfloat16 or uint8");
+  kv.format = cache.is_bfloat() ? kernels::KvFormat::bf16 : kernels::KvFormat::fp8;
+  kv.data = cache.raw();
+  kv.num_kv_heads = static_cast<int>(cache.size(2));
+  kv.capacity = static_cast<int>(cache.size(3));
+  kv.head_dim = static_cast<int>(cache.size(4));
+  return kv;
+}
+
+inline kernels::RopeTables rope_tables(const pybind11::object& cos, const pybind11::object& sin,
+                                       const pybind11::object& q_gain, const pybind11::object& k_gain, float norm_eps,
+                                       const kernels::KvLayer& kv) {
+  kernels::RopeTables rope;
+  rope.cos = required<const float>(cos, "cos", {-1, kv.head_dim / 2});
+  rope.sin = required<const float>(sin, "sin", {-1, kv.head_dim / 2});
+  rope.q_gain = optional<const __nv_bfloat16>(q_gain, "q_gain", {kv.head_dim});
+  rope.k_gain = optional<const __nv_bfloat16>(k_gain, "k_gain", {kv.head_dim});
+  rope.norm_eps = norm_eps;
+  return rope;
+}
+
+}  // namespace edgellm
