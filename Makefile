@@ -17,7 +17,7 @@ demo: setup-demo  ## export SmolLM2-135M, start the node, and stream a chat answ
 
 test: lint  ## set up everything and run all checks and tests (PYTEST_ARGS="-k name")
 	@$(ENV)
-	python -m pytest $(PYTEST_ARGS)
+	EDGELLM_REQUIRE_ROS=1 python -m pytest $(PYTEST_ARGS)
 
 lint: setup-test  ## ruff, mypy, import-linter, clang-format
 	@$(ENV)

@@ -26,7 +26,7 @@ from edgellm_ros.ros.convert import fill_result
 from edgellm_ros.ros.stream import Batch, Outcome, Stream, Streamer
 
 ABANDONED_AFTER_S = 2.0
-QOS_REQUESTS = QoSProfile(depth=1000)  # of the default's 10, more goals sent at once would be lost without an answer
+QOS_REQUESTS = QoSProfile(depth=100)  # with the default of 10, the 11th goal sent at once is lost without an answer
 
 
 class AbandonedError(EdgeLLMError):

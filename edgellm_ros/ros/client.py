@@ -29,7 +29,7 @@ from edgellm_ros.msg import ChatMessage, Sampling, Tool
 from edgellm_ros.srv import ResetSession, Tokenize
 
 _LOST_AFTER_S = 3.0
-_QOS = QoSProfile(depth=1000)  # the default keeps 10 responses
+_QOS = QoSProfile(depth=100)  # the default keeps 10 responses
 _SAMPLING = tuple(Sampling.get_fields_and_field_types())
 _counter = itertools.count()
 

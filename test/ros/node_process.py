@@ -26,7 +26,7 @@ class NodeProcess:
         command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "-p", f"bundle:={bundle}"]
         for name, value in (parameters or {}).items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         self._wait_active = wait_active
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
