@@ -25,9 +25,9 @@ struct Choice {
   GemvTile tile;
 };
 
-int chunks_of(const WeightView& w) {
-  return w.cols / (w.format == WeightFormat::bf16 || w.format == WeightFormat::fp16 ? 8 : 16);
-}
+bool is_8bit(const WeightView& w) { return w.format == WeightFormat::fp8 || w.format == WeightFormat::int8; }
+
+int chunks_of(const WeightView& w) { return w.cols / (is_8bit(w) ? 16 : 8); }
 
 int fma_threads(const WeightView& w, const FmaConfig& c) { return ceil_div(ceil_div(chunks_of(w), c.chunks), 32) * 32; }
 
@@ -42,7 +42,7 @@ int list_choices(const GemvArgs& args, Choice* out) {
     }
   } else if (args.num_tokens == 1) {
     for (int i = 0; i < kNumFmaConfigs; i++) {
-      const FmaConfig& c = kFmaConfigs[i];
+      const FmaConfig c = fma_config(i, is_8bit(args.weight));
       if (fma_fits(args.weight, c)) out[count++] = {Family::fma, {i, c.rows, fma_threads(args.weight, c)}};
     }
   }
@@ -66,13 +66,14 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
       return 10.0f + fit + (c.depth == 8 ? 0.2f : 0.0f);
     }
     case Family::fma: {
-      const FmaConfig& c = kFmaConfigs[choice.tile.config];
+      const FmaConfig c = fma_config(choice.tile.config, is_8bit(w));
       const int slots = choice.tile.threads * c.chunks;
       const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(slots);
-      const float in_flight = static_cast<float>(c.chunks * c.rows) / 8.0f;  // 1 or 2
+      const float in_flight = static_cast<float>(c.chunks * c.rows) / 8.0f;  // 0.5, 1 or 2
       const float fill = static_cast<float>(blocks) / static_cast<float>(num_sms * 2);
       const float size = choice.tile.threads < 96 ? 0.5f : choice.tile.threads > 320 ? 0.9f : 1.0f;
-      return 10.0f + used * size * (fill < 1.0f ? fill : 1.0f) * (in_flight > 1.0f && fill > 4.0f ? 1.1f : 1.0f);
+      const float depth = in_flight < 1.0f ? 0.9f : in_flight > 1.0f && fill > 4.0f ? 1.1f : 1.0f;
+      return 10.0f + used * size * (fill < 1.0f ? fill : 1.0f) * depth;
     }
     default:
       return blocks >= 4 * num_sms ? (kMmaConfigs[choice.tile.config] == 2 ? 2.0f : 1.0f)

@@ -122,9 +122,18 @@ struct FmaConfig {
 };
 // The prototype's search over 2,048 to 14,336 input features found its best in this table.
 constexpr FmaConfig kFmaConfigs[] = {
-    {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2}, {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1}, {8, 2, 512, 1},
+    {1, 4, 512, 2}, {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2}, {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1},
+    {8, 2, 512, 1},
 };
 constexpr int kNumFmaConfigs = sizeof(kFmaConfigs) / sizeof(kFmaConfigs[0]);
+
+// A thread's 16 bytes hold twice as many 8-bit weights, with twice the x to keep in registers: half as many threads
+// cover a row, and each may have more registers.
+constexpr FmaConfig fma_config(int index, bool is_8bit) {
+  FmaConfig c = kFmaConfigs[index];
+  if (is_8bit && c.max_threads == 512) c.max_threads = 256, c.min_blocks = c.min_blocks == 2 ? 3 : 1;
+  return c;
+}
 
 struct Int4Config {
   int warps;  // that share the input features

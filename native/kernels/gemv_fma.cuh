@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
 
 template <WeightFormat F, bool kNorm, int kConfig>
 void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  constexpr FmaConfig c = kFmaConfigs[kConfig];
+  constexpr FmaConfig c = fma_config(kConfig, kChunk<F> == 16);
   launch(gemv_fma_kernel<F, c.chunks, c.rows, kNorm, c.max_threads, c.min_blocks>, dim3(gemv_blocks(args, c.rows)),
          dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
 }
@@ -178,7 +178,8 @@ void launch_fma_norm(const GemvArgs& args, const GemvTile& tile, cudaStream_t st
     case 3: return launch_fma_config<F, kNorm, 3>(args, tile, stream, pdl);
     case 4: return launch_fma_config<F, kNorm, 4>(args, tile, stream, pdl);
     case 5: return launch_fma_config<F, kNorm, 5>(args, tile, stream, pdl);
-    default: return launch_fma_config<F, kNorm, 6>(args, tile, stream, pdl);
+    case 6: return launch_fma_config<F, kNorm, 6>(args, tile, stream, pdl);
+    default: return launch_fma_config<F, kNorm, 7>(args, tile, stream, pdl);
   }
 }
 
