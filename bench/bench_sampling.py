@@ -1,0 +1,45 @@
+"""Sampling on the device: microseconds a call, by vocabulary, batch and kind, beside the same on the host."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from kernel_timing import K, measure_us, print_machine
+from test_sampling import CASES, Device
+
+from edgellm_ros.core import SamplingParams
+from edgellm_ros.runtime.sampling import Sampler
+
+
+def main() -> None:
+    """One line a vocabulary, batch and kind."""
+    print_machine()
+    print("vocab   batch  kind         us   host us (copy of the logits included)")
+    rng = np.random.default_rng(0)
+    for vocab in (49152, 128256, 151936):
+        for batch in (1, 8):
+            logits = (rng.standard_normal((batch, vocab)) * 3).astype(np.float32)
+            on_device = torch.from_numpy(logits).cuda()
+            scores = torch.empty_like(on_device)
+            for kind in ("greedy", "plain", "top_k", "top_p", "all"):
+                params = [SamplingParams(seed=s, **CASES[kind]) for s in range(batch)]
+                device = Device(params, vocab)
+
+                def launch(stream: int) -> None:
+                    K.sample(on_device, scores, device.rows, device.state, stream=stream)  # noqa: B023
+
+                us = measure_us([launch] * 8)
+                samplers = [Sampler(p, vocab) for p in params]
+                begin = time.perf_counter()
+                for _ in range(5):
+                    rows = on_device.cpu().numpy()
+                    for sampler, row in zip(samplers, rows, strict=True):
+                        sampler.draw(row)
+                host_us = (time.perf_counter() - begin) / 5 * 1e6
+                print(f"{vocab:6d} {batch:6d}  {kind:8s} {us:8.1f} {host_us:9.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

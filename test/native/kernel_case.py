@@ -1,0 +1,80 @@
+"""What the kernel tests share: the module or why they skip, weights in every format with what they stand for, poison."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from edgellm_ros import native
+
+NATIVE, NO_MODULE = native.import_module()
+NO_GPU = NO_MODULE or native.unavailable_reason()
+needs_gpu = pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
+torch: Any = None
+if not NO_GPU:
+    try:
+        import torch  # type: ignore[no-redef]
+    except ImportError:
+        needs_gpu = pytest.mark.skip(reason="torch is not installed")
+K: Any = getattr(NATIVE, "kernels", None)
+
+AWKWARD = (1, 19, 99, 989)
+POISON = 77  # of integers
+
+
+class Weight(NamedTuple):
+    """`view` is what the bindings take; `values` (rows, cols) fp64 is what it stands for."""
+
+    view: tuple[Any, ...]
+    values: Any
+
+
+def stream() -> int:
+    """The stream that torch's work of this thread is on."""
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def poisoned(*shape: int, dtype: Any) -> Any:
+    """A tensor of NaN (or POISON) with one more row behind it, which `assert_untouched` looks at."""
+    full = torch.empty((shape[0] + 1, *shape[1:]), dtype=dtype, device="cuda")
+    full.fill_(float("nan") if dtype.is_floating_point else POISON)
+    return full[: shape[0]]
+
+
+def assert_untouched(tensor: Any) -> None:
+    """The row behind a poisoned tensor still holds its poison."""
+    last = tensor._base[-1]
+    assert bool(torch.isnan(last).all() if last.dtype.is_floating_point else (last == POISON).all())
+
+
+def random_bf16(*shape: int, scale: float = 1.0) -> Any:
+    return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16)
+
+
+def make_weight(form: str, rows: int, cols: int, group: int = 64, gate_up: bool = False) -> Weight:
+    """A random weight of `form`, repacked for the kernels where that is needed."""
+    fmt = getattr(NATIVE.WeightFormat, form)
+    dense = torch.randn((rows, cols), device="cuda") / cols**0.5
+    if form in ("bf16", "fp16"):
+        data = dense.to(torch.bfloat16 if form == "bf16" else torch.float16)
+        return Weight((fmt, data, None, rows, cols, 0), data.double())
+    if form == "fp8":
+        scales = dense.abs().amax(1) / 448
+        data = (dense / scales[:, None]).to(torch.float8_e4m3fn)
+        return Weight(
+            (fmt, data.view(torch.uint8), scales, rows, cols, 0), data.float().double() * scales.double()[:, None]
+        )
+    limit = 127 if form == "int8" else 7
+    grouped = dense.view(rows, cols // group, group)
+    scales = (grouped.abs().amax(2) / limit).to(torch.float16)
+    ints = (grouped / scales.float()[:, :, None]).round().clamp(-limit - 1, limit).to(torch.int8)
+    values = (ints.double() * scales.double()[:, :, None]).view(rows, cols)
+    ints = ints.view(rows, cols)
+    if form == "int8":
+        return Weight((fmt, ints, scales, rows, cols, group), values)
+    nibbles = (ints[:, 0::2].to(torch.uint8) & 15) | ((ints[:, 1::2].to(torch.uint8) & 15) << 4)
+    data = torch.full((K.int4_packed_data_bytes(rows, cols),), 0xAB, dtype=torch.uint8, device="cuda")
+    packed = torch.full((K.int4_packed_scales_bytes(rows, cols, group),), 0xAB, dtype=torch.uint8, device="cuda")
+    K.repack_int4(nibbles.contiguous(), scales, group, gate_up, data, packed, stream=stream())
+    return Weight((fmt, data, packed, rows, cols, group), values)

@@ -1,0 +1,107 @@
+"""RoPE with KV write, and prefill attention over a slot, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
+from test_attention_decode import CAPACITY, EPS, reference, rotate, tables
+
+pytestmark = needs_gpu
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("tokens", AWKWARD)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("as_f32", [False, True])
+def test_rope_rotates_queries_and_writes_keys_and_values(
+    head_dim: int, tokens: int, normed: bool, as_f32: bool
+) -> None:
+    heads, kv_heads = 6, 2
+    cos, sin = tables(head_dim)
+    kv = random_bf16(3, 2, kv_heads, CAPACITY, head_dim)
+    before = kv.clone()
+    qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
+    bias = torch.randn(qkv.shape[1], device="cuda")
+    gains = [random_bf16(head_dim) for _ in range(2)] if normed else [None, None]
+    slots = torch.full((tokens,), 1, device="cuda", dtype=torch.int32)
+    positions = torch.arange(17, 17 + tokens, device="cuda", dtype=torch.int32)
+    skipped = tokens // 2 if tokens > 1 else -1
+    if skipped >= 0:
+        positions[skipped] = -1
+    q_out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
+    source = qkv.float() if as_f32 else qkv
+    K.rope_kv_write(
+        source, kv, slots, positions, cos, sin, q_out, heads, bias, *gains, EPS, stream=stream()
+    )  # fmt: skip
+    rows = (qkv.double() + bias.double()).view(tokens, -1, head_dim)
+    for i in sorted({0, 1, tokens // 3, tokens - 2, tokens - 1} & set(range(tokens))):
+        if i == skipped:
+            assert bool(torch.isnan(q_out[i]).all())
+            continue
+        q, key, value = rows[i].split([heads, kv_heads, kv_heads])
+        position = 17 + i
+        wanted = rotate(q, position, cos, sin, gains[0])
+        assert torch.allclose(q_out[i].view(heads, head_dim).double(), wanted, rtol=2**-8, atol=1e-5)
+        assert torch.allclose(
+            kv[1, 0, :, position].double(), rotate(key, position, cos, sin, gains[1]), rtol=2**-8, atol=1e-5
+        )
+        assert torch.allclose(kv[1, 1, :, position].double(), value, rtol=2**-8, atol=1e-5)
+    untouched = torch.ones(CAPACITY, dtype=torch.bool)
+    untouched[[17 + i for i in range(tokens) if i != skipped]] = False
+    assert torch.equal(kv[1][:, :, untouched], before[1][:, :, untouched])
+    assert torch.equal(kv[[0, 2]], before[[0, 2]])
+    assert_untouched(q_out)
+
+
+def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, int]], window: int = 0, fp8: bool = False) -> None:  # fmt: skip
+    """`sequences`: (first position, tokens) each."""
+    num_slots = len(sequences) + 1
+    kv = random_bf16(num_slots, 2, kv_heads, CAPACITY, head_dim)
+    for i, (position, tokens) in enumerate(sequences):
+        kv[i + 1, :, :, position + tokens :] = float("nan")  # must never be read
+    if fp8:
+        kv = torch.nan_to_num(kv).to(torch.float8_e4m3fn).view(torch.uint8)
+    plain = kv.view(torch.float8_e4m3fn).float().double() if fp8 else kv.double()
+    total = sum(tokens for _, tokens in sequences)
+    q = random_bf16(total, heads * head_dim, scale=2.0)
+    starts = [0]
+    for _, tokens in sequences:
+        starts.append(starts[-1] + tokens)
+    ints = [
+        torch.tensor(v, device="cuda", dtype=torch.int32)
+        for v in (starts, range(1, num_slots), [position for position, _ in sequences])
+    ]
+    out = poisoned(total, heads * head_dim, dtype=torch.bfloat16)
+    longest = max(tokens for _, tokens in sequences)
+    K.prefill_attention(q, kv, *ints, out, longest, head_dim**-0.5, window, stream=stream())
+    for i, (position, tokens) in enumerate(sequences):
+        for j in sorted({0, 1, 62, 63, 64, tokens // 2, tokens - 1} & set(range(tokens))):
+            row = q[starts[i] + j].view(heads, head_dim).double()
+            wanted = reference(row, *plain[i + 1], position + j + 1, window, head_dim**-0.5)
+            got = out[starts[i] + j].view(heads, head_dim).double()
+            assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (i, j, float((got - wanted).abs().max()))
+    assert not bool(torch.isnan(out).any())
+    assert_untouched(out)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 2), (14, 2)])
+def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, heads: int, kv_heads: int) -> None:
+    for tokens in AWKWARD:
+        check(head_dim, heads, kv_heads, [(0, tokens)])
+        check(head_dim, heads, kv_heads, [(37, tokens)])
+
+
+def test_sequences_of_different_lengths_share_a_call() -> None:
+    check(64, 9, 3, [(0, 99), (400, 1), (63, 130), (1000, 19), (0, 1)])
+    check(128, 8, 2, [(0, 64), (64, 64), (1, 255)])
+
+
+@pytest.mark.parametrize("window", [1, 19, 64, 200])
+def test_a_window_hides_what_lies_before_it(window: int) -> None:
+    check(64, 8, 2, [(0, 300), (500, 99)], window)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int) -> None:
+    check(head_dim, 8, 2, [(0, 99), (300, 70)], fp8=True)

@@ -1,0 +1,156 @@
+"""y = W x in every format, tile, number of tokens, prologue and epilogue, against fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kernel_case import (
+    AWKWARD,
+    K,
+    Weight,
+    assert_untouched,
+    make_weight,
+    needs_gpu,
+    poisoned,
+    random_bf16,
+    stream,
+    torch,
+)
+
+pytestmark = needs_gpu
+FORMATS = ["bf16", "fp16", "fp8", "int8", "int4"]
+EPS = 1e-5
+
+
+def allowed(weight: Weight, x: Any, normed: bool) -> Any:
+    """(tokens, rows): rounding relative to the norms of the row and of x; a normed x is rounded once more."""
+    scale = x.double().norm(dim=1)[:, None] * weight.values.norm(dim=1)[None]
+    return scale * (4e-3 if normed else 4e-4) + 1e-9
+
+
+def reference(weight: Weight, x: Any, gain: Any = None) -> tuple[Any, Any]:
+    """(x as it is multiplied, y) in fp64."""
+    x = x.double()
+    if gain is not None:
+        x = x * torch.rsqrt((x * x).mean(1, keepdim=True) + EPS) * gain.double()
+    return x, x @ weight.values.T
+
+
+def num_tiles(weight: Weight, tokens: int) -> int:
+    return int(K.gemv_num_tiles(weight.view, tokens))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16])
+@pytest.mark.parametrize(("cols", "group"), [(16, 16), (96, 32), (576, 64), (2048, 128), (9728, 64)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_tile_gives_the_products(form: str, tokens: int, cols: int, group: int, normed: bool) -> None:
+    for rows in AWKWARD if cols < 9728 else (99,):
+        weight = make_weight(form, rows, cols, group)
+        x = random_bf16(tokens, cols, scale=3.0)
+        gain = random_bf16(cols) if normed else None
+        seen, wanted = reference(weight, x, gain)
+        for tile in (-1, *range(num_tiles(weight, tokens))):
+            out = poisoned(tokens, rows, dtype=torch.float32)
+            K.gemv(weight.view, x, out, gain=gain, norm_eps=EPS, tile=tile, stream=stream())
+            error = (out.double() - wanted).abs()
+            assert bool((error <= allowed(weight, seen, normed)).all()), (rows, tile, float(error.max()))
+            assert_untouched(out)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_bias_and_residual_are_added_and_the_copy_is_the_sum(form: str, tokens: int) -> None:
+    for rows in AWKWARD:
+        weight = make_weight(form, rows, 576)
+        x, bias = random_bf16(tokens, 576), torch.randn(rows, device="cuda")
+        residual = torch.randn((tokens, rows), device="cuda")
+        seen, product = reference(weight, x)
+        wanted = residual.double() + product + bias.double()
+        for tile in range(num_tiles(weight, tokens)):
+            out, copy = residual.clone(), poisoned(tokens, rows, dtype=torch.bfloat16)
+            K.gemv(
+                weight.view, x, out, K.Epilogue.residual, bias=bias, out_bf16=copy, tile=tile, stream=stream()
+            )  # fmt: skip
+            assert bool(((out.double() - wanted).abs() <= allowed(weight, seen, False) + 1e-6).all()), (rows, tile)
+            assert torch.equal(copy, out.to(torch.bfloat16))
+            assert_untouched(copy)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_swiglu_pairs_each_gate_row_with_its_up_row(form: str, tokens: int, with_bias: bool) -> None:
+    for half in AWKWARD:
+        weight = make_weight(form, 2 * half, 576, gate_up=True)
+        x, gain = random_bf16(tokens, 576), random_bf16(576)
+        bias = torch.randn(2 * half, device="cuda") if with_bias else None
+        _, y = reference(weight, x, gain)
+        y = y + bias.double() if with_bias else y
+        gate, up = y[:, :half], y[:, half:]
+        wanted = gate * torch.sigmoid(gate) * up
+        for tile in range(num_tiles(weight, tokens)):
+            out = poisoned(tokens, half, dtype=torch.bfloat16)
+            K.gemv(
+                weight.view, x, out, K.Epilogue.swiglu, gain=gain, norm_eps=EPS, bias=bias, tile=tile, stream=stream()
+            )  # fmt: skip
+            assert torch.allclose(out.double(), wanted, rtol=4e-2, atol=2e-2), (half, tile)
+            assert_untouched(out)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_the_block_maxima_hold_the_largest_logit_and_the_lowest_id_of_ties(form: str, tokens: int) -> None:
+    for rows in AWKWARD:
+        weight = make_weight(form, rows, 576)
+        x = random_bf16(tokens, 576)
+        if tokens > 1:
+            x[-1] = 0  # all logits equal
+        for tile in range(num_tiles(weight, tokens)):
+            blocks = K.gemv_num_blocks(weight.view, tokens, tile=tile)
+            keys = poisoned(tokens, blocks, dtype=torch.int64)
+            out = poisoned(tokens, rows, dtype=torch.float32)
+            K.gemv(weight.view, x, out, K.Epilogue.logits, block_max=keys, tile=tile, stream=stream())
+            unsigned = keys.cpu().numpy().view("uint64")
+            ids = 0xFFFFFFFF - (unsigned.max(axis=1) & 0xFFFFFFFF)
+            assert ids.tolist() == out.cpu().numpy().argmax(axis=1).tolist(), (rows, tile)
+            assert_untouched(keys)
+            assert_untouched(out)
+
+
+def test_bf16_output_is_the_rounded_sum() -> None:
+    weight, x = make_weight("bf16", 99, 576), random_bf16(1, 576)
+    full, short = (poisoned(1, 99, dtype=d) for d in (torch.float32, torch.bfloat16))
+    K.gemv(weight.view, x, full, stream=stream())
+    K.gemv(weight.view, x, short, K.Epilogue.store_bf16, stream=stream())
+    assert torch.equal(short, full.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_chain_with_dependent_launch_gives_what_one_without_gives(form: str) -> None:
+    cols = 2048
+    weights = [make_weight(form, cols, cols) for _ in range(6)]
+    start = random_bf16(1, cols)
+    results = []
+    for pdl in (False, True):
+        residual, x = start.float(), start.clone()
+        for _ in range(20):
+            for weight in weights:
+                K.gemv(weight.view, x, residual, K.Epilogue.residual, out_bf16=x, stream=stream(), pdl=pdl)
+        results.append(residual.clone())
+    assert torch.equal(*results)
+
+
+def test_arrays_that_do_not_fit_are_refused_by_name() -> None:
+    weight, x, out = make_weight("bf16", 19, 64), random_bf16(1, 64), torch.empty((1, 19), device="cuda")
+    with pytest.raises(ValueError, match=r"x has shape \[1, 48\], not \[any, 64\]"):
+        K.gemv(weight.view, x[:, :48].contiguous(), out)
+    with pytest.raises(ValueError, match="x has DLPack type .*, not bfloat16"):
+        K.gemv(weight.view, x.float(), out)
+    with pytest.raises(ValueError, match="out is not in device memory"):
+        K.gemv(weight.view, x, out.cpu())
+    with pytest.raises(ValueError, match="x is not contiguous"):
+        K.gemv(weight.view, random_bf16(2, 128)[:, ::2], torch.empty((2, 19), device="cuda"))
+    with pytest.raises(ValueError, match="x has 17 tokens; 1 to 16"):
+        K.gemv(weight.view, random_bf16(17, 64), torch.empty((17, 19), device="cuda"))
