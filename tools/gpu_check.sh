@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the native module on a machine with a GPU, test it there, and measure; the table at the end is the result.
-#   tools/gpu_check.sh [build|test|sanitize|bench ...]     all but sanitize when nothing is named
+#   tools/gpu_check.sh [build|test|sanitize|bench|kernels ...]     build, test and bench when nothing is named
 # EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS and PYTEST_ARGS change what runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,12 @@ for part in "${parts[@]}"; do
       done
       ;;
     bench) run bench 420 "$python" bench/bench_decode.py ${BENCH_ARGS:-} ;;
-    *) echo "unknown part $part; allowed are build, test, sanitize, bench" >&2 && exit 2 ;;
+    kernels)
+      for kernel in gemv attention_decode attention_prefill sampling; do
+        TAIL=120 run "$kernel" 300 "$python" "bench/bench_$kernel.py" ${KERNEL_ARGS:-}
+      done
+      ;;
+    *) echo "unknown part $part; allowed are build, test, sanitize, bench, kernels" >&2 && exit 2 ;;
   esac || true
 done
 echo "---- summary"
