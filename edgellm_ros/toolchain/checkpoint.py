@@ -74,9 +74,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError when there is none, and for files that are missing, truncated or of a kind that export
     cannot read (pickled weights, weights that are already quantised, parts of a split GGUF); the text says what to do.
     """
-    from edgellm_ros.toolchain.gguf_checkpoint import GgufCheckpoint
-    from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
-
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a directory with config.json, or a .gguf file")
@@ -85,12 +82,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             magic = file.read(4)
         if magic != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file; give one, or the directory that holds config.json")
-        return GgufCheckpoint(path)
+        return _open_gguf(path)
     if not (path / "config.json").is_file():
         found = sorted(path.glob("*.gguf"))
         if len(found) == 1:
-            return GgufCheckpoint(found[0])
+            return _open_gguf(found[0])
         if found:
             raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one, such as {found[0]}")
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face checkpoint, or not a whole one")
+    from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
+
     return HfCheckpoint(path)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from edgellm_ros.toolchain.gguf_checkpoint import GgufCheckpoint  # a Hugging Face directory needs no gguf package
+
+    return GgufCheckpoint(path)
