@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -19,17 +20,33 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def _forbid_huge_pages() -> None:
+    """prctl(PR_SET_THP_DISABLE): the kernel merging pages would look like growth, 2 MB at a time."""
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
+
+
 class NodeProcess:
     """`python -m edgellm_ros.ros.llm_node`; in a `with`, it is active at the start and stopped at the end."""
 
-    def __init__(self, bundle: Path | str, parameters: dict[str, Any] | None = None, wait_active: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Path | str,
+        parameters: dict[str, Any] | None = None,
+        wait_active: bool = True,
+        huge_pages: bool = True,
+    ) -> None:
         command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "-p", f"bundle:={bundle}"]
         for name, value in (parameters or {}).items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         self._wait_active = wait_active
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=None if huge_pages else _forbid_huge_pages,
         )
 
     def __enter__(self) -> NodeProcess:
