@@ -17,15 +17,15 @@ void bind_quantized(py::module_& module) {
          const py::object& packed_scales, std::uintptr_t stream) {
         const DeviceArray from(data, "data");
         const std::int64_t rows = from.size(0), cols = from.size(1) * 2;
-        const auto data_bytes = static_cast<std::int64_t>(kernels::int4_packed_data_bytes(static_cast<int>(rows), static_cast<int>(cols)));
+        const auto data_bytes =
+            static_cast<std::int64_t>(kernels::int4_packed_data_bytes(static_cast<int>(rows), static_cast<int>(cols)));
         const auto scale_bytes = static_cast<std::int64_t>(
             kernels::int4_packed_scales_bytes(static_cast<int>(rows), static_cast<int>(cols), group));
-        kernels::repack_int4_async(from.as<const std::uint8_t>({rows, cols / 2}),
-                                   required<const __half>(scales, "scales", {rows, cols / group}),
-                                   static_cast<int>(rows), static_cast<int>(cols), group, gate_up,
-                                   required<std::uint8_t>(packed_data, "packed_data", {data_bytes}),
-                                   required<std::uint8_t>(packed_scales, "packed_scales", {scale_bytes}),
-                                   to_stream(stream));
+        kernels::repack_int4_async(
+            from.as<const std::uint8_t>({rows, cols / 2}),
+            required<const __half>(scales, "scales", {rows, cols / group}), static_cast<int>(rows),
+            static_cast<int>(cols), group, gate_up, required<std::uint8_t>(packed_data, "packed_data", {data_bytes}),
+            required<std::uint8_t>(packed_scales, "packed_scales", {scale_bytes}), to_stream(stream));
       },
       py::arg("data"), py::arg("scales"), py::arg("group"), py::arg("gate_up"), py::arg("packed_data"),
       py::arg("packed_scales"), py::arg("stream") = 0);

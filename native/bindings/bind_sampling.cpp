@@ -66,8 +66,8 @@ void bind_sampling(py::module_& module) {
         args.vocab = static_cast<int>(vocab);
         args.logits = input.as<float>({batch, vocab});
         args.scores = required<float>(scores, "scores", {batch, vocab});
-        args.rows = reinterpret_cast<kernels::SamplingRow*>(required<std::uint8_t>(
-            rows, "rows", {batch, static_cast<std::int64_t>(sizeof(kernels::SamplingRow))}));
+        args.rows = reinterpret_cast<kernels::SamplingRow*>(
+            required<std::uint8_t>(rows, "rows", {batch, static_cast<std::int64_t>(sizeof(kernels::SamplingRow))}));
         args.state = decode_state(state, batch);
         args.counts = optional<std::uint32_t>(counts, "counts", {batch, vocab});
         if (!bias_ids.is_none()) {

@@ -55,8 +55,11 @@ class DeviceArray {
            type_name<Plain>());
     }
     bool same = rank() == static_cast<int>(shape.size());
-    for (int i = 0; same && i < rank(); ++i) same = shape[static_cast<std::size_t>(i)] < 0 || shape[static_cast<std::size_t>(i)] == size(i);
-    if (!same) fail("has shape " + text(managed_->dl_tensor.shape, rank()) + ", not " + text(shape.data(), static_cast<int>(shape.size())));
+    for (int i = 0; same && i < rank(); ++i)
+      same = shape[static_cast<std::size_t>(i)] < 0 || shape[static_cast<std::size_t>(i)] == size(i);
+    if (!same)
+      fail("has shape " + text(managed_->dl_tensor.shape, rank()) + ", not " +
+           text(shape.data(), static_cast<int>(shape.size())));
     return reinterpret_cast<T*>(raw());
   }
 

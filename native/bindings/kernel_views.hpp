@@ -19,7 +19,8 @@ struct WeightTuple {
     if (t.size() != 6) throw std::invalid_argument("a weight is (format, data, scales, rows, cols, group)");
     view.format = t[0].cast<kernels::WeightFormat>();
     view.rows = t[3].cast<int>(), view.cols = t[4].cast<int>(), view.group = t[5].cast<int>();
-    if (view.cols % 16 != 0) throw std::invalid_argument("cols " + std::to_string(view.cols) + " is not a multiple of 16");
+    if (view.cols % 16 != 0)
+      throw std::invalid_argument("cols " + std::to_string(view.cols) + " is not a multiple of 16");
     const pybind11::object data = t[1], scales = t[2];
     const std::int64_t rows = view.rows, cols = view.cols;
     switch (view.format) {

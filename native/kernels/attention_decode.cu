@@ -61,15 +61,20 @@ void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream
   if (args.workspace) {
     const std::size_t rows = static_cast<std::size_t>(args.batch) * args.num_heads * args.splits;
     p.num_done = static_cast<unsigned int*>(args.workspace);
-    p.partial_out = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + counter_bytes(args.batch, args.num_heads));
+    p.partial_out =
+        reinterpret_cast<float*>(static_cast<char*>(args.workspace) + counter_bytes(args.batch, args.num_heads));
     p.partial_max = p.partial_out + rows * args.kv.head_dim;
     p.partial_sum = p.partial_max + rows;
   }
   switch (args.kv.head_dim) {
-    case 64: return launch_for_head_dim<64>(args, p, stream, pdl);
-    case 80: return launch_for_head_dim<80>(args, p, stream, pdl);
-    case 96: return launch_for_head_dim<96>(args, p, stream, pdl);
-    case 128: return launch_for_head_dim<128>(args, p, stream, pdl);
+    case 64:
+      return launch_for_head_dim<64>(args, p, stream, pdl);
+    case 80:
+      return launch_for_head_dim<80>(args, p, stream, pdl);
+    case 96:
+      return launch_for_head_dim<96>(args, p, stream, pdl);
+    case 128:
+      return launch_for_head_dim<128>(args, p, stream, pdl);
     default:
       throw std::invalid_argument("head_dim " + std::to_string(args.kv.head_dim) +
                                   " has no attention kernel; there are 64, 80, 96 and 128");

@@ -27,10 +27,10 @@ struct DecodeAttentionParams {
   const int32_t* slots;
   const int32_t* positions;
   bf16* out;
-  float* partial_out;        // (batch, num_heads, splits, head_dim)
-  float* partial_max;        // (batch, num_heads, splits)
-  float* partial_sum;        // (batch, num_heads, splits)
-  unsigned int* num_done;    // (batch, gridDim.y), zero between calls
+  float* partial_out;      // (batch, num_heads, splits, head_dim)
+  float* partial_max;      // (batch, num_heads, splits)
+  float* partial_sum;      // (batch, num_heads, splits)
+  unsigned int* num_done;  // (batch, gridDim.y), zero between calls
   int num_heads;
   int num_kv_heads;
   int capacity;
@@ -57,7 +57,8 @@ __device__ __forceinline__ float load_from_cluster(const float* p, int rank) {
 }
 
 template <int HD, int G, KvFormat F, bool kCluster>
-__global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1) decode_attention_kernel(const DecodeAttentionParams p) {
+__global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1)
+    decode_attention_kernel(const DecodeAttentionParams p) {
   using Cache = Kv<F>;
   using Element = typename Cache::Element;
   constexpr int LPP = HD <= 64 ? 8 : 16;  // lanes a position; those past HD idle
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1) decode_atte
 
   const std::size_t head_size = static_cast<std::size_t>(p.capacity) * HD;
   const int slot = p.slots[sequence];
-  Element* keys = static_cast<Element*>(p.cache) +
-                  (static_cast<std::size_t>(slot) * 2 * p.num_kv_heads + kv_head) * head_size;
+  Element* keys =
+      static_cast<Element*>(p.cache) + (static_cast<std::size_t>(slot) * 2 * p.num_kv_heads + kv_head) * head_size;
   Element* values = keys + p.num_kv_heads * head_size;
 
   typename Cache::Eight k[NI], v[NI];

@@ -3,13 +3,12 @@
 // A block has one KV head and 64 rows; a row is a (token, query head of the group) pair, so that grouped queries share
 // the keys and values they read, and a few tokens of a large group fill the tensor cores too. Four warps have 16 rows
 // each and run over tiles of 64 positions, fetched one tile ahead.
-#include "edgellm/kernels/attention_prefill.hpp"
-
 #include <cassert>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "edgellm/kernels/attention_prefill.hpp"
 #include "kv_format.cuh"
 #include "launch.hpp"
 
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
                         (static_cast<std::size_t>(p.slots[sequence]) * 2 * p.num_kv_heads + kv_head) * head_size;
   const Element* values = keys + p.num_kv_heads * head_size;
 
-  int position[2];       // of rows g and g + 8
+  int position[2];        // of rows g and g + 8
   std::size_t offset[2];  // of their q and out
   bool valid[2];
 #pragma unroll
@@ -163,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
 #pragma unroll
       for (int n = 0; n < kScoreTiles; n += 2) {
         uint32_t b[4];
-        load_matrices(b, key_tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * kStride<HD> + s * 16 + ((lane >> 3) & 1) * 8);
+        load_matrices(b,
+                      key_tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * kStride<HD> + s * 16 + ((lane >> 3) & 1) * 8);
         mma_bf16(scores[n], q[s], b[0], b[1]);
         mma_bf16(scores[n + 1], q[s], b[2], b[3]);
       }
@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
     }
 #pragma unroll
     for (int s = 0; s < kTile / 16; s++) {
-      const uint32_t a[4] = {pack_bf16(scores[2 * s][0], scores[2 * s][1]), pack_bf16(scores[2 * s][2], scores[2 * s][3]),
-                             pack_bf16(scores[2 * s + 1][0], scores[2 * s + 1][1]),
-                             pack_bf16(scores[2 * s + 1][2], scores[2 * s + 1][3])};
+      const uint32_t a[4] = {
+          pack_bf16(scores[2 * s][0], scores[2 * s][1]), pack_bf16(scores[2 * s][2], scores[2 * s][3]),
+          pack_bf16(scores[2 * s + 1][0], scores[2 * s + 1][1]), pack_bf16(scores[2 * s + 1][2], scores[2 * s + 1][3])};
 #pragma unroll
       for (int d = 0; d < kOutTiles; d += 2) {
         uint32_t b[4];
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
 template <int HD, KvFormat F>
 void launch_prefill(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
   const auto kernel = prefill_attention_kernel<HD, F>;
-  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(kSharedBytes<HD>)));
+  EDGELLM_CUDA_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes<HD>)));
   const int group = args.num_heads / args.kv.num_kv_heads;
   launch(kernel, dim3(ceil_div(args.max_tokens * group, kRows), args.kv.num_kv_heads, args.num_sequences),
          dim3(kThreads), kSharedBytes<HD>, stream, pdl, p);
@@ -255,13 +255,26 @@ void launch_format(const PrefillAttentionArgs& args, const Params& p, cudaStream
 
 void prefill_attention_async(const PrefillAttentionArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.num_heads % args.kv.num_kv_heads == 0);
-  const Params p = {args.q, args.kv.data, args.starts, args.slots, args.positions, args.out, args.num_heads,
-                    args.kv.num_kv_heads, args.kv.capacity, args.window, args.scale * 1.4426950408889634f};
+  const Params p = {args.q,
+                    args.kv.data,
+                    args.starts,
+                    args.slots,
+                    args.positions,
+                    args.out,
+                    args.num_heads,
+                    args.kv.num_kv_heads,
+                    args.kv.capacity,
+                    args.window,
+                    args.scale * 1.4426950408889634f};
   switch (args.kv.head_dim) {
-    case 64: return launch_format<64>(args, p, stream, pdl);
-    case 80: return launch_format<80>(args, p, stream, pdl);
-    case 96: return launch_format<96>(args, p, stream, pdl);
-    case 128: return launch_format<128>(args, p, stream, pdl);
+    case 64:
+      return launch_format<64>(args, p, stream, pdl);
+    case 80:
+      return launch_format<80>(args, p, stream, pdl);
+    case 96:
+      return launch_format<96>(args, p, stream, pdl);
+    case 128:
+      return launch_format<128>(args, p, stream, pdl);
     default:
       throw std::invalid_argument("head_dim " + std::to_string(args.kv.head_dim) +
                                   " has no attention kernel; there are 64, 80, 96 and 128");

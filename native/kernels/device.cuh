@@ -51,10 +51,7 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
 // Written by the predecessor: volatile, so that the compiler does not move it above wait_for_predecessor.
 __device__ __forceinline__ uint4 load_activation(const void* p) {
   uint4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ uint2 load_activation8(const void* p) {
@@ -174,6 +171,8 @@ __device__ __forceinline__ unsigned long long max_key(float value, uint32_t inde
 __device__ __forceinline__ uint32_t key_index(unsigned long long key) {
   return 0xffffffffu - static_cast<uint32_t>(key);
 }
-__device__ __forceinline__ unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
+__device__ __forceinline__ unsigned long long larger(unsigned long long a, unsigned long long b) {
+  return a > b ? a : b;
+}
 
 }  // namespace edgellm::kernels

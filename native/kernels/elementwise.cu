@@ -1,9 +1,8 @@
 // RMSNorm, residual addition, SwiGLU and row gathering: memory-bound kernels between prefill's matrix products.
-#include "edgellm/kernels/elementwise.hpp"
-
 #include <cassert>
 
 #include "device.cuh"
+#include "edgellm/kernels/elementwise.hpp"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
@@ -24,8 +23,8 @@ __device__ __forceinline__ float block_sum(float v) {
 }
 
 // A block a token. The row is read a second time for the division: from L1, where it just was.
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(const float* x, const bf16* gain, float eps, int hidden,
-                                                            bf16* out) {
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(const float* x, const bf16* gain, float eps, int hidden, bf16* out) {
   start_dependents();
   wait_for_predecessor();
   const std::size_t at = static_cast<std::size_t>(blockIdx.x) * hidden;
@@ -60,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const ResidualN
   }
 }
 
-__global__ void __launch_bounds__(kThreads) swiglu_kernel(const bf16* gate_up, const float* bias, int width,
-                                                          std::size_t count, bf16* out) {
+__global__ void __launch_bounds__(kThreads)
+    swiglu_kernel(const bf16* gate_up, const float* bias, int width, std::size_t count, bf16* out) {
   start_dependents();
   wait_for_predecessor();
   const std::size_t i = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
@@ -82,8 +81,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const bf16* gate_up, c
   *reinterpret_cast<uint4*>(out + i) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__global__ void __launch_bounds__(kThreads) gather_rows_kernel(const bf16* x, const int32_t* rows, int hidden,
-                                                               bf16* out) {
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_kernel(const bf16* x, const int32_t* rows, int hidden, bf16* out) {
   start_dependents();
   wait_for_predecessor();
   const int row = *static_cast<const volatile int32_t*>(rows + blockIdx.x);

@@ -1,8 +1,7 @@
 // Embedding lookup: token ids on the device to rows of the residual stream.
-#include "edgellm/kernels/embedding.hpp"
-
 #include <cassert>
 
+#include "edgellm/kernels/embedding.hpp"
 #include "embedding_row.cuh"
 #include "launch.hpp"
 
@@ -12,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingTable table, const int32_t* token_ids,
-                                                             float* residual, bf16* residual_bf16) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_kernel(const EmbeddingTable table, const int32_t* token_ids, float* residual, bf16* residual_bf16) {
   start_dependents();
   wait_for_predecessor();
   const int token = blockIdx.y;
@@ -22,8 +21,8 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingTabl
   embed_row(table, id, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads, residual + at, residual_bf16 + at);
 }
 
-__global__ void __launch_bounds__(kThreads) copy_kernel(const bf16* embeddings, std::size_t count, float* residual,
-                                                        bf16* residual_bf16) {
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(const bf16* embeddings, std::size_t count, float* residual, bf16* residual_bf16) {
   start_dependents();
   wait_for_predecessor();
   const std::size_t i = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;

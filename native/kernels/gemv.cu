@@ -33,11 +33,14 @@ int fma_threads(const WeightView& w, const FmaConfig& c) { return ceil_div(ceil_
 
 bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c) <= c.max_threads; }
 
+constexpr int kMaxStagedCols = 22 * 1024;
+
 // All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles.
 int list_choices(const GemvArgs& args, Choice* out) {
   int count = 0;
   if (args.num_tokens == 1 && args.weight.format == WeightFormat::int4) {
-    for (int i = 0; i < kNumInt4Configs; i++) {
+    // The staged x must fit the shared memory that every block may have.
+    for (int i = 0; i < kNumInt4Configs && args.weight.cols <= kMaxStagedCols; i++) {
       out[count++] = {Family::int4, {i, kMmaRows, kInt4Configs[i].warps * 32}};
     }
   } else if (args.num_tokens == 1) {
@@ -67,13 +70,15 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
     }
     case Family::fma: {
       const FmaConfig c = fma_config(choice.tile.config, is_8bit(w));
-      const int slots = choice.tile.threads * c.chunks;
-      const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(slots);
-      const float in_flight = static_cast<float>(c.chunks * c.rows) / 8.0f;  // 0.5, 1 or 2
-      const float fill = static_cast<float>(blocks) / static_cast<float>(num_sms * 2);
-      const float size = choice.tile.threads < 96 ? 0.5f : choice.tile.threads > 320 ? 0.9f : 1.0f;
-      const float depth = in_flight < 1.0f ? 0.9f : in_flight > 1.0f && fill > 4.0f ? 1.1f : 1.0f;
-      return 10.0f + used * size * (fill < 1.0f ? fill : 1.0f) * depth;
+      const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(choice.tile.threads * c.chunks);
+      const float fill = static_cast<float>(blocks) / static_cast<float>(2 * num_sms);
+      const int in_flight = c.chunks * c.rows;  // loads a thread: 4, 8 or 16
+      const bool deep = in_flight == 16 && fill > 2.0f && (c.chunks == 2 || !is_8bit(w));
+      const float preference = (choice.tile.threads < 96 ? 0.5f : 1.0f) * (in_flight == 4 ? 0.9f
+                                                                           : deep         ? 1.02f
+                                                                                          : 1.0f) -
+                               0.005f * static_cast<float>(c.chunks);
+      return 10.0f + used * preference * (fill < 1.0f ? fill : 1.0f);
     }
     default:
       return blocks >= 4 * num_sms ? (kMmaConfigs[choice.tile.config] == 2 ? 2.0f : 1.0f)

@@ -102,9 +102,21 @@ inline int gemv_blocks(const GemvArgs& args, int rows_per_block) {
 }
 
 inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
-  return {args.weight.data, args.weight.scales, args.x, args.gain, args.bias, args.out_f32, args.out_bf16,
-          args.block_max, args.weight.rows, args.weight.cols, args.weight.group, args.num_tokens,
-          gemv_blocks(args, rows_per_block), args.norm_eps, args.epilogue};
+  return {args.weight.data,
+          args.weight.scales,
+          args.x,
+          args.gain,
+          args.bias,
+          args.out_f32,
+          args.out_bf16,
+          args.block_max,
+          args.weight.rows,
+          args.weight.cols,
+          args.weight.group,
+          args.num_tokens,
+          gemv_blocks(args, rows_per_block),
+          args.norm_eps,
+          args.epilogue};
 }
 
 // One translation unit a format, so that they compile side by side.
@@ -122,8 +134,8 @@ struct FmaConfig {
 };
 // The prototype's search over 2,048 to 14,336 input features found its best in this table.
 constexpr FmaConfig kFmaConfigs[] = {
-    {1, 4, 512, 2}, {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2}, {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1},
-    {8, 2, 512, 1},
+    {1, 4, 512, 2}, {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2},
+    {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1},  {8, 2, 512, 1},
 };
 constexpr int kNumFmaConfigs = sizeof(kFmaConfigs) / sizeof(kFmaConfigs[0]);
 

@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
       const int chunk = c * num_threads + tid;
 #pragma unroll
       for (int v = 0; v < kXLoads; v++) {
-        gain[c * kXLoads + v] =
-            chunk < chunks ? load_constant(p.gain + chunk * kVec + v * 8) : make_uint4(0, 0, 0, 0);
+        gain[c * kXLoads + v] = chunk < chunks ? load_constant(p.gain + chunk * kVec + v * 8) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -172,14 +171,22 @@ void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t 
 template <WeightFormat F, bool kNorm>
 void launch_fma_norm(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   switch (tile.config) {
-    case 0: return launch_fma_config<F, kNorm, 0>(args, tile, stream, pdl);
-    case 1: return launch_fma_config<F, kNorm, 1>(args, tile, stream, pdl);
-    case 2: return launch_fma_config<F, kNorm, 2>(args, tile, stream, pdl);
-    case 3: return launch_fma_config<F, kNorm, 3>(args, tile, stream, pdl);
-    case 4: return launch_fma_config<F, kNorm, 4>(args, tile, stream, pdl);
-    case 5: return launch_fma_config<F, kNorm, 5>(args, tile, stream, pdl);
-    case 6: return launch_fma_config<F, kNorm, 6>(args, tile, stream, pdl);
-    default: return launch_fma_config<F, kNorm, 7>(args, tile, stream, pdl);
+    case 0:
+      return launch_fma_config<F, kNorm, 0>(args, tile, stream, pdl);
+    case 1:
+      return launch_fma_config<F, kNorm, 1>(args, tile, stream, pdl);
+    case 2:
+      return launch_fma_config<F, kNorm, 2>(args, tile, stream, pdl);
+    case 3:
+      return launch_fma_config<F, kNorm, 3>(args, tile, stream, pdl);
+    case 4:
+      return launch_fma_config<F, kNorm, 4>(args, tile, stream, pdl);
+    case 5:
+      return launch_fma_config<F, kNorm, 5>(args, tile, stream, pdl);
+    case 6:
+      return launch_fma_config<F, kNorm, 6>(args, tile, stream, pdl);
+    default:
+      return launch_fma_config<F, kNorm, 7>(args, tile, stream, pdl);
   }
 }
 

@@ -10,7 +10,7 @@ constexpr int kStagedLoads = 4;  // 16-byte loads of x in flight a lane: 1,024 i
 
 template <int kWarps, int kDepth, int kMinBlocks, int kGroupsPerBlock, bool kNorm>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(const GemvParams p) {
-  extern __shared__ uint4 staged[];  // bf16 (cols padded to 64), normed but for the division by the rms
+  extern __shared__ uint4 staged[];                // bf16 (cols padded to 64), normed but for the division by the rms
   __shared__ float partial[kWarps][kMmaRows + 1];  // last: sum of squares
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int num_blocks = ceil_div(p.cols, 64), share = ceil_div(num_blocks, kWarps);
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
       if (chunk >= last * 8) continue;
       if constexpr (kNorm) {
         const bool is_first = begin == first * 8;
-        const uint4 g8 = is_first ? gain[i]
-                                  : (chunk * 8 < p.cols ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0));
+        const uint4 g8 =
+            is_first ? gain[i] : (chunk * 8 < p.cols ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0));
         float xs[8], gains[8];
         unpack_bf16(x[i], xs);
         unpack_bf16(g8, gains);
@@ -118,18 +118,23 @@ template <int kConfig, int kGroupsPerBlock, bool kNorm>
 void launch_config(const GemvArgs& args, cudaStream_t stream, bool pdl) {
   constexpr Int4Config c = kInt4Configs[kConfig];
   const std::size_t shared_bytes = static_cast<std::size_t>(ceil_div(args.weight.cols, 64)) * 128;
-  launch(gemv_int4_kernel<c.warps, c.depth, c.min_blocks, kGroupsPerBlock, kNorm>,
-         dim3(gemv_blocks(args, kMmaRows)), dim3(c.warps * 32), shared_bytes, stream, pdl, gemv_params(args, kMmaRows));
+  launch(gemv_int4_kernel<c.warps, c.depth, c.min_blocks, kGroupsPerBlock, kNorm>, dim3(gemv_blocks(args, kMmaRows)),
+         dim3(c.warps * 32), shared_bytes, stream, pdl, gemv_params(args, kMmaRows));
 }
 
 template <int kGroupsPerBlock, bool kNorm>
 void launch_groups(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   switch (tile.config) {
-    case 0: return launch_config<0, kGroupsPerBlock, kNorm>(args, stream, pdl);
-    case 1: return launch_config<1, kGroupsPerBlock, kNorm>(args, stream, pdl);
-    case 2: return launch_config<2, kGroupsPerBlock, kNorm>(args, stream, pdl);
-    case 3: return launch_config<3, kGroupsPerBlock, kNorm>(args, stream, pdl);
-    default: return launch_config<4, kGroupsPerBlock, kNorm>(args, stream, pdl);
+    case 0:
+      return launch_config<0, kGroupsPerBlock, kNorm>(args, stream, pdl);
+    case 1:
+      return launch_config<1, kGroupsPerBlock, kNorm>(args, stream, pdl);
+    case 2:
+      return launch_config<2, kGroupsPerBlock, kNorm>(args, stream, pdl);
+    case 3:
+      return launch_config<3, kGroupsPerBlock, kNorm>(args, stream, pdl);
+    default:
+      return launch_config<4, kGroupsPerBlock, kNorm>(args, stream, pdl);
   }
 }
 

@@ -40,9 +40,11 @@ struct MmaWeights {
     const int g = lane >> 2, t = lane & 3;
     if constexpr (F == WeightFormat::int4) {
       const int num_blocks = ceil_div(p.cols, 64);
-      w[0] = load_once(static_cast<const uint4*>(p.data) + (static_cast<std::size_t>(tile) * num_blocks + block) * 32 + lane);
+      w[0] = load_once(static_cast<const uint4*>(p.data) + (static_cast<std::size_t>(tile) * num_blocks + block) * 32 +
+                       lane);
       const int num_groups = p.group >= 64 ? p.cols / p.group : num_blocks * kGroupsPerBlock;
-      const uint32_t* scales = static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
+      const uint32_t* scales =
+          static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
 #pragma unroll
       for (int i = 0; i < kGroupsPerBlock; i++) {
         scale[i] = __ldg(scales + (p.group >= 64 ? block * 64 / p.group : block * kGroupsPerBlock + i) * 8);
@@ -101,7 +103,8 @@ struct MmaWeights {
   }
 };
 
-// One token's 16 elements of `source` that meet a lane's weights in a block of 64: words 2s and 2s + 1 belong to step s.
+// One token's 16 elements of `source` that meet a lane's weights in a block of 64: words 2s and 2s + 1 belong to step
+// s.
 template <WeightFormat F>
 __device__ __forceinline__ void load_lane_columns(const bf16* source, int block, int t, int cols, bool active,
                                                   uint32_t* words) {
@@ -124,7 +127,9 @@ __device__ __forceinline__ void load_lane_columns(const bf16* source, int block,
 
 template <WeightFormat F, int kTiles, int kTokenTiles, int kGroupsPerBlock>
 __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv_mma_kernel(const GemvParams p) {
-  constexpr int kDepth = 16 / (kTiles * MmaFormat<F>::loads) < 2 ? 2 : 16 / (kTiles * MmaFormat<F>::loads) > 4 ? 4 : 16 / (kTiles * MmaFormat<F>::loads);
+  constexpr int kDepth = 16 / (kTiles * MmaFormat<F>::loads) < 2   ? 2
+                         : 16 / (kTiles * MmaFormat<F>::loads) > 4 ? 4
+                                                                   : 16 / (kTiles * MmaFormat<F>::loads);
   constexpr int kXDepth = 2;  // x comes from L2 or L1: a shorter way
   constexpr int kTokens = 8 * kTokenTiles;
   constexpr int kStride = kTiles * kMmaRows + 4;  // conflict-free for the fragments' order

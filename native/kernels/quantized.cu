@@ -25,9 +25,9 @@ __device__ __forceinline__ int packed_row(int tile, int r, int rows, bool gate_u
   return r < 8 ? gate : rows / 2 + gate;
 }
 
-__global__ void __launch_bounds__(kThreads) repack_data_kernel(const uint8_t* data, int rows, int cols, bool gate_up,
-                                                               int num_blocks, std::size_t num_words,
-                                                               uint32_t* packed) {
+__global__ void __launch_bounds__(kThreads)
+    repack_data_kernel(const uint8_t* data, int rows, int cols, bool gate_up, int num_blocks, std::size_t num_words,
+                       uint32_t* packed) {
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= num_words) return;
   const int s = index & 3, lane = (index >> 2) & 31, g = lane >> 2, t = lane & 3;
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kThreads) repack_data_kernel(const uint8_t* da
   packed[index] = word;
 }
 
-__global__ void __launch_bounds__(kThreads) repack_scales_kernel(const __half* scales, int rows, int num_groups,
-                                                                 bool gate_up, int num_packed_groups,
-                                                                 std::size_t count, __half* packed) {
+__global__ void __launch_bounds__(kThreads)
+    repack_scales_kernel(const __half* scales, int rows, int num_groups, bool gate_up, int num_packed_groups,
+                         std::size_t count, __half* packed) {
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) return;
   const int r = static_cast<int>((index >> 1) & 7) + 8 * static_cast<int>(index & 1);
@@ -68,8 +68,8 @@ int packed_groups(int cols, int group) {
 
 // Eight columns a thread.
 template <WeightFormat F>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const WeightView w, bool gate_up, int first_row,
-                                                              std::size_t count, bf16* out) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const WeightView w, bool gate_up, int first_row, std::size_t count, bf16* out) {
   const std::size_t index = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
   start_dependents();
   wait_for_predecessor();
@@ -184,11 +184,16 @@ void dequantize_async(const WeightView& weight, bool gate_up, int first_row, int
     launch(kernel, dim3(blocks_for(count / 8)), dim3(kThreads), 0, stream, pdl, weight, gate_up, first_row, count, out);
   };
   switch (weight.format) {
-    case WeightFormat::bf16: return run(dequantize_kernel<WeightFormat::bf16>);
-    case WeightFormat::fp16: return run(dequantize_kernel<WeightFormat::fp16>);
-    case WeightFormat::fp8: return run(dequantize_kernel<WeightFormat::fp8>);
-    case WeightFormat::int8: return run(dequantize_kernel<WeightFormat::int8>);
-    case WeightFormat::int4: return run(dequantize_kernel<WeightFormat::int4>);
+    case WeightFormat::bf16:
+      return run(dequantize_kernel<WeightFormat::bf16>);
+    case WeightFormat::fp16:
+      return run(dequantize_kernel<WeightFormat::fp16>);
+    case WeightFormat::fp8:
+      return run(dequantize_kernel<WeightFormat::fp8>);
+    case WeightFormat::int8:
+      return run(dequantize_kernel<WeightFormat::int8>);
+    case WeightFormat::int4:
+      return run(dequantize_kernel<WeightFormat::int4>);
   }
 }
 

@@ -13,8 +13,8 @@ constexpr int kThreads = 256;
 
 __device__ __forceinline__ float load_qkv(const RopeKvWriteArgs& p, std::size_t row, int column, int width) {
   const std::size_t at = row * width + column;
-  const float v = p.qkv_is_f32 ? static_cast<const float*>(p.qkv)[at]
-                               : __bfloat162float(static_cast<const bf16*>(p.qkv)[at]);
+  const float v =
+      p.qkv_is_f32 ? static_cast<const float*>(p.qkv)[at] : __bfloat162float(static_cast<const bf16*>(p.qkv)[at]);
   return p.bias ? v + p.bias[column] : v;
 }
 
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
   const int head_dim = p.kv.head_dim, half = head_dim / 2, num_kv = p.kv.num_kv_heads;
   const int num_rows = p.num_heads + 2 * num_kv, width = num_rows * head_dim;
   const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
-  typename Cache::Element* keys = static_cast<typename Cache::Element*>(p.kv.data) +
-                                  static_cast<std::size_t>(slot) * 2 * num_kv * head_size;
+  typename Cache::Element* keys =
+      static_cast<typename Cache::Element*>(p.kv.data) + static_cast<std::size_t>(slot) * 2 * num_kv * head_size;
   typename Cache::Element* values = keys + num_kv * head_size;
   for (int h = warp; h < num_rows; h += kThreads / 32) {
     const int kv_head = h < p.num_heads + num_kv ? h - p.num_heads : h - p.num_heads - num_kv;
@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
       high[j] = i < half ? load_qkv(p, token, h * head_dim + half + i, width) : 0.0f;
       squares = fmaf(low[j], low[j], fmaf(high[j], high[j], squares));
     }
-    const float inverse =
-        gain ? rsqrtf(warp_sum(squares) / static_cast<float>(head_dim) + p.rope.norm_eps) : 1.0f;
+    const float inverse = gain ? rsqrtf(warp_sum(squares) / static_cast<float>(head_dim) + p.rope.norm_eps) : 1.0f;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int i = lane + 32 * j;
@@ -81,8 +80,8 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
 
 void rope_kv_write_async(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.kv.head_dim <= 128 && args.kv.head_dim % 2 == 0);
-  const auto kernel = args.kv.format == KvFormat::fp8 ? rope_kv_write_kernel<KvFormat::fp8>
-                                                      : rope_kv_write_kernel<KvFormat::bf16>;
+  const auto kernel =
+      args.kv.format == KvFormat::fp8 ? rope_kv_write_kernel<KvFormat::fp8> : rope_kv_write_kernel<KvFormat::bf16>;
   launch(kernel, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args);
 }
 

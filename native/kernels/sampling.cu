@@ -152,9 +152,7 @@ struct Scores {
     return distance >= 63.9f ? kFarRank : static_cast<uint32_t>(distance * 67108864.0f);
   }
   __device__ __forceinline__ float weight(float score) const { return expf((score - best) * inverse_temperature); }
-  __device__ __forceinline__ uint64 mass(float score) const {
-    return __float2ull_rn(weight(score) * kWeightUnit);
-  }
+  __device__ __forceinline__ uint64 mass(float score) const { return __float2ull_rn(weight(score) * kWeightUnit); }
 };
 
 struct Border {
@@ -197,7 +195,8 @@ __device__ Border select_border(Shared& shared, const Cluster& cluster, const Sc
     if (threadIdx.x < 32) {  // a lane has eight digits
       const int lane = threadIdx.x;
       uint64 own = 0;
-      for (int i = 0; i < 8; i++) own += kByMass ? shared.merged_masses[lane * 8 + i] : shared.merged_counts[lane * 8 + i];
+      for (int i = 0; i < 8; i++)
+        own += kByMass ? shared.merged_masses[lane * 8 + i] : shared.merged_counts[lane * 8 + i];
       uint64 upto = own;
 #pragma unroll
       for (int s = 1; s < 32; s <<= 1) {
@@ -366,7 +365,8 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const Params p) {
         if (scores.rank(own[i]) <= limit) total += scores.mass(own[i]);  // a masked score has none
       }
       total = cluster_combine<Combine::sum>(shared, cluster, total, 1);
-      const uint64 goal = max(1ull, static_cast<uint64>(ceil(static_cast<double>(row.top_p) * static_cast<double>(total))));
+      const uint64 goal =
+          max(1ull, static_cast<uint64>(ceil(static_cast<double>(row.top_p) * static_cast<double>(total))));
       const Border border = select_border<true>(shared, cluster, scores, limit, goal, pass);
       limit = border.rank;
       const uint64 each = max(1ull, border.mass / max(1ull, border.count));

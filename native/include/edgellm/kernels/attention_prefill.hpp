@@ -7,9 +7,9 @@ namespace edgellm::kernels {
 
 // qkv rows, each of one token of any sequence: rotated queries to q_out, rotated keys and values to the cache.
 struct RopeKvWriteArgs {
-  const void* qkv = nullptr;       // (num_tokens, (num_heads + 2 * kv_heads) * head_dim), float or bf16
+  const void* qkv = nullptr;  // (num_tokens, (num_heads + 2 * kv_heads) * head_dim), float or bf16
   bool qkv_is_f32 = false;
-  const float* bias = nullptr;     // ((num_heads + 2 * kv_heads) * head_dim) added first, or null
+  const float* bias = nullptr;  // ((num_heads + 2 * kv_heads) * head_dim) added first, or null
   KvLayer kv;
   RopeTables rope;
   const int32_t* slots = nullptr;      // (num_tokens)

@@ -6,8 +6,8 @@
 namespace edgellm::kernels {
 
 // out[t] = gain * x[t] / rms(x[t]).
-void rms_norm_async(const float* x,              // (num_tokens, hidden)
-                    const __nv_bfloat16* gain,   // (hidden)
+void rms_norm_async(const float* x,             // (num_tokens, hidden)
+                    const __nv_bfloat16* gain,  // (hidden)
                     float eps, int num_tokens, int hidden,
                     __nv_bfloat16* out,  // (num_tokens, hidden)
                     cudaStream_t stream, bool pdl);
@@ -15,11 +15,11 @@ void rms_norm_async(const float* x,              // (num_tokens, hidden)
 // residual += delta (+ bias), residual_bf16 = its copy, and, unless gain is null, normed = rms_norm(residual): the step
 // from one matrix product to the next.
 struct ResidualNormArgs {
-  const __nv_bfloat16* delta = nullptr;  // (num_tokens, hidden)
-  const float* bias = nullptr;           // (hidden), or null
-  float* residual = nullptr;             // (num_tokens, hidden)
+  const __nv_bfloat16* delta = nullptr;    // (num_tokens, hidden)
+  const float* bias = nullptr;             // (hidden), or null
+  float* residual = nullptr;               // (num_tokens, hidden)
   __nv_bfloat16* residual_bf16 = nullptr;  // (num_tokens, hidden), or null
-  const __nv_bfloat16* gain = nullptr;   // (hidden), or null
+  const __nv_bfloat16* gain = nullptr;     // (hidden), or null
   float eps = 1e-6f;
   __nv_bfloat16* normed = nullptr;  // (num_tokens, hidden)
   int num_tokens = 0;

@@ -16,17 +16,17 @@ enum class Epilogue : int {
 };
 
 struct GemvArgs {
-  WeightView weight;                     // (rows, cols)
-  const __nv_bfloat16* x = nullptr;      // (num_tokens, cols)
-  int num_tokens = 1;                    // 1 to kMaxGemvTokens
-  const __nv_bfloat16* gain = nullptr;   // (cols) RMSNorm of x first, or null: none
+  WeightView weight;                    // (rows, cols)
+  const __nv_bfloat16* x = nullptr;     // (num_tokens, cols)
+  int num_tokens = 1;                   // 1 to kMaxGemvTokens
+  const __nv_bfloat16* gain = nullptr;  // (cols) RMSNorm of x first, or null: none
   float norm_eps = 1e-6f;
-  const float* bias = nullptr;           // (rows), or null
+  const float* bias = nullptr;  // (rows), or null
   Epilogue epilogue = Epilogue::store_f32;
-  float* out_f32 = nullptr;              // (num_tokens, rows)
-  __nv_bfloat16* out_bf16 = nullptr;     // (num_tokens, rows) or (num_tokens, rows / 2)
+  float* out_f32 = nullptr;                 // (num_tokens, rows)
+  __nv_bfloat16* out_bf16 = nullptr;        // (num_tokens, rows) or (num_tokens, rows / 2)
   unsigned long long* block_max = nullptr;  // (num_tokens, gemv_num_blocks), or null; see sampling.hpp
-  int tile = -1;                         // a tile configuration below gemv_num_tiles(args), or -1: by shape
+  int tile = -1;                            // a tile configuration below gemv_num_tiles(args), or -1: by shape
 };
 
 void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl);

@@ -49,10 +49,11 @@ struct SamplingArgs {
   float* logits = nullptr;      // (batch, vocab); left as they are
   float* scores = nullptr;      // (batch, vocab) workspace
   SamplingRow* rows = nullptr;  // (batch)
-  // Per token: bit 31 says the prompt has it, the low bits how often the answer has it. Sampling counts the token drawn.
-  uint32_t* counts = nullptr;            // (batch, vocab), or null: no penalties
-  const int32_t* bias_ids = nullptr;     // (batch, max_bias), or null
-  const float* bias_values = nullptr;    // (batch, max_bias)
+  // Per token: bit 31 says the prompt has it, the low bits how often the answer has it. Sampling counts the token
+  // drawn.
+  uint32_t* counts = nullptr;          // (batch, vocab), or null: no penalties
+  const int32_t* bias_ids = nullptr;   // (batch, max_bias), or null
+  const float* bias_values = nullptr;  // (batch, max_bias)
   int max_bias = 0;
   const uint32_t* token_mask = nullptr;  // (batch, (vocab + 31) / 32) bit set: allowed; or null
   float* logprobs = nullptr;             // (batch) of the token under the model's own distribution, or null

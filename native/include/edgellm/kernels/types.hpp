@@ -48,8 +48,8 @@ struct KvLayer {
 
 // Rotary tables and the optional RMSNorm of each query and key head (Qwen3).
 struct RopeTables {
-  const float* cos = nullptr;  // (max_context, head_dim / 2)
-  const float* sin = nullptr;  // (max_context, head_dim / 2)
+  const float* cos = nullptr;             // (max_context, head_dim / 2)
+  const float* sin = nullptr;             // (max_context, head_dim / 2)
   const __nv_bfloat16* q_gain = nullptr;  // (head_dim), or null: no norm
   const __nv_bfloat16* k_gain = nullptr;  // (head_dim), or null: no norm
   float norm_eps = 1e-6f;
