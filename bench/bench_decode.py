@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -40,9 +41,12 @@ class Result:
     shape: str
     weights: str
     batch: int
+    context: int
     ms_per_token: float  # host clock, sampling included
     device_ms: float  # median step
     sampled_ms: float  # the same with temperature, top-k and top-p
+    plain_ms: float  # kernels launched one by one instead of as a graph
+    host_ms: float  # logits to the host and the largest taken there, a step at a time: what Executor.step costs
     gb_per_s: float
     share: float  # of the read bandwidth
     prefill_ms: dict[int, float]
@@ -58,7 +62,8 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--context", nargs="+", type=int, default=[512])
+    parser.add_argument("--batching", choices=("fast", "exact"), default="fast", help="EngineConfig.decode_batching")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--torch", action="store_true", help="torch.compile in bf16 as well (a minute a shape)")
@@ -70,13 +75,13 @@ def main() -> None:
     bandwidth = module.measure_read_bandwidth(1 << 31)
     if not options.json:
         print(f"{info['name']}, {info['num_sms']} SMs; read-only kernel {bandwidth:.0f} GB/s; "
-              f"context {options.context}, {options.tokens} tokens")  # fmt: skip
+              f"{options.tokens} tokens, decode_batching {options.batching}")  # fmt: skip
     results = []
     for shape in options.shape:
-        torch_ms = _torch_ms(shape, options) if options.torch else 0.0
-        for weights in options.weights:
-            for batch in options.batch:
-                result = measure(shape, weights, batch, bandwidth, torch_ms, options)
+        for context in options.context:
+            torch_ms = _torch_ms(shape, context, options.tokens) if options.torch else 0.0
+            for weights, batch in itertools.product(options.weights, options.batch):
+                result = measure(shape, weights, batch, context, bandwidth, torch_ms, options)
                 results.append(result)
                 if not options.json:
                     print_result(result)
@@ -85,14 +90,17 @@ def main() -> None:
                           "results": [dataclasses.asdict(r) for r in results]}))  # fmt: skip
 
 
-def measure(shape: str, weights: str, batch: int, bandwidth: float, torch_ms: float, options: Any) -> Result:
+def measure(
+    shape: str, weights: str, batch: int, context: int, bandwidth: float, torch_ms: float, options: Any
+) -> Result:
     """Load one random bundle and time it."""
     module = native.load()
     bundle = RandomBundle(shape, weights)
-    longest = max([options.context, *options.prefill])
+    longest = max([context, *options.prefill])
     capacity = -(-(longest + 3 * options.tokens + 64) // 64) * 64
+    slots = batch if options.batching == "fast" else max(batch, 2)  # alone, exact has nothing to be exact about
     config = EngineConfig(
-        max_slots=batch, max_context=capacity, prefill_chunk=min(longest, 2048), decode_batching="fast"
+        max_slots=slots, max_context=capacity, prefill_chunk=min(longest, 2048), decode_batching=options.batching
     )
     started = time.monotonic()
     executor = CudaExecutor(bundle, config)
@@ -100,9 +108,9 @@ def measure(shape: str, weights: str, batch: int, bandwidth: float, torch_ms: fl
     ids = np.random.default_rng(1).integers(0, bundle.manifest.model.vocab_size, longest).astype(np.int32)
     prefill_ms = {length: _time_prefill(executor, ids[:length]) for length in options.prefill}
     for slot in range(batch):
-        executor.step([SequenceStep(slot, ids[: options.context], 0)])
+        executor.step([SequenceStep(slot, ids[:context], 0)])
     decoder: Any = executor._decoder
-    at = ([*range(batch)], [options.context] * batch, [7] * batch)
+    at = ([*range(batch)], [context] * batch, [7] * batch)
     tiles = _tune(decoder, at, batch) if options.tune else {}
     executor.decode_tokens(*at, 16)
     walls = []
@@ -113,16 +121,20 @@ def measure(shape: str, weights: str, batch: int, bandwidth: float, torch_ms: fl
     device_ms = statistics.median(decoder.time_run(*at, options.tokens))
     rows = [module.SamplingRow(seed=i, temperature=0.8, top_k=40, top_p=0.95) for i in range(batch)]
     sampled_ms = statistics.median(decoder.time_run(*at, options.tokens, rows))
+    decoder.use_graphs(False)
+    plain_ms = statistics.median(decoder.time_run(*at, 32))
+    decoder.use_graphs(True)
+    host_ms = _time_host_steps(executor, batch, context)
     ms = statistics.median(walls)
     read = decode_bytes(shape, weights)
-    read += batch * (options.context + options.tokens // 2) * executor.info.kv_bytes_per_token
+    read += batch * (context + options.tokens // 2) * executor.info.kv_bytes_per_token
     gb_per_s = read / ms * 1e-6
     memory_mb = executor.info.memory_bytes / 1e6
     executor.close()
     del executor, decoder
     gc.collect()
-    return Result(shape, weights, batch, ms, device_ms, sampled_ms, gb_per_s, gb_per_s / bandwidth, prefill_ms,
-                  torch_ms, load_s, memory_mb, tiles)  # fmt: skip
+    return Result(shape, weights, batch, context, ms, device_ms, sampled_ms, plain_ms, host_ms, gb_per_s,
+                  gb_per_s / bandwidth, prefill_ms, torch_ms, load_s, memory_mb, tiles)  # fmt: skip
 
 
 def print_result(r: Result) -> None:
@@ -130,8 +142,9 @@ def print_result(r: Result) -> None:
     prefill = ", ".join(f"{length}: {ms:.1f} ms" for length, ms in r.prefill_ms.items())
     peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({r.torch_ms / r.ms_per_token:.2f} x)" if r.torch_ms else ""
     print(
-        f"{r.shape:9} {r.weights:8} batch {r.batch}  {r.ms_per_token:7.3f} ms/token (device {r.device_ms:.3f}, sampled "
-        f"{r.sampled_ms:.3f})  {r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
+        f"{r.shape:9} {r.weights:8} batch {r.batch} context {r.context:5}  {r.ms_per_token:7.3f} ms/token (device "
+        f"{r.device_ms:.3f}, sampled {r.sampled_ms:.3f}, no graph {r.plain_ms:.3f}, host step {r.host_ms:.3f})  "
+        f"{r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
         f"{r.memory_mb:.0f} MB",
         flush=True,
     )
@@ -165,10 +178,21 @@ def _tune(decoder: Any, at: tuple[list[int], list[int], list[int]], batch: int) 
     return chosen
 
 
-def _torch_ms(shape: str, options: Any) -> float:
+def _time_host_steps(executor: CudaExecutor, batch: int, context: int) -> float:
+    tokens = np.full(batch, 7, np.int32)
+    times = []
+    for i in range(32):
+        started = time.perf_counter()
+        logits = executor.step([SequenceStep(s, tokens[s : s + 1], context + i) for s in range(batch)])
+        tokens = logits.argmax(-1).astype(np.int32)
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def _torch_ms(shape: str, context: int, num_tokens: int) -> float:
     from torch_decoder import time_torch_decode
 
-    return time_torch_decode(SHAPES[shape], options.context, options.tokens)
+    return time_torch_decode(SHAPES[shape], context, num_tokens)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the native module on a machine with a GPU, test it there, and measure; the table at the end is the result.
 #   tools/gpu_check.sh [build|test|sanitize|bench|kernels ...]     build, test and bench when nothing is named
-# EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS and PYTEST_ARGS change what runs.
+# EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS (default --torch) and PYTEST_ARGS change what runs; TOTAL_S (470)
+# bounds all parts together, so that a run ends with its table before whoever lent the machine ends it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,13 +10,16 @@ parts=("$@")
 [ ${#parts[@]} -eq 0 ] && parts=(build test bench)
 out=${OUT:-build/gpu_check}
 mkdir -p "$out"
+export PYTHONUNBUFFERED=1  # what was measured before a time limit is kept
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 status=0
 summary=()
 
 run() { # NAME SECONDS COMMAND...: run it, keep its output, note how it went
-  local name=$1 limit=$2 started=$SECONDS code
+  local name=$1 limit=$2 started=$SECONDS code left
   shift 2
+  left=$((${TOTAL_S:-470} - SECONDS))
+  [ "$limit" -lt "$left" ] || limit=$((left > 5 ? left : 5))
   timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n "${TAIL:-40}"
   code=${PIPESTATUS[0]}
   summary+=("$(printf '%-10s %-7s %4d s' "$name" "$([ "$code" -eq 0 ] && echo ok || echo "rc $code")" $((SECONDS - started)))")
@@ -32,15 +36,15 @@ fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "nvidia-smi: no GPU"
 for part in "${parts[@]}"; do
   case $part in
-    build) TAIL=8 run build 400 "$0" build-only ;;
-    test) run test 240 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
+    build) TAIL=8 run build 300 "$0" build-only ;;
+    test) run test 220 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
     sanitize)
       for tool in memcheck racecheck; do
         run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex-exclude kns=pytorch \
           "$python" -m pytest -q -p no:cacheprovider test/gpu/test_executor_contract_cuda.py -k "batch or copied"
       done
       ;;
-    bench) run bench 420 "$python" bench/bench_decode.py ${BENCH_ARGS:-} ;;
+    bench) run bench 470 "$python" bench/bench_decode.py ${BENCH_ARGS:---torch} ;;
     kernels)
       for kernel in gemv attention_decode attention_prefill sampling; do
         TAIL=120 run "$kernel" 300 "$python" "bench/bench_$kernel.py" ${KERNEL_ARGS:-}
