@@ -36,7 +36,7 @@ fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "nvidia-smi: no GPU"
 for part in "${parts[@]}"; do
   case $part in
-    build) TAIL=8 run build 300 "$0" build-only ;;
+    build) TAIL=8 run build 300 bash tools/gpu_check.sh build-only ;;
     test) run test 220 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
     sanitize)
       for tool in memcheck racecheck; do
