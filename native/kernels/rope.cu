@@ -20,7 +20,7 @@ __device__ __forceinline__ float load_qkv(const RopeKvWriteArgs& p, std::size_t 
 
 // A block a token, a warp a head.
 template <KvFormat F>
-__global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWriteArgs p) {
+__global__ void __launch_bounds__(kThreads, 4) rope_kv_write_kernel(const RopeKvWriteArgs p) {
   using Cache = Kv<F>;
   start_dependents();
   wait_for_predecessor();
