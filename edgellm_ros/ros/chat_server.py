@@ -122,13 +122,13 @@ class ChatServer:
         return CancelResponse.ACCEPT
 
     def _pass_on(self, goal: _Goal, batch: Batch) -> None:
-        """Streamer's thread."""
+        """Streamer's thread, or the engine's."""
         self._publish(goal, batch)
         if batch.phase >= Phase.DECODE:
             self._begin(goal)
 
     def _end(self, goal: _Goal, outcome: Outcome) -> None:
-        """Streamer's thread, or the one that submits."""
+        """Streamer's thread, the engine's, or the one that submits."""
         goal.ended.set_result(outcome)
         if goal.begun:
             self._node.executor.wake()

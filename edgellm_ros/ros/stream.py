@@ -1,7 +1,8 @@
 """When the deltas of running requests go out: the first at once, later ones gathered, the end at once.
 
-One thread serves every request. The engine's thread only wakes it, and not at all while a gathering period runs, so
-streaming costs the engine next to nothing.
+One thread serves every request. The engine's thread passes on what comes up to the first text itself, for on a busy
+machine a thread that is woken waits for a core; after that it only wakes the streamer, and not at all while a gathering
+period runs, so streaming costs the engine next to nothing.
 """
 
 from __future__ import annotations
@@ -59,11 +60,14 @@ class Stream:
         self.quiet = False  # the streamer looks by itself at next_time; only the end needs to wake it
         self.next_time = 0.0
         self.ended = False
+        self._lock = threading.Lock()  # held while something is passed on
         streamer.add(self)
 
     def notify(self) -> None:
         """A delta is there; called on the engine's thread."""
-        if not self.quiet or (self._generation is not None and self._generation.done):
+        if not self._decoding and self._generation is not None:
+            self._streamer.pump(self)
+        elif not self.quiet or (self._generation is not None and self._generation.done):
             self._streamer.wake(self)
 
     def attach(self, generation: Generation) -> None:
@@ -85,7 +89,11 @@ class Stream:
         self._finish(Outcome(error=error))
 
     def pump(self, now: float, period_s: float) -> None:
-        """Pass on what there is, if it is time; called by the streamer's thread alone."""
+        """Pass on what there is, if it is time."""
+        with self._lock:
+            self._pump(now, period_s)
+
+    def _pump(self, now: float, period_s: float) -> None:
         generation = self._generation
         if self.ended or generation is None:
             return
@@ -165,8 +173,19 @@ class Streamer:
         self._woken.put(stream)
 
     def wake_at(self, when: float, stream: Stream) -> None:
-        """Look at a stream at a time of time.monotonic(); from the streamer's thread."""
-        heapq.heappush(self._due, (when, next(self._order), stream))
+        """Look at a stream at a time of time.monotonic(); from any thread."""
+        if threading.current_thread() is self._thread:
+            heapq.heappush(self._due, (when, next(self._order), stream))
+        else:
+            self.wake(stream)  # its thread will find that it is not time yet
+
+    def pump(self, stream: Stream) -> None:
+        """Pass on what there is of a stream; one that cannot be passed on is cancelled."""
+        try:
+            stream.pump(time.monotonic(), self._period_s())
+        except Exception:
+            _log.exception("a stream could not be passed on")
+            stream.cancel()
 
     def cancel_all(self, error: Exception) -> None:
         """Cancel every active stream, `error` being the reason."""
@@ -190,11 +209,7 @@ class Streamer:
             for stream in self._next():
                 if stream is None:
                     return
-                try:
-                    stream.pump(time.monotonic(), self._period_s())
-                except Exception:
-                    _log.exception("a stream could not be passed on")
-                    stream.cancel()
+                self.pump(stream)
 
     def _next(self) -> list[Stream | None]:
         """Wait for a wake or the next due time, and return what to pump."""
