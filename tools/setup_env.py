@@ -241,7 +241,8 @@ def run(command: list[str | Path], name: str, environment: dict[str, str] | None
 def python_path(name: str) -> str:
     """A directory of .venv's Python, as sysconfig names it."""
     code = f"import sysconfig; print(sysconfig.get_path({name!r}))"
-    output = subprocess.run([PYTHON, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
+    environment = {**os.environ, "_ROS_WHEELS_BOOTSTRAP_COMPLETE": "1"}  # or the wheels' hook starts Python again
+    output = subprocess.run([PYTHON, "-I", "-c", code], check=True, capture_output=True, text=True, env=environment)
     return output.stdout.strip()
 
 
