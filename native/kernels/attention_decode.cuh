@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1)
         continue;
       }
       const int at = tile + i * kStep + warp * PPW + sub;
-      if (at == position && has_dims) {  // its row in the cache may not be visible yet
+      // Its row in the cache may not be visible yet. Beyond `end` it is another block's, and new_* are not set here.
+      if (at == position && at < end && has_dims) {
         k[i] = *reinterpret_cast<const typename Cache::Eight*>(new_key + d0);
         v[i] = *reinterpret_cast<const typename Cache::Eight*>(new_value + d0);
       }
