@@ -59,7 +59,8 @@ def main() -> None:
 
 
 def _start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
-    parameters = {"bundle": args.bundle, "max_slots": 1, "max_context": 1024, "num_threads": args.threads}
+    engine = {"engine.max_slots": 1, "engine.max_context": 1024, "engine.num_threads": args.threads}
+    parameters = {"bundle": args.bundle, **engine}
     command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "--log-level", "warn"]
     for name, value in parameters.items():
         command += ["-p", f"{name}:={value}"]

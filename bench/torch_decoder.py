@@ -62,8 +62,8 @@ class _Decoder(nn.Module):
         self.register_buffer("norm", torch.ones(model.hidden_size))
         steps = torch.arange(0, model.head_dim, 2).float() / model.head_dim
         angles = torch.outer(torch.arange(capacity).float(), 1 / model.rope_theta**steps).repeat(1, 2)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.register_buffer("cos", angles.cos().to(torch.bfloat16))  # or q would become fp32
+        self.register_buffer("sin", angles.sin().to(torch.bfloat16))
         self.register_buffer("mask", torch.zeros(capacity, capacity).masked_fill(
             torch.ones(capacity, capacity).triu(1).bool(), float("-inf")))
 
