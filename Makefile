@@ -29,7 +29,11 @@ lint: setup-test  ## ruff, mypy, import-linter, clang-format
 
 bench: setup-test  ## measure against llama.cpp and print the README's tables
 	@$(ENV)
-	python bench/compare_llama_cpp.py
+	python -c "import llama_cpp" 2>/dev/null || { echo "-- building llama-cpp-python, the peer (some minutes)"; pip install -q "llama-cpp-python>=0.3"; }
+	bundle=$$(python tools/export_smollm2.py)
+	gguf=$$(python tools/export_smollm2.py --gguf)
+	python bench/compare_llama_cpp.py --bundle "$$bundle" --gguf "$$gguf"
+	python bench/bench_node.py --bundle "$$bundle"
 
 clean:  ## remove everything that was made, .venv and .cache too
 	rm -rf .venv .cache build install log dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

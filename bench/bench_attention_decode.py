@@ -27,7 +27,8 @@ def main() -> None:
                 rate = num_bytes / times[chosen] * 1e-3
                 rest = " ".join(f"{s}:{t:.2f}" for s, t in times.items())
                 print(
-                    f"{shape:8s} {context:7d} {batch:5d} {chosen:7d} {times[chosen]:8.2f} {rate:8.0f} {rate / read:6.1%} | {rest}",
+                    f"{shape:8s} {context:7d} {batch:5d} {chosen:7d} {times[chosen]:8.2f} {rate:8.0f} "
+                    f"{rate / read:6.1%} | {rest}",
                     flush=True,
                 )
 

@@ -33,7 +33,8 @@ def main() -> None:
             flop = 2 * tokens * tokens * heads * head_dim
             us, torch_us = measure_us([ours] * 4), measure_us([theirs] * 4)
             print(
-                f"{shape:6s} {tokens:6d} {us:8.1f} {flop / us * 1e-6:8.1f} | {torch_us:8.1f} {flop / torch_us * 1e-6:8.1f}",
+                f"{shape:6s} {tokens:6d} {us:8.1f} {flop / us * 1e-6:8.1f} | "
+                f"{torch_us:8.1f} {flop / torch_us * 1e-6:8.1f}",
                 flush=True,
             )
 

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from kernel_timing import NATIVE, K, measure_us, print_machine
 
-SHAPES = {  # rows, cols, epilogue, norm
-    "1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192), "head": (128256, 2048)},
-    "4b": {"qkv": (6144, 2560), "o": (2560, 4096), "gate_up": (19456, 2560), "down": (2560, 9728), "head": (151936, 2560)},
-    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},
+SHAPES = {  # rows, cols
+    "1b": {"qkv": (3072, 2048), "o": (2048, 2048),
+           "gate_up": (16384, 2048), "down": (2048, 8192), "head": (128256, 2048)},
+    "4b": {"qkv": (6144, 2560), "o": (2560, 4096),
+           "gate_up": (19456, 2560), "down": (2560, 9728), "head": (151936, 2560)},
+    "8b": {"qkv": (6144, 4096), "o": (4096, 4096),
+           "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},
 }  # fmt: skip
 FORMATS = ("bf16", "fp16", "fp8", "int8", "int4")
 BYTES_IN_FLIGHT = 1 << 29  # of distinct weights a measurement: ten times the L2
@@ -83,7 +86,8 @@ def time_tile(name: str, weights: list[tuple[Any, ...]], tokens: int, tile: int,
     """Microseconds of one product as the decode step makes it."""
     rows, cols = weights[0][3], weights[0][4]
     x = torch.randn((tokens, cols), device="cuda").to(torch.bfloat16)
-    gain = torch.ones(cols, device="cuda", dtype=torch.bfloat16) if name in ("qkv", "gate_up", "head") else None
+    gain = torch.ones(cols, device="cuda", dtype=torch.bfloat16) if name in ("qkv",
+           "gate_up", "head") else None
     f32 = torch.zeros((tokens, rows), device="cuda")
     bf16 = torch.zeros((tokens, rows // 2 if name == "gate_up" else rows), device="cuda", dtype=torch.bfloat16)
     more: dict[str, Any] = {"gain": gain, "tile": tile}

@@ -91,7 +91,11 @@ def _speed(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str, 
     return [
         ("engine alone, decode", f"{statistics.median(own):.0f} tokens/s", ""),
         ("client's speed over the engine's", f"{statistics.median(ratios):.3f} ({spread})", "at least 0.96"),
-        ("goal to first delta over time to first token", f"{statistics.median(extra):.1f} ms (most {max(extra):.1f})", "at most 5 ms"),
+        (
+            "goal to first delta over time to first token",
+            f"{statistics.median(extra):.1f} ms (most {max(extra):.1f})",
+            "at most 5 ms",
+        ),
     ]
 
 
@@ -108,7 +112,11 @@ def _cancel(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str,
         late.append(1e3 * (time.perf_counter() - asked))
         assert result.finish_reason == "cancelled", result.finish_reason
     return [
-        ("cancel to the node's answer", f"{statistics.median(answered):.1f} ms (most {max(answered):.1f})", "at most 5 ms"),
+        (
+            "cancel to the node's answer",
+            f"{statistics.median(answered):.1f} ms (most {max(answered):.1f})",
+            "at most 5 ms",
+        ),
         ("answer to result", f"{statistics.median(late):.1f} ms (most {max(late):.1f})", "a token or two"),
     ]
 

@@ -43,7 +43,9 @@ def main() -> None:
         for engine, model in (("edgellm", args.bundle), ("llama.cpp", str(peer))):
             results[engine].append(_measure(engine, model, args, index))
             last = results[engine][-1]
-            print(f"round {index + 1}: {engine}: decode {statistics.median(last['decode']):.0f} tokens/s", file=sys.stderr)
+            print(
+                f"round {index + 1}: {engine}: decode {statistics.median(last['decode']):.0f} tokens/s", file=sys.stderr
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
     _print_table(results, args)
@@ -79,7 +81,9 @@ def _print_table(results: dict[str, list[dict[str, Any]]], args: argparse.Namesp
         ("resident, MB", lambda r: r["rss_mb"], "{:.0f}"),
         ("peak resident, MB", lambda r: r["peak_mb"], "{:.0f}"),
     ]
-    table = Table(title=f"{args.prompt} prompt + {args.tokens} new tokens, {args.threads} threads, medians of {args.rounds} rounds")
+    table = Table(
+        title=f"{args.prompt} prompt + {args.tokens} new tokens, {args.threads} threads, {args.rounds} rounds, medians"
+    )
     for column in ("", "edgellm_ros", "llama.cpp", "ratio (range)"):
         table.add_column(column, justify="left" if not column else "right")
     for name, value, form in rows:
@@ -92,7 +96,9 @@ def _print_table(results: dict[str, list[dict[str, Any]]], args: argparse.Namesp
     import llama_cpp
     import onnxruntime
 
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     console.print(
         f"{cpu or platform.machine()}, {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}, "
         f"llama-cpp-python {llama_cpp.__version__} (Q4_0 by its own quantiser)"

@@ -1,4 +1,4 @@
-"""The bundle: a complete directory that the offline toolchain writes and the runtime reads; the one contract between them.
+"""The bundle: a complete directory that the toolchain writes and the runtime reads; the one contract between them.
 
 `manifest.json` describes the rest; its classes are here. Opening a bundle checks that every file is there, has its
 size and (unless told not to) its sha256. Nothing outside the directory is ever read.
@@ -169,7 +169,10 @@ class Manifest:
         if version != SCHEMA_VERSION:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             remedy = "update edgellm_ros" if newer else "export the model again"
-            raise BundleError(f"{MANIFEST} has schema_version {version!r}; this version reads {SCHEMA_VERSION}; {remedy}")
+            raise BundleError(
+                f"{MANIFEST} has schema_version {version!r}; this version reads {SCHEMA_VERSION}; "
+                f"{remedy}"
+            )
         return typing.cast(Manifest, _from_plain(cls, raw, MANIFEST))
 
 
@@ -191,7 +194,10 @@ class WeightFile:
         self._start = 8 + length
         for name, (_, _, _, end) in self._entries.items():
             if self._start + end > len(self._map):
-                raise BundleError(f"{path} is truncated: tensor {name} ends at byte {self._start + end} of {len(self._map)}")
+                raise BundleError(
+                    f"{path} is truncated: tensor {name} ends at byte {self._start + end} of "
+                    f"{len(self._map)}"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -233,11 +239,17 @@ class Bundle:
         """
         root = Path(path)
         if not root.is_dir():
-            raise BundleError(f"{root} is not a directory; a bundle is what `edgellm export CHECKPOINT -o BUNDLE` writes")
+            raise BundleError(
+                f"{root} is not a directory; a bundle is what `edgellm export CHECKPOINT -o BUNDLE` "
+                "writes"
+            )
         try:
             text = (root / MANIFEST).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{root} has no readable {MANIFEST}: {error}; it is not a bundle, or not a whole one") from error
+            raise BundleError(
+                f"{root} has no readable {MANIFEST}: {error}; it is not a bundle, or not a "
+                "whole one"
+            ) from error
         manifest = Manifest.from_json(text)
         for name, entry in manifest.files.items():
             _check_file(root, name, entry)

@@ -19,15 +19,21 @@ class EngineConfig:
     )
     max_slots: int = setting(4, "Sequences that decode together.", minimum=1, maximum=64)
     max_context: int = setting(
-        0, "Tokens a slot can hold, prompt and answer together; 0 is the bundle's own limit, at most 4096.",
-        minimum=0, maximum=2**20, unit="tokens",
+        0,
+        "Tokens a slot can hold, prompt and answer together; 0 is the bundle's own limit, at most 4096.",
+        minimum=0,
+        maximum=2**20,
+        unit="tokens",
     )
     prefill_chunk: int = setting(
         512, "Most prompt tokens computed in one step.", minimum=16, maximum=8192, unit="tokens"
     )
     prefill_chunk_busy: int = setting(
-        64, "The same while other sequences are decoding, so that their streams do not stall.",
-        minimum=16, maximum=8192, unit="tokens",
+        64,
+        "The same while other sequences are decoding, so that their streams do not stall.",
+        minimum=16,
+        maximum=8192,
+        unit="tokens",
     )
     max_queue: int = setting(16, "Requests that may wait for a slot; one more is rejected.", minimum=0, maximum=4096)
     num_threads: int = setting(0, "CPU threads that compute; 0 is one for each physical core.", minimum=0, maximum=1024)
@@ -56,7 +62,11 @@ class NodeConfig:
     autostart: bool = setting(True, "Configure and activate at start, without a lifecycle manager.")
     system_prompt: str = setting("", "System message for goals that bring none.", dynamic=True)
     feedback_period_s: float = setting(
-        0.03, "Deltas are gathered for this long before they are published.", minimum=0.0, maximum=1.0, unit="s",
+        0.03,
+        "Deltas are gathered for this long before they are published.",
+        minimum=0.0,
+        maximum=1.0,
+        unit="s",
         dynamic=True,
     )
     result_timeout_s: float = setting(

@@ -7,7 +7,6 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
 from edgellm_ros.errors import RequestError
 from edgellm_ros.fields import check_settings, setting
 
@@ -75,15 +74,17 @@ class SamplingParams:
     A temperature of 0 is greedy. Raises RequestError for a value outside its range.
     """
 
-    temperature: float = setting(
-        0.7, "Softmax temperature; 0 is greedy.", minimum=0.0, maximum=100.0, dynamic=True
-    )
+    temperature: float = setting(0.7, "Softmax temperature; 0 is greedy.", minimum=0.0, maximum=100.0, dynamic=True)
     top_k: int = setting(0, "Keep the k most likely tokens; 0 keeps all.", minimum=0, maximum=2**31 - 1, dynamic=True)
     top_p: float = setting(
         1.0, "Keep the smallest set of tokens whose probability reaches p.", minimum=0.0, maximum=1.0, dynamic=True
     )
     min_p: float = setting(
-        0.05, "Keep tokens at least this share as likely as the most likely one.", minimum=0.0, maximum=1.0, dynamic=True
+        0.05,
+        "Keep tokens at least this share as likely as the most likely one.",
+        minimum=0.0,
+        maximum=1.0,
+        dynamic=True,
     )
     repetition_penalty: float = setting(
         1.0,
@@ -102,8 +103,11 @@ class SamplingParams:
         256, "Most tokens to generate.", minimum=1, maximum=2**31 - 1, unit="tokens", dynamic=True
     )
     seed: int | None = setting(
-        None, "Seed of the draw; the same request and seed give the same tokens. None draws a fresh one.",
-        minimum=0, maximum=2**63 - 1, dynamic=True,
+        None,
+        "Seed of the draw; the same request and seed give the same tokens. None draws a fresh one.",
+        minimum=0,
+        maximum=2**63 - 1,
+        dynamic=True,
     )
     stop: tuple[str, ...] = setting((), "Texts that end the answer; they are not part of it.", dynamic=True)
     ignore_eos: bool = setting(False, "Go on after the model's own end token (for benchmarks).", dynamic=True)

@@ -166,6 +166,7 @@ class LLM:
         self.close()
 
     def _job(self, request: Request, notify: Callable[[], object] | None) -> Job:
+        submitted_at = time.monotonic()
         splitter: Splitter | None = None
         pin_length = 0
         if request.messages:
@@ -189,6 +190,7 @@ class LLM:
             pin_length,
             splitter,
             notify,
+            submitted_at,
         )
 
     def _stop_ids(self, request: Request) -> frozenset[int]:

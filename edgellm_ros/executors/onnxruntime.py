@@ -27,6 +27,7 @@ from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_reg
 from edgellm_ros.executors.memory import available_memory, physical_cores
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
+_SETTLE_S = 1.0  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
 _WORKSPACE = 64 << 20  # bytes: activations of a prefill chunk and ONNX Runtime's own, a generous guess
 
 
@@ -62,7 +63,7 @@ class OnnxRuntimeExecutor(Executor):
         self._embedding = EmbeddingTable(bundle)
         before = anonymous_regions()
         self._session = self._load(bundle, threads)
-        self._collapsing = collapse_new_regions(before)
+        self._collapsing = collapse_new_regions(before, delay_s=_SETTLE_S)
         shape = (config.max_slots, model.num_kv_heads, capacity, model.head_dim)
         # Fresh zero pages: the kernel backs them as they are first written.
         self._cache = [np.zeros(shape, np.float32) for _ in range(2 * model.num_layers)]  # key, value, key, …
@@ -142,7 +143,7 @@ class OnnxRuntimeExecutor(Executor):
         longest = 0
         for i, item in enumerate(members):
             end = item.position + length
-            assert item.slot == first + i and 0 <= item.position and end <= self.info.capacity, item
+            assert item.slot == first + i and item.position >= 0 and end <= self.info.capacity, item
             self._embedding.lookup(item.token_ids, self._embeds[i * length : (i + 1) * length])
             self._seqlens[i] = end - 1
             longest = max(longest, end)
@@ -180,12 +181,12 @@ class OnnxRuntimeExecutor(Executor):
             binding = self._session.io_binding()
             names = self._graph
             for i, cache in enumerate(self._cache):
-                past, present = (names.past_key, names.present_key) if i % 2 == 0 else (names.past_value, names.present_value)
+                past, present = (
+                    (names.past_key, names.present_key) if i % 2 == 0 else (names.past_value, names.present_value)
+                )
                 view = cache[first : first + count]
                 _bind(binding, past.format(layer=i // 2), view, view.shape)
-                binding.bind_output(
-                    present.format(layer=i // 2), "cpu", 0, np.float32, view.shape, view.ctypes.data
-                )
+                binding.bind_output(present.format(layer=i // 2), "cpu", 0, np.float32, view.shape, view.ctypes.data)
             self._bindings[key] = binding
         return self._bindings[key]
 
@@ -206,6 +207,7 @@ class OnnxRuntimeExecutor(Executor):
 
     def close(self) -> None:
         """See Executor.close."""
+        self._collapsing.cancel()
         self._collapsing.join()
         self._bindings.clear()
         self._cache.clear()
@@ -213,9 +215,8 @@ class OnnxRuntimeExecutor(Executor):
 
 
 def _rounds_single_rows_apart(quant: QuantSpec) -> bool:
-    return quant.weights == "int4" and quant.group_size >= 64 or quant.weights == "int8" and quant.group_size >= 128
+    return (quant.weights == "int4" and quant.group_size >= 64) or (quant.weights == "int8" and quant.group_size >= 128)
 
 
 def _bind(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
     binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-

@@ -49,8 +49,9 @@ def run_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
     result = measure_self_test(executor, manifest)
     if not result.passed:
         raise BundleError(
-            f"self-test failed: {executor.info.name}'s logits differ from {manifest.self_test.reference or 'the reference'} "
-            f"by {result.error:.3g} (relative), allowed is {result.max_error:.3g}; {result.num_agreeing} of "
-            f"{result.num_tokens} next tokens agree; export the model again, or load with self_test off to look into it"
+            f"self-test failed: {executor.info.name}'s logits differ from "
+            f"{manifest.self_test.reference or 'the reference'} by {result.error:.3g} (relative), allowed is "
+            f"{result.max_error:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; export the model "
+            f"again, or load with self_test off to look into it"
         )
     return result

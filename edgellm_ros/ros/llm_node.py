@@ -91,6 +91,7 @@ class LLMNode(LifecycleNode):
             llm = self._open_llm(bundle, self.parameters.engine)
         except Exception as error:
             self._report(error, fault=True)
+            self._refusal = InactiveError(f"the node is not configured: {error}")
             return TransitionCallbackReturn.FAILURE
         self._llm = llm
         info = llm.info

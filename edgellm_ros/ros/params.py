@@ -23,7 +23,7 @@ from rclpy.parameter import Parameter
 
 from edgellm_ros.config import EngineConfig, NodeConfig
 from edgellm_ros.core import SamplingParams
-from edgellm_ros.errors import EdgeLLMError
+from edgellm_ros.errors import ConfigError, EdgeLLMError
 from edgellm_ros.fields import Setting, settings_of
 
 GROUPS: dict[str, type] = {"": NodeConfig, "engine.": EngineConfig, "sampling.": SamplingParams}
@@ -35,6 +35,7 @@ _TYPES = {
     tuple: ParameterType.PARAMETER_STRING_ARRAY,
 }
 _NONE = -1
+_RCLPYS_OWN = ("use_sim_time", "qos_overrides.", "start_type_description_service")
 
 
 class NodeParameters:
@@ -55,6 +56,7 @@ class NodeParameters:
                 default = _to_parameter(item, item.default)
                 parameter = node.declare_parameter(prefix + item.name, default, describe(item))
                 values[prefix][item.name] = _from_parameter(item, parameter.value)
+        _refuse_unknown(node)
         self._apply({prefix: cls(**values[prefix]) for prefix, cls in GROUPS.items()})
         node.add_on_set_parameters_callback(self._on_set)
 
@@ -77,6 +79,14 @@ class NodeParameters:
             return SetParametersResult(successful=False, reason=str(error))
         self._apply(updated)
         return SetParametersResult(successful=True)
+
+
+def _refuse_unknown(node: Node) -> None:
+    """Raise ConfigError for a parameter given at start that nothing here knows: rclpy would ignore it."""
+    known = [prefix + item.name for prefix, cls in GROUPS.items() for item in settings_of(cls)]
+    for name in node._parameter_overrides:
+        if not node.has_parameter(name) and not name.startswith(_RCLPYS_OWN):
+            raise ConfigError(f"unknown parameter {name!r}; known are {', '.join(known)}")
 
 
 def describe(item: Setting) -> ParameterDescriptor:

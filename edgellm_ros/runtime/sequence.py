@@ -41,6 +41,7 @@ class Job:
     pin_length: int = 0  # leading tokens whose KV cache is kept past eviction; 0 is none
     splitter: Splitter | None = None
     notify: Callable[[], object] | None = None
+    submitted_at: float = field(default_factory=time.monotonic)  # when its caller asked: rendering and encoding count
 
 
 class Sequence:
@@ -49,7 +50,7 @@ class Sequence:
     def __init__(self, job: Job, order: int, tokenizer: Tokenizer, vocab_size: int, capacity: int) -> None:
         self.job = job
         self.channel = Channel(job.notify)
-        self.submitted_at = time.monotonic()
+        self.submitted_at = job.submitted_at
         self.expires_at = self.submitted_at + job.deadline_s if job.deadline_s is not None else float("inf")
         self.rank = (-job.priority, order)  # smaller is served first
         self.prompt: npt.NDArray[np.int32] = np.asarray(job.prompt_ids, np.int32)

@@ -9,6 +9,7 @@ import datetime
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy as np
 import edgellm_ros
 from edgellm_ros import bundle as names
 from edgellm_ros.bundle import Bundle, GraphSpec, Manifest, ModelSpec, QuantSpec, SelfTest, WeightFile, hash_file
-from dataclasses import replace
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
@@ -179,8 +179,8 @@ def _group_size(model: ModelSpec) -> int:
         if all(width % size == 0 for width in widths):
             return size
     raise ToolchainError(
-        f"{model.name} has layers of {', '.join(map(str, sorted(set(widths))))} input features, which do not divide into "
-        f"groups of {GROUP_SIZES[-1]}; export with --weights fp16"
+        f"{model.name} has layers of {', '.join(map(str, sorted(set(widths))))} input features, which do not divide "
+        f"into groups of {GROUP_SIZES[-1]}; export with --weights fp16"
     )
 
 

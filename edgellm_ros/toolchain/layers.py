@@ -29,7 +29,7 @@ def layer_prefix(layer: int) -> str:
 
 
 def read_layer(checkpoint: Checkpoint, model: ModelSpec, layer: int) -> dict[str, FloatArray]:
-    """All of one layer's tensors in fp32 under their stored stems: `attn.qkv.weight`, `attn.qkv.bias`, `input_norm`, …"""
+    """One layer's tensors in fp32 under their stored stems: `attn.qkv.weight`, `attn.qkv.bias`, `input_norm`, …"""
     prefix = layer_prefix(layer)
     found: dict[str, FloatArray] = {}
     for stem, modules in LINEARS.items():

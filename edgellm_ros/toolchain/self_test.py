@@ -1,7 +1,8 @@
-"""Makes the self-test that a bundle carries: prompts, the reference's logits, and how far the bundle may be from them."""
+"""Makes the self-test that a bundle carries: prompts, the reference's logits, and how far others may be from them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ from tokenizers import Tokenizer
 
 from edgellm_ros.bundle import Bundle, Manifest, SelfTestCase
 from edgellm_ros.config import EngineConfig
-from dataclasses import replace
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.executors.selftest import measure_self_test
@@ -77,7 +77,8 @@ def finish_self_test(root: Path, manifest: Manifest) -> Manifest:
     if not result.error <= mark:
         raise ToolchainError(
             f"the {scheme} bundle's logits differ from the original's by {result.error:.3g} (relative), allowed is "
-            f"{mark:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; choose more bits with --weights"
+            f"{mark:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; "
+            "choose more bits with --weights"
         )
     allowed = max(_MARGIN * result.error, _FLOOR[scheme])
     return replace(manifest, self_test=replace(manifest.self_test, max_error=allowed))

@@ -88,7 +88,7 @@ class WeightWriter:
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self._start = 8 + len(text)
         self._missing = set(self._plan)
-        self._file: IO[bytes] = open(path, "wb")
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115  (closed by close or abort)
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._start + offset)
 

@@ -11,6 +11,7 @@ from rclpy.parameter import Parameter
 
 from edgellm_ros.config import EngineConfig, NodeConfig
 from edgellm_ros.core import SamplingParams
+from edgellm_ros.errors import ConfigError
 from edgellm_ros.fields import settings_of
 from edgellm_ros.ros.params import GROUPS, NodeParameters
 
@@ -110,6 +111,13 @@ def test_one_impossible_value_keeps_all_of_an_atomic_set_back(node):
 def test_rclpys_own_parameters_pass(node):
     NodeParameters(node)
     assert node.set_parameters([Parameter("use_sim_time", value=True)])[0].successful
+
+
+def test_an_unknown_parameter_at_start_is_refused_by_name(context):
+    node = rclpy.create_node("unknown", context=context, parameter_overrides=[Parameter("max_slots", value=2)])
+    with pytest.raises(ConfigError, match=r"unknown parameter 'max_slots'; known are .*engine\.max_slots"):
+        NodeParameters(node)
+    node.destroy_node()
 
 
 def test_overrides_at_start_reach_the_dataclasses_and_are_checked(context):

@@ -104,7 +104,14 @@ class _Decoder:
         # Only the wanted rows go through the head: it is the largest product of a small model.
         rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
         y = self._norm(rows, "final_norm.weight", "final_norm")
-        self._linear(y, self.quant.head_tensor(m), m.vocab_size, m.hidden_size, scheme=self.quant.lm_head, output=self.graph.logits)
+        self._linear(
+            y,
+            self.quant.head_tensor(m),
+            m.vocab_size,
+            m.hidden_size,
+            scheme=self.quant.lm_head,
+            output=self.graph.logits,
+        )
 
     def _norm(self, x: str, weight: str, name: str) -> str:
         gain = self.g.weight(weight, _FLOAT, (self.model.hidden_size,))
@@ -132,7 +139,7 @@ class _Decoder:
         return g.node("Reshape", [y, joined], f"{name}.joined")
 
     def _linear(self, x: str, name: str, n: int, k: int, *, scheme: str = "", output: str = "") -> str:
-        """x [..., k] times the stored [n, k] weight, plus its bias if there is one."""
+        """X [..., k] times the stored [n, k] weight, plus its bias if there is one."""
         scheme = scheme or self.quant.weights
         bias = f"{name}.bias" if f"{name}.bias" in self.weights else ""
         result = output or f"{name}.out"

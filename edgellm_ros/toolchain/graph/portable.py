@@ -19,9 +19,7 @@ IR_VERSION = 12
 _MASKED = -65504.0  # the most negative fp16: after softmax it is zero, and it stays finite in fp16
 
 
-def write_portable_graph(
-    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile
-) -> None:
+def write_portable_graph(path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
     """Write `decoder.onnx` to `path`."""
     _Decoder(model, quant, graph, weights).save(path)
 
@@ -63,7 +61,9 @@ class _Decoder:
         capacity = g.node("Squeeze", [shape], f"{at}.capacity")
         zero, one = g.constant("zero", 0, np.int64), g.constant("one", 1, np.int64)
         cached = g.node("Range", [zero, capacity, one], f"{at}.cached")
-        position = g.node("Unsqueeze", [self.graph.positions, g.constant("axes_1_3", [1, 3], np.int64)], f"{at}.position")
+        position = g.node(
+            "Unsqueeze", [self.graph.positions, g.constant("axes_1_3", [1, 3], np.int64)], f"{at}.position"
+        )
         allowed = g.node("LessOrEqual", [cached, position], f"{at}.causal")
         if window:
             first = g.node("Sub", [position, g.constant(f"window_{window}", window, np.int64)], f"{at}.before")
@@ -107,9 +107,7 @@ class _Decoder:
             g.node("TensorScatter", inputs, f"{target}.write", outputs=[target], axis=-2, mode="linear")
             cached.append(target)
         window = m.sliding_windows[layer] if m.sliding_windows else 0
-        attention = g.node(
-            "Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0
-        )
+        attention = g.node("Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0)
         joined = g.node("Transpose", [attention], f"{at}.transposed", perm=[0, 2, 1, 3])
         return g.node("Reshape", [joined, g.constant("from_heads", [0, 0, q_width], np.int64)], f"{at}.joined")
 
@@ -123,9 +121,7 @@ class _Decoder:
         return g.node("Transpose", [y], f"{x}.by_head", perm=[0, 2, 1, 3])
 
     def _rotate(self, x: str, name: str) -> str:
-        return self.g.node(
-            "RotaryEmbedding", [x, *self._rope, self.graph.positions], f"{name}.rotated", interleaved=0
-        )
+        return self.g.node("RotaryEmbedding", [x, *self._rope, self.graph.positions], f"{name}.rotated", interleaved=0)
 
     def _head(self, x: str) -> None:
         m, g = self.model, self.g
@@ -137,9 +133,7 @@ class _Decoder:
 
     def _norm(self, x: str, name: str, width: int) -> str:
         gain = self._activation(f"{name}.weight", (width,))
-        return self.g.node(
-            "RMSNormalization", [x, gain], name, axis=-1, epsilon=self.model.rms_norm_eps, stash_type=1
-        )
+        return self.g.node("RMSNormalization", [x, gain], name, axis=-1, epsilon=self.model.rms_norm_eps, stash_type=1)
 
     def _activation(self, name: str, shape: tuple[int, ...]) -> str:
         """A stored fp32 tensor in the activations' dtype."""
