@@ -63,7 +63,7 @@ def test_a_missing_bundle_leaves_the_node_up_saying_why(tmp_path):
         values = newest()
         assert values["level"] == "2" and "nowhere" in values["last error"] and "edgellm export" in values["message"]
         assert not probe.change("configure")
-        with LLMClient("llm") as llm, pytest.raises(InactiveError, match="not configured: .*nowhere is not a directory"):
+        with LLMClient("llm") as llm, pytest.raises(errors.InactiveError, match="not configured: .*nowhere"):
             llm.generate("hi", timeout_s=10.0)
         assert node.process.poll() is None
 
