@@ -47,17 +47,15 @@ def test_feedback_counts_without_gaps_and_begins_at_once(node):
     with Probe() as probe:
         client = ActionClient(probe.node, Chat, "llm/chat")
         assert client.wait_for_server(10)
-        got, done = [], threading.Event()
-        sent = time.monotonic()
+        feedbacks, done = [], threading.Event()
         goal = Chat.Goal(prompt=PROMPT)
         goal.sampling.max_tokens = 32
-        future = client.send_goal_async(goal, lambda m: got.append((time.monotonic() - sent, m.feedback)))
+        future = client.send_goal_async(goal, lambda m: feedbacks.append(m.feedback))
         future.add_done_callback(lambda f: f.result().get_result_async().add_done_callback(lambda _: done.set()))
         assert done.wait(30)
         client.destroy()
-    feedbacks = [feedback for _, feedback in got]
     assert [f.seq for f in feedbacks] == list(range(len(feedbacks)))
-    assert feedbacks[0].state == Chat.Feedback.STATE_QUEUED and got[0][0] < 0.1
+    assert feedbacks[0].state == Chat.Feedback.STATE_QUEUED and not feedbacks[0].delta
     assert feedbacks[-1].state == Chat.Feedback.STATE_DECODE
     text = ""
     for feedback in feedbacks:
@@ -80,13 +78,12 @@ def test_two_clients_stream_at_once_and_one_that_cancels_does_not_change_the_oth
 def test_a_cancel_is_answered_and_takes_effect_while_others_run(llm):
     others = [llm.chat(PROMPT, max_tokens=1500, ignore_eos=True, temperature=1.0) for _ in range(3)]
     next(iter(others[0]))
-    times = []
-    for stream in reversed(others):
-        began = time.monotonic()
+    while others:
+        stream = others.pop()
         stream.cancel()
-        assert stream.result(10).finish_reason == "cancelled"
-        times.append(time.monotonic() - began)
-    assert max(times) < 0.5
+        result = stream.result(10)
+        assert result.finish_reason == "cancelled" and result.usage.completion_tokens < 1500
+        assert not any(other.done for other in others)
 
 
 def test_goals_are_served_in_the_order_in_which_they_were_sent(llm):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +160,10 @@ def test_a_refusal_carries_the_words_of_the_template() -> None:
         "{{ messages + 1 }}",
     ],
 )
-def test_a_hostile_or_broken_template_ends_soon_as_a_template_error(template: str) -> None:
-    started = time.monotonic()
+@pytest.mark.timeout(60)  # a template without bounds would run for hours
+def test_a_hostile_or_broken_template_ends_as_a_template_error(template: str) -> None:
     with pytest.raises(TemplateError):
         render(template)
-    assert time.monotonic() - started < 10
 
 
 def test_the_step_limit_is_for_one_rendering_and_not_for_the_templates_life() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_a_value_out_of_range_is_the_settings_own_error(base: object, options: t
         settings_from(parse(type(base), *options), base)
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = f"""
 import sys
 from edgellm_ros.cli.main import main
@@ -87,13 +86,8 @@ except SystemExit:
     pass
 print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - started)
-        assert done.stderr.strip() == "[]"
-    assert min(seconds) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 @pytest.mark.parametrize("verb", [module.__name__.rpartition(".")[2] for module in VERBS])
