@@ -12,7 +12,7 @@ import time
 from edgellm_ros.errors import EdgeLLMError
 from edgellm_ros.ros.client import LLMClient
 
-PROMPT = "A robot brings you a cup of coffee. Thank it in two sentences."
+PROMPT = "Give me three tips for a robot that sorts laundry."
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=200)
     options = parser.parse_args()
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "-r", "__node:=demo_llm"]

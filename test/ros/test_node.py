@@ -44,15 +44,23 @@ def test_an_answer_streams_while_it_is_generated_and_the_result_is_its_sum(llm):
 def test_feedback_counts_without_gaps_and_begins_at_once(node):
     from rclpy.action import ActionClient
 
-    with Probe() as probe:
-        client = ActionClient(probe.node, Chat, "llm/chat")
-        assert client.wait_for_server(10)
+    def ask(client: ActionClient, max_tokens: int) -> list:
         feedbacks, done = [], threading.Event()
         goal = Chat.Goal(prompt=PROMPT)
-        goal.sampling.max_tokens = 32
+        goal.sampling.max_tokens = max_tokens
         future = client.send_goal_async(goal, lambda m: feedbacks.append(m.feedback))
         future.add_done_callback(lambda f: f.result().get_result_async().add_done_callback(lambda _: done.set()))
         assert done.wait(30)
+        return feedbacks
+
+    with Probe() as probe:
+        client = ActionClient(probe.node, Chat, "llm/chat")
+        assert client.wait_for_server(10)
+        # A client knows the server before the server's feedback publisher knows the client: wait until it does.
+        for _ in range(50):
+            if ask(client, 1):
+                break
+        feedbacks = ask(client, 32)
         client.destroy()
     assert [f.seq for f in feedbacks] == list(range(len(feedbacks)))
     assert feedbacks[0].state == Chat.Feedback.STATE_QUEUED and not feedbacks[0].delta
