@@ -62,7 +62,7 @@ class NodeConfig:
     autostart: bool = setting(True, "Configure and activate at start, without a lifecycle manager.")
     system_prompt: str = setting("", "System message for goals that bring none.", dynamic=True)
     feedback_period_s: float = setting(
-        0.03,
+        0.05,
         "Deltas are gathered for this long before they are published.",
         minimum=0.0,
         maximum=1.0,

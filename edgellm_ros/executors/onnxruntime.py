@@ -27,7 +27,7 @@ from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_reg
 from edgellm_ros.executors.memory import available_memory, physical_cores
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
-_SETTLE_S = 1.0  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
+_SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
 _WORKSPACE = 64 << 20  # bytes: activations of a prefill chunk and ONNX Runtime's own, a generous guess
 
 
