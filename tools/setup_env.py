@@ -216,7 +216,11 @@ def pip(*arguments: str) -> None:
         run([PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments], "pip")
     except SetupError as error:
         text = (LOGS / "pip.log").read_text(encoding="utf-8", errors="replace")
-        signs = ("name resolution", "NewConnectionError", "Network is unreachable", "ReadTimeout", "Connection refused")
+        # "from versions: none" is all that pip says when it may not retry.
+        signs = [
+            *("name resolution", "NewConnectionError", "Network is unreachable", "ReadTimeout", "Connection refused"),
+            "from versions: none",
+        ]
         if any(sign in text for sign in signs):
             raise SetupError(
                 f"the package index cannot be reached (see {LOGS / 'pip.log'}); check the network, "
