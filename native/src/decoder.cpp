@@ -103,9 +103,10 @@ void Decoder::finish_load() {
                                        stream_.get()));
       for (const StepTail tail : {StepTail::kLogits, StepTail::kGreedy, StepTail::kSample}) {
         // Once without a graph: CUDA loads a kernel's code at its first launch, which must not be inside a capture.
-        record_step_async(batch, tail);
+        const StepKey key{batch, tail};
+        record_step_async(key);
         stream_.wait();
-        (void)graph(batch, tail);
+        (void)graph(key);
       }
     }
     stream_.wait();
@@ -133,7 +134,9 @@ GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int n
   return args;
 }
 
-void Decoder::record_step_async(int batch, StepTail tail) {
+void Decoder::record_step_async(const StepKey& key) {
+  const int batch = key.batch;
+  const StepTail tail = key.tail;
   cudaStream_t stream = stream_.get();
   auto* residual = arena_.get<float>("residual");
   auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
@@ -249,17 +252,17 @@ void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }
 
-const Graph& Decoder::graph(int batch, StepTail tail) {
-  Graph& graph = graphs_[{batch, tail}];
-  if (!graph) graph = Graph(stream_.get(), [&] { record_step_async(batch, tail); });
+const Graph& Decoder::graph(const StepKey& key) {
+  Graph& graph = graphs_[key];
+  if (!graph) graph = Graph(stream_.get(), [&] { record_step_async(key); });
   return graph;
 }
 
-void Decoder::run_step_async(int batch, StepTail tail) {
+void Decoder::run_step_async(const StepKey& key) {
   if (use_graphs_) {
-    graph(batch, tail).launch(stream_.get());
+    graph(key).launch(stream_.get());
   } else {
-    record_step_async(batch, tail);
+    record_step_async(key);
   }
 }
 
@@ -305,7 +308,7 @@ void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const 
   }
   EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
                                    3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
-  run_step_async(static_cast<int>(members.size()), StepTail::kLogits);
+  run_step_async({static_cast<int>(members.size()), StepTail::kLogits});
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   // Rows that lie together on both sides, the usual case, are one copy.
   for (std::size_t i = 0; i < members.size();) {
@@ -378,7 +381,7 @@ int Decoder::num_tiles(const std::string& product, int batch) const {
 void Decoder::set_tile(const std::string& product, int batch, int tile) {
   if (tile >= num_tiles(product, batch)) throw std::invalid_argument(product + " has no tile " + std::to_string(tile));
   tiles_[{product, batch}] = tile;
-  std::erase_if(graphs_, [batch](const auto& entry) { return entry.first.first == batch; });
+  std::erase_if(graphs_, [batch](const auto& entry) { return entry.first.batch == batch; });
 }
 
 }  // namespace edgellm

@@ -47,8 +47,7 @@ void Decoder::start_run(std::span<const std::int32_t> slots, std::span<const std
     kernels::embedding_async(weights_.embedding(), device_inputs, static_cast<int>(batch), config_.embed_scale,
                              arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream, false);
   });
-  run_batch_ = static_cast<int>(batch);
-  run_tail_ = rows.empty() ? StepTail::kGreedy : StepTail::kSample;
+  run_key_ = {static_cast<int>(batch), rows.empty() ? StepTail::kGreedy : StepTail::kSample};
   run_launched_ = 0;
   run_read_ = 0;
 }
@@ -57,7 +56,7 @@ void Decoder::launch_run_step_async() {
   if (run_launched_ >= run_limit_) throw std::invalid_argument("a slot of the run is full");
   if (run_launched_ - run_read_ >= kHistoryLength) throw std::logic_error("the run's history is full; read it first");
   guarded([&] {
-    run_step_async(run_batch_, run_tail_);
+    run_step_async(run_key_);
     run_events_[static_cast<std::size_t>(run_launched_ % kHistoryLength)].record(stream_.get());
   });
   ++run_launched_;
@@ -69,7 +68,7 @@ std::span<const std::int32_t> Decoder::read_run_step() {
   guarded([&] { run_events_[index].wait(); });
   ++run_read_;
   const auto* history = host_history_.as<std::int32_t>();
-  const auto batch = static_cast<std::size_t>(run_batch_);
+  const auto batch = static_cast<std::size_t>(run_key_.batch);
   for (std::size_t i = 0; i < batch; ++i) run_tokens_[i] = history[i * kHistoryLength + index];
   return std::span(run_tokens_).first(batch);
 }

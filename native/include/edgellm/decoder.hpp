@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -36,6 +37,14 @@ enum class StepTail : std::uint8_t {
   kLogits,  // begins with the embedding of given tokens; logits for the host
   kGreedy,  // begins where the last step ended; the most likely token is embedded for the next
   kSample,  // the same with a drawn token
+};
+
+// Everything that shapes a recorded step: one graph each.
+struct StepKey {
+  int batch = 1;
+  StepTail tail = StepTail::kLogits;
+
+  auto operator<=>(const StepKey&) const = default;
 };
 
 // Not thread-safe. After a CudaError it cannot be used any more: every call throws that error again.
@@ -97,13 +106,13 @@ class Decoder {
   auto guarded(Body&& body);
 
   kernels::GemvArgs gemv_args(const LinearView& linear, const char* product, int num_tokens) const;
-  // Records one step of `batch` sequences on the stream: what a graph captures.
-  void record_step_async(int batch, StepTail tail);
+  // Records one step on the stream: what a graph captures.
+  void record_step_async(const StepKey& key);
   kernels::GemvArgs head_args(int num_rows, bool with_maximum) const;
   int num_head_blocks(int batch) const;
   void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
-  void run_step_async(int batch, StepTail tail);
-  const Graph& graph(int batch, StepTail tail);
+  void run_step_async(const StepKey& key);
+  const Graph& graph(const StepKey& key);
 
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
   void prefill_async(const SequenceStep& item, int first_row);
@@ -129,7 +138,7 @@ class Decoder {
   std::unique_ptr<MatrixProducts> products_;
   std::string products_reason_;
   std::map<std::pair<std::string, int>, int> tiles_;
-  std::map<std::pair<int, StepTail>, Graph> graphs_;
+  std::map<StepKey, Graph> graphs_;
   bool use_graphs_ = true;
   bool ready_ = false;
   std::string failure_;  // the CudaError after which nothing works any more
@@ -142,8 +151,7 @@ class Decoder {
   PinnedBuffer host_sampling_rows_;
   std::array<std::int32_t, kMaxBatch> run_tokens_{};  // of the step read last
   std::vector<Event> run_events_;                     // one a history entry
-  int run_batch_ = 0;
-  StepTail run_tail_ = StepTail::kGreedy;
+  StepKey run_key_;
   std::int64_t run_launched_ = 0;
   std::int64_t run_read_ = 0;
   std::int64_t run_limit_ = 0;  // steps until a slot is full
