@@ -10,7 +10,9 @@ void bind_kernels(pybind11::module_& module) {
   bind_embedding(kernels);
   bind_attention_decode(kernels);
   bind_attention_prefill(kernels);
+  bind_attention_tree(kernels);
   bind_elementwise(kernels);
+  bind_kv_compact(kernels);
   bind_sampling(kernels);
 }
 

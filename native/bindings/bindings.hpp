@@ -13,9 +13,11 @@ void bind_tensor(pybind11::module_& module);
 // What bind_kernels lists.
 void bind_attention_decode(pybind11::module_& module);
 void bind_attention_prefill(pybind11::module_& module);
+void bind_attention_tree(pybind11::module_& module);
 void bind_elementwise(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_gemv(pybind11::module_& module);
+void bind_kv_compact(pybind11::module_& module);
 void bind_quantized(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
 

@@ -1,0 +1,55 @@
+// Moves an accepted path's rows of the KV cache together, all layers in one launch.
+#include <cassert>
+
+#include "device.cuh"
+#include "edgellm/kernels/kv_compact.hpp"
+#include "launch.hpp"
+
+namespace edgellm::kernels {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kLanes = 16;  // of a head's row: 16 bytes each, and no row is longer than 256
+constexpr int kHeadsPerBlock = kThreads / kLanes;
+constexpr int kInFlight = 8;
+
+// Half a warp has one head's keys, or values, of one layer. A lane's rows are its own columns only, and later sources
+// lie behind earlier targets: loads need no order but their own.
+__global__ void __launch_bounds__(kThreads) kv_compact_kernel(const KvCompactArgs p, int row_chunks) {
+  start_dependents();
+  wait_for_predecessor();
+  const int sequence = blockIdx.y, lane = threadIdx.x % kLanes;
+  const int heads = 2 * p.num_kv_heads, index = blockIdx.x * kHeadsPerBlock + threadIdx.x / kLanes;
+  const int position = *static_cast<const volatile int32_t*>(p.positions + sequence);
+  const int count = min(*static_cast<const volatile int32_t*>(p.counts + sequence), p.max_nodes);
+  if (position < 0 || index >= p.num_layers * heads || lane >= row_chunks) return;
+  const std::size_t slot =
+      static_cast<std::size_t>(index / heads) * p.num_slots + *static_cast<const volatile int32_t*>(p.slots + sequence);
+  uint4* rows = static_cast<uint4*>(p.cache) + ((slot * heads + index % heads) * p.capacity + position) * row_chunks;
+  const int32_t* path = p.paths + static_cast<std::size_t>(sequence) * p.max_nodes;
+  for (int first = 0; first < count; first += kInFlight) {
+    uint4 row[kInFlight];
+    int from[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++) {
+      from[i] = first + i < count ? __ldcg(path + first + i) : -1;
+      if (from[i] > first + i) row[i] = load_l2(rows + static_cast<std::size_t>(from[i]) * row_chunks + lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++) {
+      if (from[i] > first + i) rows[static_cast<std::size_t>(first + i) * row_chunks + lane] = row[i];
+    }
+  }
+}
+
+}  // namespace
+
+void kv_compact_async(const KvCompactArgs& args, cudaStream_t stream, bool pdl) {
+  const int row_chunks = static_cast<int>(args.head_dim * kv_element_bytes(args.format) / 16);
+  assert(row_chunks >= 1 && row_chunks <= kLanes && args.head_dim % 16 == 0);
+  launch(kv_compact_kernel, dim3(ceil_div(args.num_layers * 2 * args.num_kv_heads, kHeadsPerBlock), args.num_sequences),
+         dim3(kThreads), 0, stream, pdl, args, row_chunks);
+}
+
+}  // namespace edgellm::kernels

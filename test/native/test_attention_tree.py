@@ -1,0 +1,244 @@
+"""Tree attention against fp64: random trees, chains and stars, at awkward lengths, windows, batches and splits."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from kernel_case import K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
+from test_attention_decode import EPS, rotate
+
+pytestmark = needs_gpu
+CAPACITY = 4200  # more than one cluster of blocks works on it
+
+Parents = list[int]
+
+
+def chain(count: int) -> Parents:
+    return list(range(-1, count - 1))
+
+
+def star(count: int) -> Parents:
+    return [-1] + [0] * (count - 1)
+
+
+def random_tree(count: int, seed: int) -> Parents:
+    """Parents before children; now and then a second root."""
+    draw = random.Random(seed)
+    return [-1] + [draw.randrange(-1 if draw.random() < 0.1 else 0, i) for i in range(1, count)]
+
+
+def ancestors(parents: Parents) -> list[list[int]]:
+    """Each node's path from the root, itself last."""
+    paths: list[list[int]] = []
+    for i, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), i])
+    return paths
+
+
+def signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def tables(head_dim: int) -> tuple[Any, Any]:
+    angles = torch.arange(CAPACITY, dtype=torch.float64)[:, None] * 0.03 ** torch.linspace(0, 1, head_dim // 2)
+    return torch.cos(angles).float().cuda(), torch.sin(angles).float().cuda()
+
+
+def ints(values: Any) -> Any:
+    return torch.tensor(list(values), device="cuda", dtype=torch.int32)
+
+
+class Case:
+    """Sequences (prefix length, parents), their qkv and cache; the slot of sequence i is num_sequences - i."""
+
+    def __init__(
+        self, head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, Parents]], window: int = 0,
+        normed: bool = False, fp8: bool = False,
+    ) -> None:  # fmt: skip
+        self.head_dim, self.heads, self.kv_heads, self.window = head_dim, heads, kv_heads, window
+        self.sequences, self.fp8 = sequences, fp8
+        self.paths = [ancestors(parents) for _, parents in sequences]
+        self.kv = random_bf16(len(sequences) + 1, 2, kv_heads, CAPACITY, head_dim)
+        for i, (prefix, _) in enumerate(sequences):
+            if prefix >= 0:
+                self.kv[len(sequences) - i, :, :, prefix:] = float("nan")  # what nobody wrote must not be read
+        if fp8:
+            self.kv = self.kv.to(torch.float8_e4m3fn).view(torch.uint8)
+        self.starts = [0]
+        for _, parents in sequences:
+            self.starts.append(self.starts[-1] + len(parents))
+        self.tokens = self.starts[-1]
+        self.qkv = torch.randn((self.tokens, heads + 2 * kv_heads, head_dim), device="cuda") * 2
+        self.gains = [random_bf16(head_dim) + 1 for _ in range(2)] if normed else [None, None]
+        self.tables = tables(head_dim)
+        self.out = poisoned(self.tokens, heads * head_dim, dtype=torch.bfloat16)
+
+    def plain(self) -> Any:
+        return self.kv.view(torch.float8_e4m3fn).float().double() if self.fp8 else self.kv.double()
+
+    def run(self, splits: int = 0, repeats: int = 1, masks: list[int] | None = None) -> Any:
+        longest = max(len(parents) for _, parents in self.sequences)
+        count = len(self.sequences)
+        workspace = torch.zeros(
+            K.tree_attention_workspace_bytes(count * longest, self.heads, self.head_dim), dtype=torch.uint8,
+            device="cuda",
+        )  # fmt: skip
+        words = masks or [sum(1 << j for j in path) for paths in self.paths for path in paths]
+        depths = [len(path) - 1 for paths in self.paths for path in paths]
+        for _ in range(repeats):
+            K.tree_attention(
+                self.qkv.view(self.tokens, -1), self.kv, ints(self.starts), ints(range(count, 0, -1)),
+                ints(prefix for prefix, _ in self.sequences), ints(depths),
+                torch.tensor([signed(w) for w in words], device="cuda", dtype=torch.int64), *self.tables, self.out,
+                longest, self.heads, self.head_dim**-0.5, *self.gains, EPS, self.window, splits, workspace,
+                stream=stream(),
+            )  # fmt: skip
+        return self.out
+
+    def check(self, splits: int = 0) -> None:
+        before = self.kv.clone()
+        out = self.run(splits, repeats=2)  # the second call finds the workspace as the first left it
+        tolerance = dict(rtol=2**-4, atol=2**-9) if self.fp8 else dict(rtol=2**-8, atol=1e-5)
+        cache, q_heads, kv_heads = self.plain(), self.heads, self.kv_heads
+        for s, (prefix, parents) in enumerate(self.sequences):
+            rows = out[self.starts[s] : self.starts[s + 1]]
+            slot = len(self.sequences) - s
+            if prefix < 0:
+                assert bool(torch.isnan(rows).all())
+                continue
+            for i in range(len(parents)):
+                q, key, value = self.qkv[self.starts[s] + i].double().split([q_heads, kv_heads, kv_heads])
+                path, at = self.paths[s][i], prefix + i
+                position = prefix + len(path) - 1
+                assert torch.allclose(
+                    cache[slot, 0, :, at], rotate(key, position, *self.tables, self.gains[1]), **tolerance
+                )
+                assert torch.allclose(cache[slot, 1, :, at], value, **tolerance)
+                before[slot, :, :, at] = self.kv[slot, :, :, at]
+                seen = [*range(prefix), *(prefix + j for j in path)]
+                seen = seen[-self.window :] if self.window else seen
+                wanted = attend(
+                    rotate(q, position, *self.tables, self.gains[0]), cache[slot][:, :, seen], self.head_dim
+                )
+                got = rows[i].view(q_heads, self.head_dim).double()
+                error = float((got - wanted).abs().max())
+                assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (s, i, path, error)
+        same = (self.kv == before) | (torch.isnan(self.kv.float()) & torch.isnan(before.float()))
+        assert bool(same.all())  # nothing else was written
+        assert_untouched(out)
+
+
+def attend(q: Any, seen: Any, head_dim: int) -> Any:
+    """(heads, head_dim) of one token's rotated queries over (2, kv_heads, positions, head_dim)."""
+    keys, values = seen.repeat_interleave(q.shape[0] // seen.shape[1], 1)
+    weights = torch.softmax(torch.einsum("hd,hpd->hp", q, keys) * head_dim**-0.5, dim=1)
+    return torch.einsum("hp,hpd->hd", weights, values)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_every_head_dim_and_group_with_random_trees(head_dim: int, group: int) -> None:
+    for seed, (prefix, count) in enumerate([(0, 1), (1, 2), (19, 5), (63, 3), (64, 16), (98, 33), (250, 64), (988, 7)]):
+        Case(head_dim, 2 * group, 2, [(prefix, random_tree(count, seed))]).check()
+
+
+@pytest.mark.parametrize("shape", [chain, star])
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 17, 63, 64])
+def test_chains_and_stars(shape: Any, count: int) -> None:
+    for prefix in (0, 37, 320):
+        Case(64, 8, 2, [(prefix, shape(count))]).check()
+
+
+@pytest.mark.parametrize("splits", [0, 1, 2, 5, 16])
+@pytest.mark.parametrize(("head_dim", "fp8"), [(64, False), (128, False), (128, True)])
+def test_a_long_prefix_is_split_over_clusters(head_dim: int, fp8: bool, splits: int) -> None:
+    Case(head_dim, 8, 2, [(4100, random_tree(13, 1))], fp8=fp8).check(splits)
+    Case(head_dim, 8, 2, [(3001, random_tree(64, 2))], fp8=fp8).check(splits)
+    Case(head_dim, 4, 4, [(4199, chain(1))], fp8=fp8).check(splits)
+
+
+@pytest.mark.parametrize("splits", [0, 3])
+def test_sequences_of_different_lengths_and_free_places_share_a_call(splits: int) -> None:
+    sequences = [(500, random_tree(9, 1)), (-1, chain(4)), (0, star(3)), (4000, random_tree(40, 2)), (63, chain(1))]
+    Case(64, 9, 3, sequences).check(splits)
+    Case(128, 8, 2, sequences[::-1]).check(splits)
+
+
+@pytest.mark.parametrize("window", [1, 5, 19, 64, 300])
+def test_a_window_hides_what_lies_before_it_along_the_path(window: int) -> None:
+    Case(64, 8, 2, [(0, chain(30)), (500, random_tree(33, 3)), (130, chain(64))], window).check()
+    Case(96, 4, 2, [(4000, random_tree(16, 4))], window).check(2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_head_norms_come_before_the_rotation(head_dim: int) -> None:
+    Case(head_dim, 16, 8, [(99, random_tree(11, 5)), (700, chain(6))], normed=True).check()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("count", [4, 31])
+def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int, count: int) -> None:
+    Case(head_dim, 8, 2, [(0, random_tree(count, 6)), (777, random_tree(count, 7))], fp8=True).check()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_chain_is_the_causal_attention_of_prefill(fp8: bool) -> None:
+    """Against the other kernel: the same keys in the cache, and outputs that differ by rounding alone."""
+    case = Case(128, 8, 2, [(300, chain(21))], fp8=fp8)
+    other = case.kv.clone()
+    out = case.run()
+    q, prefilled = poisoned(21, 8 * 128, dtype=torch.bfloat16), poisoned(21, 8 * 128, dtype=torch.bfloat16)
+    K.rope_kv_write(
+        case.qkv.view(21, -1), other, ints([1] * 21), ints(range(300, 321)), *case.tables, q, 8, stream=stream()
+    )
+    K.prefill_attention(q, other, ints([0, 21]), ints([1]), ints([300]), prefilled, 21, 128**-0.5, stream=stream())
+    assert torch.equal(case.plain()[1, :, :, :321].nan_to_num(), other_plain(other, fp8)[1, :, :, :321].nan_to_num())
+    assert torch.allclose(out.double(), prefilled.double(), rtol=2**-6, atol=4e-3)
+
+
+def other_plain(cache: Any, fp8: bool) -> Any:
+    return cache.view(torch.float8_e4m3fn).float().double() if fp8 else cache.double()
+
+
+def test_a_bit_of_the_mask_is_one_key_and_no_other() -> None:
+    """Without the bit of the token itself, its own key counts for nothing."""
+    case = Case(64, 4, 2, [(70, star(3))])
+    case.run(masks=[0b001, 0b001, 0b101])
+    cache = case.plain()[1]
+    q = case.qkv[1].double()[:4]
+    wanted = attend(rotate(q, 71, *case.tables, None), cache[:, :, :71], 64)
+    assert torch.allclose(case.out[1].view(4, 64).double(), wanted, rtol=2**-6, atol=8e-3)
+
+
+def test_tokens_of_a_call_that_fills_the_slot_fit_and_more_are_left_alone() -> None:
+    Case(64, 4, 2, [(CAPACITY - 16, chain(16))]).check(2)
+    case = Case(64, 4, 2, [(CAPACITY - 15, chain(16))])
+    before = case.kv.clone()
+    assert bool(torch.isnan(case.run()).all())
+    assert torch.equal(case.kv.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_an_accepted_path_moves_together_in_every_layer(dtype: str, head_dim: int) -> None:
+    layers, slots, kv_heads, capacity = 3, 4, 3, 99
+    cache = torch.randint(0, 255, (layers, slots, 2, kv_heads, capacity, head_dim), device="cuda").to(
+        getattr(torch, dtype)
+    )
+    before = cache.clone()
+    paths = [[0, 3, 7, 9, 12, 20, 21, 22, 40, 63], [0, 1, 2], [5], [0, 2]]
+    positions = [10, 50, 0, -1]
+    padded = torch.full((4, 10), 1000, device="cuda", dtype=torch.int32)
+    for s, path in enumerate(paths):
+        padded[s, : len(path)] = ints(path)
+    order = [2, 0, 3, 1]
+    K.kv_compact(cache, ints(order), ints(positions), padded, ints(map(len, paths)), stream=stream())
+    for slot, position, path in zip(order, positions, paths, strict=True):
+        for i, node in enumerate(path) if position >= 0 else ():
+            assert torch.equal(cache[:, slot, :, :, position + i], before[:, slot, :, :, position + node])
+        kept = torch.ones(capacity, dtype=torch.bool)
+        if position >= 0:
+            kept[position : position + len(path)] = False
+        assert torch.equal(cache[:, slot][..., kept, :], before[:, slot][..., kept, :])
