@@ -33,18 +33,19 @@ int fma_threads(const WeightView& w, const FmaConfig& c) { return ceil_div(ceil_
 
 bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c) <= c.max_threads; }
 
-constexpr int kMaxStagedCols = 22 * 1024;
+constexpr int kMaxStagedCols = 20 * 1024;
 
 // All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles.
 int list_choices(const GemvArgs& args, Choice* out) {
   int count = 0;
   if (args.num_tokens == 1 && args.weight.format == WeightFormat::int4) {
     // The staged x must fit the shared memory that every block may have.
-    for (int i = 0; i < kNumInt4Configs && args.weight.cols <= kMaxStagedCols; i++) {
+    const int configs = args.weight.group >= 64 ? kNumInt4Configs : kNumInt4SmallGroupConfigs;
+    for (int i = 0; i < configs && args.weight.cols <= kMaxStagedCols; i++) {
       out[count++] = {Family::int4, {i, kMmaRows, kInt4Configs[i].warps * 32}};
     }
   } else if (args.num_tokens == 1) {
-    for (int i = 0; i < kNumFmaConfigs; i++) {
+    for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {
       const FmaConfig c = fma_config(i, is_8bit(args.weight));
       if (fma_fits(args.weight, c)) out[count++] = {Family::fma, {i, c.rows, fma_threads(args.weight, c)}};
     }
@@ -52,7 +53,7 @@ int list_choices(const GemvArgs& args, Choice* out) {
   for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {Family::mma, {i, kMmaRows, kMmaWarps * 32}};
   return count;
 }
-constexpr int kMaxChoices = kNumFmaConfigs + kNumInt4Configs + kNumMmaConfigs;
+constexpr int kMaxChoices = kNumFmaConfigs16 + kNumFmaConfigs8 + kNumInt4Configs + kNumMmaConfigs;
 
 // Higher is better. The measured preferences of GPU.md: enough blocks to fill the GPU first, then many bytes in flight
 // a thread and few idle lanes.

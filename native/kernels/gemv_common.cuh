@@ -17,7 +17,7 @@ struct GemvParams {
   unsigned long long* block_max;  // (num_tokens, num_blocks), or null
   int rows;
   int cols;
-  int group;
+  int group_shift;  // log2 of the group: a division of two integers costs more than a load
   int num_tokens;
   int num_blocks;  // of block_row
   float norm_eps;
@@ -101,6 +101,12 @@ inline int gemv_blocks(const GemvArgs& args, int rows_per_block) {
   return pairs ? ceil_div(args.weight.rows / 2, rows_per_block / 2) : ceil_div(args.weight.rows, rows_per_block);
 }
 
+inline int group_shift(int group) {
+  int shift = 0;
+  while (1 << shift < group) shift++;
+  return shift;
+}
+
 inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
   return {args.weight.data,
           args.weight.scales,
@@ -112,7 +118,7 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
           args.block_max,
           args.weight.rows,
           args.weight.cols,
-          args.weight.group,
+          group_shift(args.weight.group),
           args.num_tokens,
           gemv_blocks(args, rows_per_block),
           args.norm_eps,
@@ -132,28 +138,37 @@ struct FmaConfig {
   int max_threads;
   int min_blocks;  // blocks an SM that the register budget allows
 };
-// The prototype's search over 2,048 to 14,336 input features found its best in this table.
-constexpr FmaConfig kFmaConfigs[] = {
+// Measured over the layers of 1B to 8B models: what is best differs with the shape, and these cover it.
+constexpr FmaConfig kFmaConfigs16[] = {
     {1, 4, 512, 2}, {1, 8, 512, 2}, {1, 16, 256, 2}, {2, 4, 512, 2},
     {2, 8, 256, 2}, {4, 2, 512, 2}, {4, 4, 512, 1},  {8, 2, 512, 1},
 };
-constexpr int kNumFmaConfigs = sizeof(kFmaConfigs) / sizeof(kFmaConfigs[0]);
-
 // A thread's 16 bytes hold twice as many 8-bit weights, with twice the x to keep in registers: half as many threads
-// cover a row, and each may have more registers.
+// cover a row.
+constexpr FmaConfig kFmaConfigs8[] = {
+    {1, 4, 256, 5}, {1, 8, 256, 4}, {1, 16, 256, 2}, {2, 4, 256, 4}, {2, 8, 256, 2}, {4, 2, 256, 4},
+    {4, 4, 256, 2}, {1, 8, 128, 8}, {2, 4, 512, 2},  {3, 4, 256, 3}, {8, 2, 256, 1},
+};
+constexpr int kNumFmaConfigs16 = sizeof(kFmaConfigs16) / sizeof(kFmaConfigs16[0]);
+constexpr int kNumFmaConfigs8 = sizeof(kFmaConfigs8) / sizeof(kFmaConfigs8[0]);
+constexpr int num_fma_configs(bool is_8bit) { return is_8bit ? kNumFmaConfigs8 : kNumFmaConfigs16; }
 constexpr FmaConfig fma_config(int index, bool is_8bit) {
-  FmaConfig c = kFmaConfigs[index];
-  if (is_8bit && c.max_threads == 512) c.max_threads = 256, c.min_blocks = c.min_blocks == 2 ? 3 : 1;
-  return c;
+  return is_8bit ? kFmaConfigs8[index] : kFmaConfigs16[index];
 }
 
 struct Int4Config {
   int warps;  // that share the input features
-  int depth;  // D: blocks of 64 input features in flight a warp
+  int depth;  // D: blocks of 64 input features in flight a warp and tile
+  int tiles;  // T: tiles of 16 rows a block
   int min_blocks;
 };
-constexpr Int4Config kInt4Configs[] = {{4, 8, 4}, {8, 8, 2}, {16, 8, 1}, {8, 4, 3}, {4, 4, 6}};
+constexpr Int4Config kInt4Configs[] = {
+    {8, 4, 1, 4}, {4, 8, 1, 6}, {16, 8, 1, 1}, {8, 8, 1, 3}, {4, 4, 1, 8},
+    {8, 2, 1, 5}, {16, 4, 1, 2}, {8, 4, 2, 3}, {4, 4, 2, 5}, {8, 2, 2, 4},
+};
 constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
+// Groups below 64 are rare: they get the first of the table only.
+constexpr int kNumInt4SmallGroupConfigs = 3;
 
 constexpr int kMmaConfigs[] = {1, 2};  // tiles of 16 rows a block
 constexpr int kNumMmaConfigs = 2;

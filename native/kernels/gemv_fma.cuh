@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   constexpr bool kGroups = F == WeightFormat::int8;
   __shared__ float partial[kMaxThreads / 32][R + 1];  // last: sum of squares
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  constexpr int kMaxWarps = kMaxThreads / 32;
   const int num_threads = blockDim.x, num_warps = num_threads / 32;
   const int chunks = p.cols / kVec;
 
@@ -66,11 +67,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
     }
   }
   if constexpr (kGroups) {
-    const int num_groups = p.cols / p.group, chunks_per_group = p.group / kVec;
+    const int num_groups = p.cols >> p.group_shift;
+    constexpr int kVecShift = 4;  // 16 weights a chunk
 #pragma unroll
     for (int c = 0; c < C; c++) {
       const int chunk = c * num_threads + tid;
-      const int group = chunk / chunks_per_group;
+      const int group = chunk >> (p.group_shift - kVecShift);
 #pragma unroll
       for (int r = 0; r < R; r++) {
         const std::size_t row = block_row<R>(p, blockIdx.x, r);
@@ -150,10 +152,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   if (warp != 0) return;
   float y = 0.0f;
   if (lane < R) {
-    for (int i = 0; i < num_warps; i++) y += partial[i][lane];
+    // Unrolled, so that all loads are under way at once: the next stage waits for this.
+#pragma unroll
+    for (int i = 0; i < kMaxWarps; i++) y += i < num_warps ? partial[i][lane] : 0.0f;
     if constexpr (kNorm) {
       float total = 0.0f;
-      for (int i = 0; i < num_warps; i++) total += partial[i][R];
+#pragma unroll
+      for (int i = 0; i < kMaxWarps; i++) total += i < num_warps ? partial[i][R] : 0.0f;
       y *= rsqrtf(total / static_cast<float>(p.cols) + p.norm_eps);
     }
     if constexpr (F == WeightFormat::fp8) y *= static_cast<const float*>(p.scales)[own_row] * (1.0f / kFp8ToFp16);
@@ -168,25 +173,11 @@ void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t 
          dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
 }
 
-template <WeightFormat F, bool kNorm>
+template <WeightFormat F, bool kNorm, int kConfig = 0>
 void launch_fma_norm(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  switch (tile.config) {
-    case 0:
-      return launch_fma_config<F, kNorm, 0>(args, tile, stream, pdl);
-    case 1:
-      return launch_fma_config<F, kNorm, 1>(args, tile, stream, pdl);
-    case 2:
-      return launch_fma_config<F, kNorm, 2>(args, tile, stream, pdl);
-    case 3:
-      return launch_fma_config<F, kNorm, 3>(args, tile, stream, pdl);
-    case 4:
-      return launch_fma_config<F, kNorm, 4>(args, tile, stream, pdl);
-    case 5:
-      return launch_fma_config<F, kNorm, 5>(args, tile, stream, pdl);
-    case 6:
-      return launch_fma_config<F, kNorm, 6>(args, tile, stream, pdl);
-    default:
-      return launch_fma_config<F, kNorm, 7>(args, tile, stream, pdl);
+  if (tile.config == kConfig) return launch_fma_config<F, kNorm, kConfig>(args, tile, stream, pdl);
+  if constexpr (kConfig + 1 < num_fma_configs(kChunk<F> == 16)) {
+    launch_fma_norm<F, kNorm, kConfig + 1>(args, tile, stream, pdl);
   }
 }
 

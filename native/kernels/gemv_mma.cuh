@@ -42,12 +42,12 @@ struct MmaWeights {
       const int num_blocks = ceil_div(p.cols, 64);
       w[0] = load_once(static_cast<const uint4*>(p.data) + (static_cast<std::size_t>(tile) * num_blocks + block) * 32 +
                        lane);
-      const int num_groups = p.group >= 64 ? p.cols / p.group : num_blocks * kGroupsPerBlock;
+      const int num_groups = kGroupsPerBlock == 1 ? p.cols >> p.group_shift : num_blocks * kGroupsPerBlock;
       const uint32_t* scales =
           static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
 #pragma unroll
       for (int i = 0; i < kGroupsPerBlock; i++) {
-        scale[i] = __ldg(scales + (p.group >= 64 ? block * 64 / p.group : block * kGroupsPerBlock + i) * 8);
+        scale[i] = __ldg(scales + (kGroupsPerBlock == 1 ? block >> (p.group_shift - 6) : block * kGroupsPerBlock + i) * 8);
       }
       return;
     }
@@ -65,7 +65,7 @@ struct MmaWeights {
     }
     if constexpr (F == WeightFormat::int8) {
       const __half* scales = static_cast<const __half*>(p.scales);
-      const int num_groups = p.cols / p.group, group = column / p.group;
+      const int num_groups = p.cols >> p.group_shift, group = column >> p.group_shift;
       const std::size_t low = block_row<kMmaRows>(p, tile, g), high = block_row<kMmaRows>(p, tile, g + 8);
       scale[0] = 0;
       if (inside) {
