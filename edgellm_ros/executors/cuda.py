@@ -3,7 +3,10 @@
 Single tokens decode together as one CUDA graph; longer steps go through matrix products, sequence by sequence. The
 two round differently, so `decode_batching="exact"` keeps every step of two or more tokens on the second path, and
 where several sequences may decode together it leaves out the kernels that only one can use. "fast" takes what is
-fastest: those kernels for a sequence alone, and the first path for short steps (verifying a draft).
+fastest: those kernels for a sequence alone, and the first path for short steps.
+
+A step of 2 to 16 tokens that asks for the logits of all of them verifies a draft and is one graph too, in both modes;
+"exact" gives it the bits of single steps. Draft trees have calls of their own: `verify_tree`, then `accept_path`.
 """
 
 from __future__ import annotations
@@ -84,6 +87,29 @@ class CudaExecutor(Executor):
             [(item.slot, item.token_ids, item.position, item.num_logits) for item in batch]
         )
         return rows
+
+    def verify_tree(
+        self, slot: int, position: int, token_ids: npt.NDArray[np.int32], parents: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """Compute a draft tree behind the `position` tokens of `slot` and return every node's logits.
+
+        `token_ids` and `parents` are (num_nodes,): parents[i] < i is the node that node i follows, -1 a root, which
+        follows the prefix. Node i sees the prefix, its ancestors and itself, at position `position` + its depth.
+        Returns (num_nodes, vocab) fp32, valid until the next call. The slot holds the prefix afterwards, and the nodes
+        in a form that only `accept_path` reads; steps at `position` overwrite them. Needs `position` + num_nodes to fit
+        the slot and num_nodes to be at most 16; raises ValueError otherwise, DeviceError when the device fails.
+        """
+        assert len(token_ids) == len(parents), (len(token_ids), len(parents))
+        rows: npt.NDArray[np.float32] = self._open().verify_tree(slot, position, token_ids, parents)
+        return rows
+
+    def accept_path(self, slot: int, position: int, nodes: Sequence[int]) -> None:
+        """Keep `nodes` of the tree that `verify_tree` computed last at `position` of `slot`: a path from a root down.
+
+        Their keys and values move to positions `position`, `position` + 1, …: the slot then holds `position` +
+        len(nodes) tokens as if they had been decoded one by one. Raises ValueError when the indices do not ascend.
+        """
+        self._open().accept_path(slot, position, np.asarray(nodes, np.int32))
 
     def decode_tokens(
         self,

@@ -113,6 +113,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("capacity", &DecoderConfig::capacity)
       .def_readwrite("max_tokens", &DecoderConfig::max_tokens)
       .def_readwrite("min_gemm_tokens", &DecoderConfig::min_gemm_tokens)
+      .def_readwrite("max_verify_tokens", &DecoderConfig::max_verify_tokens)
       .def_readwrite("batch_invariant", &DecoderConfig::batch_invariant)
       .def_readwrite("pdl", &DecoderConfig::pdl)
       .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
@@ -132,6 +133,7 @@ void bind_decoder(py::module_& module) {
            py::arg("top_p") = 1.0F, py::arg("min_p") = 0.0F, py::arg("draw_index") = 0);
   py::class_<Decoder>(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.")
       .def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("config", [](const Decoder& decoder) { return decoder.config(); })
       .def_property_readonly("plan", [](const Decoder& decoder) { return plan_to_dict(decoder.plan()); })
       .def_property_readonly("products_reason", &Decoder::products_reason)
       .def("load_linear", &load_linear, py::arg("stem"), py::arg("weight"), py::arg("scale") = py::none())
@@ -145,6 +147,29 @@ void bind_decoder(py::module_& module) {
           py::arg("name"), py::arg("values"))
       .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
       .def("step", &step, py::arg("batch"))
+      .def(
+          "verify_tree",
+          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents) {
+            auto& decoder = self.cast<Decoder&>();
+            int rows = 0;
+            {
+              const py::gil_scoped_release release;
+              rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents));
+            }
+            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().vocab_size}}, decoder.logits(),
+                                      self);
+          },
+          py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"))
+      .def(
+          "accept_path",
+          [](Decoder& decoder, int slot, int position, const Ints& nodes) {
+            const py::gil_scoped_release release;
+            decoder.accept_path(slot, position, span_of(nodes));
+          },
+          py::arg("slot"), py::arg("position"), py::arg("nodes"))
+      .def("time_verify", &Decoder::time_verify, py::arg("slot"), py::arg("position"), py::arg("num_tokens"),
+           py::arg("num_steps"), "Milliseconds on the device of each verification of a chain, without copying logits.",
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "decode_tokens",
           [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,

@@ -45,10 +45,11 @@ Decoder::Decoder(DecoderConfig config)
   // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
   host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
                                static_cast<std::size_t>(3 * (config_.num_slots + kMaxBatch))) *
-                              sizeof(std::int32_t));
+                                  sizeof(std::int32_t) +
+                              4 * sizeof(VerifyInputs));
   host_history_ = PinnedBuffer(static_cast<std::size_t>(kHistoryLength * kMaxBatch) * sizeof(std::int32_t));
   host_sampling_rows_ = PinnedBuffer(kMaxBatch * sizeof(kernels::SamplingRow));
-  reserve_logits(std::max(config_.num_slots, kMaxLogitRows));
+  reserve_logits(std::max({config_.num_slots, kMaxLogitRows, config_.max_verify_tokens}));
   for (int i = 0; i < kHistoryLength; ++i) run_events_.emplace_back();
 
   products_reason_ = MatrixProducts::unavailable_reason();
@@ -71,6 +72,10 @@ Decoder::Decoder(DecoderConfig config)
       cudaMemsetAsync(arena_.get<std::byte>("decode_inputs"), 0, arena_.plan().size("decode_inputs"), stream_.get()));
   EDGELLM_CUDA_TRY(
       cudaMemsetAsync(arena_.get<std::byte>("step_counts"), 0, arena_.plan().size("step_counts"), stream_.get()));
+  if (config_.max_verify_tokens > 0) {
+    EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>("tree_attention"), 0, arena_.plan().size("tree_attention"),
+                                     stream_.get()));
+  }
   cache_.clear_async(stream_.get());
   stream_.wait();
 }
@@ -111,6 +116,7 @@ void Decoder::finish_load() {
     }
     stream_.wait();
     inputs_used_ = 0;
+    if (config_.max_verify_tokens > 0) warm_up_verify();
   });
   ready_ = true;
 }
@@ -144,9 +150,11 @@ void Decoder::record_step_async(const StepKey& key) {
   auto* activated = arena_.get<__nv_bfloat16>("activated");
   auto* qkv = arena_.get<float>("qkv");
   auto* tokens = arena_.get<std::int32_t>("decode_inputs");  // then positions, then slots
-  bool pdl = false;                                          // the first kernel follows something else
-  if (tail == StepTail::kLogits) {
-    kernels::embedding_async(weights_.embedding(), tokens, batch, config_.embed_scale, residual, residual_bf16, stream,
+  const bool verify = tail == StepTail::kVerify || tail == StepTail::kVerifyExactly;
+  bool pdl = false;  // the first kernel follows something else
+  if (tail == StepTail::kLogits || verify) {
+    const std::int32_t* given = verify ? arena_.get<VerifyInputs>("verify_inputs")->token_ids : tokens;
+    kernels::embedding_async(weights_.embedding(), given, batch, config_.embed_scale, residual, residual_bf16, stream,
                              pdl);
     pdl = pdl_;
   }
@@ -158,47 +166,51 @@ void Decoder::record_step_async(const StepKey& key) {
     args.gain = layer.input_norm;
     args.epilogue = Epilogue::store_f32;
     args.out_f32 = qkv;
-    kernels::gemv_async(args, stream, pdl);
+    decode_product_async(args, pdl);
     pdl = pdl_;
 
-    kernels::DecodeAttentionArgs attention;
-    attention.qkv = qkv;
-    attention.kv = cache_.layer(index);
-    attention.rope = layer.rope;
-    attention.positions = tokens + kMaxBatch;
-    attention.slots = tokens + 2 * kMaxBatch;
-    attention.out = attended;
-    attention.batch = batch;
-    attention.num_heads = config_.num_heads;
-    attention.window = config_.window(index);
-    attention.scale = attention_scale(config_);
-    attention.splits = splits_;
-    attention.workspace = arena_.get<std::byte>("attention");
-    kernels::decode_attention_async(attention, stream, pdl);
+    if (verify) {
+      record_verify_attention_async(index, key, pdl);
+    } else {
+      kernels::DecodeAttentionArgs attention;
+      attention.qkv = qkv;
+      attention.kv = cache_.layer(index);
+      attention.rope = layer.rope;
+      attention.positions = tokens + kMaxBatch;
+      attention.slots = tokens + 2 * kMaxBatch;
+      attention.out = attended;
+      attention.batch = batch;
+      attention.num_heads = config_.num_heads;
+      attention.window = config_.window(index);
+      attention.scale = attention_scale(config_);
+      attention.splits = splits_;
+      attention.workspace = arena_.get<std::byte>("attention");
+      kernels::decode_attention_async(attention, stream, pdl);
+    }
 
     args = gemv_args(layer.o, "attn.o", batch);
     args.x = attended;
     args.epilogue = Epilogue::residual;
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
-    kernels::gemv_async(args, stream, pdl);
+    decode_product_async(args, pdl);
 
     args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
     args.x = residual_bf16;
     args.gain = layer.post_norm;
     args.epilogue = Epilogue::swiglu;
     args.out_bf16 = activated;
-    kernels::gemv_async(args, stream, pdl);
+    decode_product_async(args, pdl);
 
     args = gemv_args(layer.down, "mlp.down", batch);
     args.x = activated;
     args.epilogue = Epilogue::residual;
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
-    kernels::gemv_async(args, stream, pdl);
+    decode_product_async(args, pdl);
   }
   record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
-  if (tail == StepTail::kLogits) return;
+  if (tail == StepTail::kLogits || verify) return;
 
   kernels::DecodeState state;
   state.token_ids = tokens;
@@ -247,7 +259,7 @@ GemvArgs Decoder::head_args(int num_rows, bool with_maximum) const {
 void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl) {
   GemvArgs args = head_args(num_rows, with_maximum);
   args.x = x;
-  kernels::gemv_async(args, stream_.get(), pdl);
+  decode_product_async(args, pdl);
 }
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }
@@ -290,7 +302,11 @@ int Decoder::step(std::span<const SequenceStep> batch) {
       decode_async(batch, std::span(singles).subspan(start, count), first_rows);
     }
     for (std::size_t i = 0; i < batch.size(); ++i) {
-      if (batch[i].token_ids.size() > 1) prefill_async(batch[i], first_rows[i]);
+      if (verifies(batch[i])) {
+        verify_async(batch[i].slot, batch[i].position, batch[i].token_ids, {}, first_rows[i]);
+      } else if (batch[i].token_ids.size() > 1) {
+        prefill_async(batch[i], first_rows[i]);
+      }
     }
     stream_.wait();
     return num_rows;

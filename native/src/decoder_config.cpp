@@ -5,8 +5,10 @@
 
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
+#include "edgellm/kernels/attention_tree.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "edgellm/verify_inputs.hpp"
 
 namespace edgellm {
 namespace {
@@ -98,6 +100,9 @@ void DecoderConfig::check() const {
           "sliding_windows must have one entry a layer");
   require(num_slots > 0 && capacity > 0 && capacity <= num_positions, "capacity must be 1 to num_positions");
   require(max_tokens >= kernels::kMaxGemvTokens && min_gemm_tokens >= 2, "max_tokens is too small");
+  require(max_verify_tokens == 0 || (max_verify_tokens >= 2 && max_verify_tokens <= kMaxVerifyTokens),
+          "max_verify_tokens is " + std::to_string(max_verify_tokens) + "; it must be 0 (off) or 2 to " +
+              std::to_string(kMaxVerifyTokens));
 }
 
 std::vector<LinearShape> layer_linears(const DecoderConfig& config) {
@@ -147,7 +152,8 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
            static_cast<std::size_t>(config.num_slots) * static_cast<std::size_t>(config.capacity) *
                config.kv_bytes_per_token());
 
-  const auto tokens = static_cast<std::size_t>(config.max_tokens);
+  const int verified = config.max_verify_tokens > 0 ? verify_class(config.max_verify_tokens) : 0;
+  const auto tokens = static_cast<std::size_t>(std::max(config.max_tokens, verified));
   const auto intermediate = static_cast<std::size_t>(config.intermediate_size);
   const auto qkv = static_cast<std::size_t>(config.qkv_width());
   const auto q = static_cast<std::size_t>(config.q_width());
@@ -155,7 +161,8 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "residual_bf16", tokens * hidden * 2);
   plan.add("workspace", "normed", tokens * hidden * 2);
   plan.add("workspace", "delta", tokens * hidden * 2);
-  plan.add("workspace", "qkv", std::max(tokens * qkv * 2, std::size_t{kMaxBatch} * qkv * sizeof(float)));
+  plan.add("workspace", "qkv",
+           std::max(tokens * 2, static_cast<std::size_t>(std::max(kMaxBatch, verified)) * sizeof(float)) * qkv);
   plan.add("workspace", "q", tokens * q * 2);
   plan.add("workspace", "attended", tokens * q * 2);
   plan.add("workspace", "gate_up", tokens * 2 * intermediate * 2);
@@ -166,9 +173,14 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "step_counts", std::size_t{kMaxBatch} * sizeof(std::int32_t));
   plan.add("workspace", "attention",
            kernels::decode_attention_workspace_bytes(kMaxBatch, config.num_heads, config.head_dim));
+  if (verified > 0) {
+    plan.add("workspace", "verify_inputs", sizeof(VerifyInputs));
+    plan.add("workspace", "tree_attention",
+             kernels::tree_attention_workspace_bytes(verified, config.num_heads, config.head_dim));
+  }
   plan.add("workspace", "scratch", scratch_bytes(config));
   plan.add("workspace", "cublaslt", MatrixProducts::kWorkspaceBytes);
-  plan.add("logits", "logits", std::size_t{kMaxLogitRows} * vocab * sizeof(float));
+  plan.add("logits", "logits", static_cast<std::size_t>(std::max(kMaxLogitRows, verified)) * vocab * sizeof(float));
   plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
   plan.add("logits", "block_max",
            std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.vocab_size)) *

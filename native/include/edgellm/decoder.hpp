@@ -20,6 +20,7 @@
 #include "edgellm/kv_cache.hpp"
 #include "edgellm/memory.hpp"
 #include "edgellm/stream.hpp"
+#include "edgellm/verify_inputs.hpp"
 #include "edgellm/weights.hpp"
 
 namespace edgellm {
@@ -37,11 +38,14 @@ enum class StepTail : std::uint8_t {
   kLogits,  // begins with the embedding of given tokens; logits for the host
   kGreedy,  // begins where the last step ended; the most likely token is embedded for the next
   kSample,  // the same with a drawn token
+  // Nodes of one draft instead of sequences, all with logits: any tree, or a chain with the bits of single steps.
+  kVerify,
+  kVerifyExactly,
 };
 
 // Everything that shapes a recorded step: one graph each.
 struct StepKey {
-  int batch = 1;
+  int batch = 1;  // sequences, or the draft's class of nodes
   StepTail tail = StepTail::kLogits;
 
   auto operator<=>(const StepKey&) const = default;
@@ -72,6 +76,17 @@ class Decoder {
   // before it and than there are slots.
   const float* logits() const noexcept { return host_logits_.as<float>(); }
   int num_logit_rows() const noexcept { return num_logit_rows_; }
+
+  // Computes a draft whose nodes follow the prefix of `position` tokens, parents before their children (a root has -1;
+  // no parents: a chain). Node i's key and value are at cache position `position` + i until accept_path, and its row of
+  // logits() sees the prefix, its ancestors and itself. At most max_verify_tokens nodes; returns their number. Waits.
+  int verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
+                  std::span<const std::int32_t> parents);
+  // Keeps a path of the draft just verified, as node indices from a root down: their keys and values move to positions
+  // `position`, `position` + 1, … and the slot is linear again.
+  void accept_path(int slot, int position, std::span<const std::int32_t> nodes);
+  // Milliseconds on the device of each of `num_steps` verifications of a chain, without the copy of its logits.
+  std::vector<float> time_verify(int slot, int position, int num_tokens, int num_steps);
 
   // The fast path: starts a run in which every sampled token feeds the next step on the device. rows: one a sequence,
   // or empty for greedy. At most kMaxBatch sequences.
@@ -115,6 +130,18 @@ class Decoder {
   const Graph& graph(const StepKey& key);
 
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
+  // Whether a step of several tokens verifies a draft: it asks for every token's logits, and is short.
+  bool verifies(const SequenceStep& item) const;
+  void upload_verify_inputs_async(const VerifyInputs& inputs);
+  StepKey prepare_verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
+                               std::span<const std::int32_t> parents);
+  void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
+                    std::span<const std::int32_t> parents, int first_row);
+  void record_verify_attention_async(int layer, const StepKey& key, bool pdl);
+  void record_exact_chain_attention_async(int layer, int count, bool pdl);
+  // A product of a decode step, cut where it has more tokens than one kernel takes.
+  void decode_product_async(kernels::GemvArgs args, bool pdl);
+  void warm_up_verify();
   void prefill_async(const SequenceStep& item, int first_row);
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
                            int first_row, bool products);
