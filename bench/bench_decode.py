@@ -24,9 +24,10 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from random_bundle import SCHEMES, SHAPES, RandomBundle, decode_bytes  # noqa: E402
-
 from edgellm_ros import native  # noqa: E402
+from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes  # noqa: E402
+from edgellm_ros.benchmark.executor_path import time_decode, time_prompt  # noqa: E402
+from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.executors import SequenceStep  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
@@ -106,18 +107,14 @@ def measure(
     executor = CudaExecutor(bundle, config)
     load_s = time.monotonic() - started
     ids = np.random.default_rng(1).integers(0, bundle.manifest.model.vocab_size, longest).astype(np.int32)
-    prefill_ms = {length: _time_prefill(executor, ids[:length]) for length in options.prefill}
+    prefill_ms = {length: _time_prefill(executor, ids[:length], config.prefill_chunk) for length in options.prefill}
     for slot in range(batch):
         executor.step([SequenceStep(slot, ids[:context], 0)])
     decoder: Any = executor._decoder
     at = ([*range(batch)], [context] * batch, [7] * batch)
     tiles = _tune(decoder, at, batch) if options.tune else {}
     executor.decode_tokens(*at, 16)
-    walls = []
-    for _ in range(3):
-        started = time.perf_counter()
-        executor.decode_tokens(*at, options.tokens)
-        walls.append((time.perf_counter() - started) * 1e3 / options.tokens)
+    ms = statistics.median(time_decode(executor, batch, context, options.tokens) for _ in range(3))
     device_ms = statistics.median(decoder.time_run(*at, options.tokens))
     rows = [module.SamplingRow(seed=i, temperature=0.8, top_k=40, top_p=0.95) for i in range(batch)]
     sampled_ms = statistics.median(decoder.time_run(*at, options.tokens, rows))
@@ -125,9 +122,9 @@ def measure(
     plain_ms = statistics.median(decoder.time_run(*at, 32))
     decoder.use_graphs(True)
     host_ms = _time_host_steps(executor, batch, context)
-    ms = statistics.median(walls)
-    read = decode_bytes(shape, weights)
-    read += batch * (context + options.tokens // 2) * executor.info.kv_bytes_per_token
+    model = bundle.manifest.model
+    read = decode_bytes(model, bundle.manifest.quantization)
+    read += batch * kv_bytes(model, executor.info.kv_bytes_per_token, context + options.tokens // 2)
     gb_per_s = read / ms * 1e-6
     memory_mb = executor.info.memory_bytes / 1e6
     executor.close()
@@ -152,13 +149,8 @@ def print_result(r: Result) -> None:
         print(f"{'':9} tiles {r.tiles}", flush=True)
 
 
-def _time_prefill(executor: CudaExecutor, ids: np.ndarray) -> float:
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        executor.step([SequenceStep(0, ids, 0)])
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[1:])
+def _time_prefill(executor: CudaExecutor, ids: np.ndarray, chunk: int) -> float:
+    return statistics.median([time_prompt(executor, ids, chunk) for _ in range(5)][1:])
 
 
 def _tune(decoder: Any, at: tuple[list[int], list[int], list[int]], batch: int) -> dict[str, int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import chat, doctor, export, inspect, run
+from edgellm_ros.cli import bench, chat, doctor, export, inspect, run
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (export, inspect, run, chat, doctor)
+VERBS = (export, inspect, run, chat, bench, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:
@@ -20,6 +21,7 @@ from a checkpoint to an answer:
   edgellm inspect smollm2                                    see what is in it
   edgellm chat smollm2                                       talk to it
   edgellm run --bundle smollm2 --input-file in.json --output-file out.json
+  edgellm bench --bundle smollm2                             see how fast it is here
   ros2 launch edgellm_ros llm.launch.py bundle:=smollm2      serve it over ROS 2
 
 exit codes: 0 done, 1 an unexpected failure, 2 a mistake that the message explains, 130 interrupted
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the entry point of `edgellm`."""
     args = build_parser().parse_args(argv)
+    args.command = shlex.join(["edgellm", *(sys.argv[1:] if argv is None else argv)])
     try:
         code: int = args.execute(args)
         sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""What `edgellm bench` measures, how it is written down, and how it is drawn."""

@@ -1,0 +1,60 @@
+"""What a step has to move and compute: bytes of weights and KV cache of a decode step, operations of a prompt.
+
+The sizes are those in the executor's memory, which are not always the stored ones: a GPU holds floats in bf16, ONNX
+Runtime on a CPU in fp32, and it also widens the scales.
+"""
+
+from __future__ import annotations
+
+from edgellm_ros.bundle import ModelSpec, QuantSpec
+
+_INTEGERS = {"int8": 1.0, "int4": 0.5}
+_BYTES_PER_WEIGHT = {
+    "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, **_INTEGERS},
+    "onnxruntime": {"fp32": 4.0, "fp16": 4.0, **_INTEGERS},
+}
+_BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0}
+
+
+def layer_weights(model: ModelSpec) -> int:
+    """Elements of one layer's four matrices."""
+    q_width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return model.hidden_size * (2 * q_width + 2 * kv_width + 3 * model.intermediate_size)
+
+
+def num_parameters(model: ModelSpec) -> int:
+    """Elements of all matrices; a tied head is counted once. Norms and biases are not counted."""
+    table = model.hidden_size * model.vocab_size
+    return model.num_layers * layer_weights(model) + table * (1 if model.tied_head else 2)
+
+
+def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> int:
+    """Bytes of weights that one decode step reads: every layer and the head, with scales; not the embedding table."""
+    per_weight, per_scale = _BYTES_PER_WEIGHT[executor], _BYTES_PER_SCALE[executor]
+
+    def size(count: int, scheme: str) -> float:
+        return count * (per_weight[scheme] + (per_scale / quant.group_size if scheme in _INTEGERS else 0.0))
+
+    head = model.hidden_size * model.vocab_size
+    return int(size(model.num_layers * layer_weights(model), quant.weights) + size(head, quant.lm_head))
+
+
+def kv_bytes(model: ModelSpec, kv_bytes_per_token: int, context: float) -> float:
+    """Bytes of KV cache that one sequence's decode step reads with `context` tokens in it; windows read less."""
+    windows = model.sliding_windows or (0,) * model.num_layers
+    per_layer = kv_bytes_per_token / model.num_layers
+    return sum(per_layer * (min(context, window) if window else context) for window in windows)
+
+
+def prefill_flops(model: ModelSpec, num_tokens: int) -> float:
+    """Floating-point operations for the first `num_tokens` of a sequence, with one position's logits.
+
+    Two for each weight and token; attention's two products count what the causal mask and the windows leave.
+    """
+    products = 2.0 * num_tokens * model.num_layers * layer_weights(model)
+    head = 2.0 * model.hidden_size * model.vocab_size
+    pairs = 0.0
+    for window in model.sliding_windows or (0,) * model.num_layers:
+        seen = min(num_tokens, window or num_tokens)
+        pairs += seen * (seen + 1) / 2 + (num_tokens - seen) * seen
+    return products + head + 4.0 * model.num_heads * model.head_dim * pairs

@@ -1,0 +1,220 @@
+"""`edgellm bench`: how fast a bundle, or a published shape with random weights, runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm_ros.benchmark.shapes import SCHEME_FIELDS, SHAPE_FIELDS
+from edgellm_ros.cli.options import add_settings, settings_from, was_given
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import SamplingParams
+from edgellm_ros.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from edgellm_ros.benchmark.measure import Benchmark, Plan
+    from edgellm_ros.bundle import Bundle
+
+HELP = "measure how fast a bundle, or a model's shape with random weights, runs here"
+EXAMPLES = """\
+examples:
+  edgellm bench --bundle smollm2                                       prompt of 512, 128 new tokens, 5 rounds
+  edgellm bench --bundle smollm2 --prompt-tokens 128 512 2048 --context 512 4096
+  edgellm bench --bundle smollm2 --plot speed.svg                      tokens/s against context, 512 to capacity
+  edgellm bench --bundle smollm2 --json - --rounds 9                   for a script
+  edgellm bench --bundle smollm2 --compare onnxruntime cuda            both, with the ratio
+  edgellm bench --shape llama-8b --weights int4 --batch 1 8            no download: random weights, on a GPU
+
+Two figures stand side by side: "executor" is the model alone, "engine" what a caller gets, with scheduling, sampling,
+text and streaming. GB/s are the weights and the KV cache that a step reads, over its time; "of read" is that in
+relation to what a program that only reads reaches here, measured in the same run. Ctrl-C shows what there is so far.
+Numbers of a busy machine are too low: the output says so.
+"""
+_COMPARABLE = ("onnxruntime", "cuda")
+_ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens")  # given by what is measured
+_SAMPLING_USED = ("temperature", "top_k", "top_p", "min_p")
+_DEFAULT_PROMPT = 512
+_DEFAULT_LIMIT = 4096  # of a plot's contexts, when neither --context nor --max-context says more
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
+    model.add_argument("--shape", choices=tuple(SHAPE_FIELDS), help="this model's shape, with random weights")
+    parser.add_argument("--weights", choices=tuple(SCHEME_FIELDS), help="weights of a --shape (default bf16)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", metavar="N", help="prompt lengths (default 512, or what fits)"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens in the KV cache before decoding (default: the prompt's; with --plot 512 to capacity)",
+    )
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to decode (default 128)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each figure (default 5)")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=_COMPARABLE,
+        metavar="EXECUTOR",
+        help=f"measure several executors in turn ({', '.join(_COMPARABLE)}); ratios are to the first",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - is standard output")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens/s against context: .svg or .png")
+    unused = [name for name in SamplingParams.__dataclass_fields__ if name not in _SAMPLING_USED]
+    add_settings(parser, SamplingParams, "sampling (through the engine)", skip=unused)
+    add_settings(parser, EngineConfig, "engine", skip=_ENGINE_SKIPPED)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Check everything, measure, and show it."""
+    from rich.console import Console
+
+    from edgellm_ros.benchmark.measure import Benchmark
+    from edgellm_ros.benchmark.plot import check_plot, write_plot
+    from edgellm_ros.benchmark.report import begin_report, print_report
+
+    _check_counts(args)
+    if args.plot is not None:
+        check_plot(args.plot)
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: there is no directory {Path(args.json).parent}; make it first")
+    executors = _executors(args)
+    bundle, source = _open(args, executors)
+    plan = _plan(args, executors, bundle)
+    benchmark = Benchmark(bundle, source, plan)
+    report = begin_report(args.command, bundle, plan)
+    try:
+        _measure(benchmark, plan)
+        report["complete"] = True
+    except KeyboardInterrupt:
+        if not benchmark.runs:
+            raise
+    report["runs"] = [run.to_dict() for run in benchmark.runs]
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    if args.json == "-":
+        sys.stdout.write(text)
+    else:
+        print_report(report, Console(highlight=False))
+        if args.json is not None:
+            Path(args.json).write_text(text, encoding="utf-8")
+    if args.plot is not None:
+        write_plot(report, args.plot)
+    return 0 if report["complete"] else 130
+
+
+def _measure(benchmark: Benchmark, plan: Plan) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=plan.num_units)
+        begun = 0
+
+        def show(words: str) -> None:
+            nonlocal begun
+            progress.update(task, description=words, completed=begun)
+            begun += 1
+
+        benchmark.measure(show)
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    limits: dict[str, tuple[Any, int, int]] = {
+        "--prompt-tokens": (args.prompt_tokens, 2, 2**20),
+        "--context": (args.context, 2, 2**20),
+        "--new-tokens": ([args.new_tokens], 2, 2**16),
+        "--batch": (args.batch, 1, 64),
+        "--rounds": ([args.rounds], 1, 1000),
+    }
+    for option, (values, low, high) in limits.items():
+        for value in values or ():
+            if not low <= value <= high:
+                raise ConfigError(f"{option} {value}: allowed is {low} to {high}")
+
+
+def _executors(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.compare:
+        if was_given(args, EngineConfig, "executor"):
+            raise ConfigError("--compare names the executors already; leave --executor out")
+        return tuple(dict.fromkeys(args.compare))
+    named = settings_from(args, EngineConfig()).executor
+    return ("cuda",) if args.shape and named == "auto" else (named,)
+
+
+def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle, Path | Bundle]:
+    """The bundle, and what to load it from."""
+    from edgellm_ros import native
+    from edgellm_ros.benchmark.random_bundle import RandomBundle
+    from edgellm_ros.bundle import Bundle
+
+    if args.bundle is not None:
+        if args.weights is not None:
+            raise ConfigError(f"--weights {args.weights} goes with --shape; a bundle has its own weights, see inspect")
+        bundle = Bundle.open(args.bundle, verify=False)  # loading verifies it
+    reason = native.unavailable_reason() if "cuda" in executors else ""
+    if args.bundle is not None:
+        if reason:
+            raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
+        return bundle, args.bundle
+    others = [name for name in executors if name != "cuda"]
+    if others:
+        raise UnsupportedError(
+            f"executor is {others[0]!r}: --shape {args.shape} is random weights without an ONNX graph, which only cuda "
+            "runs; use --executor cuda, or --bundle with an exported model"
+        )
+    if reason:
+        raise UnsupportedError(
+            f"--shape {args.shape} is random weights without an ONNX graph, which only the cuda executor runs: "
+            f"{reason}; use --bundle with an exported model on a CPU"
+        )
+    random = RandomBundle(args.shape, args.weights or "bf16")
+    return random, random
+
+
+def _plan(args: argparse.Namespace, executors: tuple[str, ...], bundle: Bundle) -> Plan:
+    from dataclasses import replace
+
+    from edgellm_ros.benchmark.measure import Plan, check_batches, tokens_needed
+
+    config = settings_from(args, EngineConfig())
+    batches = tuple(sorted(set(args.batch)))
+    for executor in executors:
+        check_batches(batches, executor)
+    limit = config.max_context or bundle.manifest.model.max_context
+    room = limit - tokens_needed(0, args.new_tokens, batches[-1])
+    if room < 2:
+        raise ConfigError(
+            f"--new-tokens {args.new_tokens} and --batch {batches[-1]} leave no room for a prompt in {limit} tokens; "
+            "lower them"
+        )
+    prompts = args.prompt_tokens or [min(_DEFAULT_PROMPT, room)]
+    if args.context:
+        contexts = args.context
+    elif args.plot is not None:
+        contexts = _doubling(room if config.max_context else min(room, _DEFAULT_LIMIT - (limit - room)))
+    else:
+        contexts = prompts
+    sampling = replace(settings_from(args, SamplingParams()), seed=0, ignore_eos=True)
+    return Plan(
+        executors, tuple(sorted(set(prompts))), tuple(sorted(set(contexts))), batches, args.new_tokens, args.rounds,
+        config, sampling,
+    )  # fmt: skip
+
+
+def _doubling(longest: int) -> list[int]:
+    """Contexts for a plot: 512, 1,024 and so on, then the longest; smaller ones where the context is small."""
+    contexts, context = [], min(_DEFAULT_PROMPT, max(longest // 4, 2))
+    while context < 0.9 * longest:
+        contexts.append(context)
+        context *= 2
+    return [*contexts, longest]

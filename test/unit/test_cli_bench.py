@@ -1,0 +1,275 @@
+"""`edgellm bench`: a real measurement of a small model, its JSON, its plot, and a refusal for what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellm_ros import native
+from edgellm_ros.benchmark.figures import SCHEMA, SCHEMA_VERSION
+from edgellm_ros.benchmark.measure import Benchmark
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.cli.bench import _doubling
+from edgellm_ros.cli.main import main
+
+NO_GPU = native.unavailable_reason()
+SVG = "{http://www.w3.org/2000/svg}"
+FAST = ("--rounds", "2", "--new-tokens", "16")
+
+
+@pytest.fixture
+def path(tiny_bundle: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "120")
+    return str(tiny_bundle("qwen3", "int4").path)
+
+
+def check_spread(spread: dict[str, Any], rounds: int) -> None:
+    assert len(spread["rounds"]) == rounds
+    assert 0 < spread["min"] <= spread["median"] <= spread["max"] < 60_000
+    assert spread["min"] == min(spread["rounds"]) and spread["max"] == max(spread["rounds"])
+
+
+def test_json_has_every_figure_with_what_it_needs_to_mean_something(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prompt-tokens", "20", "50", "--context", "64", "32", "--batch", "2", "1", "--temperature", "0")
+    command = ["bench", "--bundle", path, *FAST, "--executor", "onnxruntime", *options, "--json", "-"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["schema"], report["schema_version"], report["complete"]) == (SCHEMA, SCHEMA_VERSION, True)
+    assert report["command"].split() == ["edgellm", *command]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", report["date"])
+    assert report["machine"]["cpu"] and report["machine"]["physical_cores"] >= 1
+    assert set(report["versions"]) >= {"edgellm_ros", "python", "numpy", "onnxruntime"}
+    assert report["model"]["family"] == "qwen3" and report["model"]["weights"] == "int4"
+    assert report["settings"]["contexts"] == [32, 64] and report["settings"]["sampling"]["temperature"] == 0
+    assert [(run["executor"], run["batch"]) for run in report["runs"]] == [("onnxruntime", 1), ("onnxruntime", 2)]
+    assert [row["prompt_tokens"] for row in report["runs"][0]["prefill"]] == [20, 50]
+    for run in report["runs"]:
+        assert run["read_bandwidth"]["gb_per_s"] > 0 and "NumPy" in run["read_bandwidth"]["method"]
+        assert run["load_s"] > 0 and run["memory"]["device_bytes"] is None
+        assert 0 < run["memory"]["resident_bytes"] <= run["memory"]["peak_bytes"]
+        assert 64 + 16 <= run["capacity"] <= 256 and run["memory"]["planned_bytes"] > 0
+        assert [(row["batch"], row["context"]) for row in run["decode"]] == [(run["batch"], 32), (run["batch"], 64)]
+        for row in run["prefill"]:
+            check_spread(row["executor"]["ms"], 2)
+            check_spread(row["engine"]["time_to_first_token_ms"], 2)
+            ms = row["executor"]["ms"]["median"]
+            assert row["executor"]["tokens_per_s"] * ms == pytest.approx(1e3 * row["prompt_tokens"])
+            assert row["executor"]["tflop_per_s"] > 0
+        for row in run["decode"]:
+            for way in ("executor", "engine"):
+                check_spread(row[way]["ms_per_token"], 2)
+                ms = row[way]["ms_per_token"]["median"]
+                assert row[way]["tokens_per_s"] * ms == pytest.approx(1e3 * row["batch"])
+                assert row[way]["gb_per_s"] * ms == pytest.approx(row["bytes_per_step"] * 1e-6)
+                assert 0 < row[way]["read_share"] < 1.5
+            assert row["engine_over_executor"] > 0
+
+
+def test_tables_show_the_machine_the_command_and_both_paths(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    assert main(["bench", "--bundle", path, *FAST, "--context", "40", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["machine"]["cpu"] in shown and report["command"] in shown and "interrupted" not in shown
+    decode = report["runs"][0]["decode"][0]
+    for words in ("prefill", "decode", "first token", f"{decode['engine']['tokens_per_s']:,.1f}", "of read", "█"):
+        assert words in shown
+    assert f"{decode['executor']['ms_per_token']['median']:.3f} (" in shown
+
+
+def test_comparing_executors_gives_ratios_to_the_first(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the second executor is the first one under another name."""
+    from edgellm_ros import executors
+
+    create = executors.create_executor
+
+    def as_cuda(bundle: Bundle, config: Any) -> Any:
+        import dataclasses
+
+        made = create(bundle, dataclasses.replace(config, executor="onnxruntime"))
+        if config.executor == "cuda":
+            made.info = dataclasses.replace(made.info, name="cuda")
+            made.decode_tokens = lambda slots, at, first, count: [  # type: ignore[attr-defined]
+                made.step([executors.SequenceStep(0, first_ids, at[0] + i)]) for i in range(count)
+            ]
+        return made
+
+    import numpy as np
+
+    first_ids = np.array([7], np.int32)
+    monkeypatch.setattr(executors, "create_executor", as_cuda)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
+    bandwidth = "edgellm_ros.benchmark.measure.measure_read_bandwidth"
+    from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth
+
+    monkeypatch.setattr(bandwidth, lambda executor, threads: ReadBandwidth(10.0, executor))
+    monkeypatch.setattr("edgellm_ros.benchmark.measure.free_device_bytes", lambda: 1000)
+    monkeypatch.setattr("edgellm_ros.benchmark.machine._gpu", lambda: None)
+    assert main(["bench", "--bundle", path, *FAST, "--compare", "onnxruntime", "cuda"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        shown.count("ratios are tokens/s to onnxruntime's") == 1 and shown.count("ratio\n") + shown.count("ratio ") > 1
+    )
+    assert main(["bench", "--bundle", path, "--compare", "cuda", "--executor", "cuda"]) == 2
+    assert "--compare names the executors already" in capsys.readouterr().err
+
+
+def test_the_plot_is_an_svg_with_a_point_for_each_context(path: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot, file = tmp_path / "speed.svg", tmp_path / "report.json"
+    assert main(["bench", "--bundle", path, *FAST, "--batch", "1", "2", "--plot", str(plot), "--json", str(file)]) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    contexts = report["settings"]["contexts"]
+    assert len(contexts) >= 3 and contexts[-1] + 16 + 2 < report["runs"][0]["capacity"] <= 256
+    root = ElementTree.parse(plot).getroot()
+    assert root.tag == f"{SVG}svg"
+    lines = {g.get("id"): g for g in root.iter(f"{SVG}g") if (g.get("id") or "").startswith("line-")}
+    assert set(lines) == {f"line-onnxruntime-{b}-{way}" for b in (1, 2) for way in ("executor", "engine")}
+    for line in lines.values():
+        assert len(list(line.iter(f"{SVG}use"))) == len(contexts)
+
+
+def test_the_plot_is_also_written_as_png(path: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "speed.png"
+    assert main(["bench", "--bundle", path, *FAST, "--context", "20", "40", "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once_with_the_extras_name(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    monkeypatch.setattr(Benchmark, "measure", lambda *args: pytest.fail("measured before the refusal"))
+    assert main(["bench", "--bundle", path, "--plot", "speed.svg"]) == 2
+    assert "pip install 'edgellm_ros[bench]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_shows_what_was_measured_so_far(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Benchmark.measure
+
+    def interrupted(self: Benchmark, progress: Callable[[str], object]) -> None:
+        def count(words: str) -> None:
+            progress(words)
+            if "after 48, engine" in words:
+                raise KeyboardInterrupt
+
+        measure(self, count)
+
+    monkeypatch.setattr(Benchmark, "measure", interrupted)
+    file = tmp_path / "report.json"
+    options = ("--context", "24", "48", "--json", str(file))
+    assert main(["bench", "--bundle", path, *FAST, *options]) == 130
+    shown = capsys.readouterr().out
+    assert "interrupted: this is what was measured so far" in shown and "first token" in shown
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["complete"] is False
+    first, second = report["runs"][0]["decode"]
+    assert first["engine"]["tokens_per_s"] > 0 and first["engine"]["read_share"] is None
+    assert first["executor"] is None and second["engine"] is None
+
+
+def test_ctrl_c_before_anything_was_measured_is_just_the_exit_code(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Benchmark, "measure", interrupted)
+    assert main(["bench", "--bundle", path]) == 130
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--rounds", "0"), "--rounds 0: allowed is 1 to 1000"),
+        (("--new-tokens", "1"), "--new-tokens 1: allowed is 2 to 65536"),
+        (("--batch", "1", "65"), "--batch 65: allowed is 1 to 64"),
+        (("--context", "1"), "--context 1: allowed is 2 to 1048576"),
+        (("--prompt-tokens", "-3"), "--prompt-tokens -3: allowed is 2 to 1048576"),
+        (("--prompt-tokens", "400", "--context", "20"), "needs 401 tokens"),
+        (("--context", "4096"), "but the bundle holds 256; lower them"),
+        (("--max-context", "64", "--context", "50", "--new-tokens", "20"), "max_context 64 is too small"),
+        (("--new-tokens", "300"), "leave no room for a prompt in 256 tokens"),
+        (("--weights", "int8"), "--weights int8 goes with --shape"),
+        (("--plot", "speed.pdf"), "the name must end in .svg or .png"),
+        (("--plot", "no/such/speed.svg"), "there is no directory no/such"),
+        (("--json", "no/such/report.json"), "there is no directory no/such"),
+        (("--executor", "tensorrt"), "executor is 'tensorrt'"),
+        (("--num-threads", "-1"), "num_threads is -1"),
+        (("--temperature", "-1"), "temperature is -1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_value_and_the_remedy(
+    options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--bundle", path, *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--shape", "llama-1b"), "which only the cuda executor runs: "),
+        (("--shape", "llama-1b"), "use --bundle with an exported model on a CPU"),
+        (("--shape", "qwen3-4b", "--weights", "int4", "--executor", "onnxruntime"), "executor is 'onnxruntime': "),
+        (("--shape", "llama-8b", "--compare", "onnxruntime", "cuda"), "--shape llama-8b is random weights without an"),
+        (("--bundle", "PATH", "--executor", "cuda"), "executor is 'cuda': "),
+        (("--bundle", "PATH", "--compare", "onnxruntime", "cuda"), "use onnxruntime or auto"),
+    ],
+)
+def test_what_only_a_gpu_runs_is_refused_by_name_without_one(
+    options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *(path if option == "PATH" else option for option in options)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--bundle", "b", "--shape", "llama-1b"), ("--shape", "gpt-2")])
+def test_a_model_is_named_once(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *options])
+    assert stop.value.code == 2 and "--shape" in capsys.readouterr().err
+
+
+def test_a_plots_contexts_double_up_to_the_capacity() -> None:
+    assert _doubling(4096) == [512, 1024, 2048, 4096]
+    assert _doubling(3900) == [512, 1024, 2048, 3900]
+    assert _doubling(1100) == [275, 550, 1100]
+    assert _doubling(100) == [25, 50, 100]
+    assert _doubling(2) == [2]
+
+
+def test_measuring_on_a_robot_loads_neither_torch_nor_the_toolchain(path: str) -> None:
+    code = f"""
+import sys
+from edgellm_ros.cli.main import main
+assert main(["bench", "--bundle", {path!r}, "--rounds", "1", "--new-tokens", "8", "--json", "-"]) == 0
+heavy = ("torch", "transformers", "onnx", "edgellm_ros.toolchain", "matplotlib", "rclpy")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert json.loads(done.stdout)["complete"] is True
