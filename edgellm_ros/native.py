@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 import logging
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from edgellm_ros.errors import UnsupportedError
 _log = logging.getLogger(__name__)
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
-_BUILD = "cmake -S native -B build/native && cmake --build build/native"
+_BUILD = "make native, or pip install or colcon build again, on this machine"
+_TEGRA = {(7, 2), (8, 7), (10, 1), (11, 0)}  # run only code that was compiled for exactly them (or PTX)
 
 
 @functools.cache
@@ -23,10 +26,20 @@ def import_module() -> tuple[Any, str]:
     """(the module or None, why it is None). Importing needs no GPU and no CUDA library."""
     try:
         return importlib.import_module("edgellm_ros._native"), ""
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "edgellm_ros._native":
+            return None, f"the native module cannot be loaded: {error}"
+        others = _other_builds()
+        if others:
+            here = importlib.machinery.EXTENSION_SUFFIXES[0]
+            return (
+                None,
+                f"the native module was built for another Python or processor ({others}; this one needs "
+                f"_native{here}): {_BUILD}",
+            )
         return None, f"the native module is not built (where there is a CUDA toolkit: {_BUILD})"
     except ImportError as error:
-        return None, f"the native module cannot be loaded: {error}; build it again on this machine ({_BUILD})"
+        return None, f"the native module cannot be loaded: {error}; build it again: {_BUILD}"
 
 
 def unavailable_reason() -> str:
@@ -38,11 +51,38 @@ def unavailable_reason() -> str:
     if not count:
         return f"no NVIDIA GPU: {reason}"
     info: dict[str, Any] = module.device_info()
-    if tuple(info["compute_capability"]) < MIN_COMPUTE_CAPABILITY:
-        have = ".".join(map(str, info["compute_capability"]))
+    reason = capability_reason(module, info["compute_capability"])
+    return f"{info['name']} {reason}" if reason else ""
+
+
+def capability_reason(module: Any, capability: tuple[int, int]) -> str:
+    """Why a GPU of this compute capability cannot run `module`'s kernels, as the end of a sentence; empty if it can."""
+    have = ".".join(map(str, capability))
+    if tuple(capability) < MIN_COMPUTE_CAPABILITY:
         need = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
-        return f"{info['name']} has compute capability {have}; the kernels need {need}"
-    return ""
+        return f"has compute capability {have}; the kernels need {need} or newer: use the CPU executor"
+    if runs_on(module.ARCHITECTURES, module.PTX_ARCHITECTURE, capability):
+        return ""
+    arch = "90a" if tuple(capability) == (9, 0) else have.replace(".", "")
+    return (
+        f"has compute capability {have}, but the native module was compiled for {', '.join(module.ARCHITECTURES)}: "
+        f"EDGELLM_CUDA_ARCHS={arch} {_BUILD}"
+    )
+
+
+def runs_on(architectures: Sequence[str], ptx: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures` ("80", "90a"), or the PTX of `ptx` ("" is none), runs on a GPU.
+
+    Machine code runs on its own capability and on later ones of the same major version, on a Tegra or with a suffix
+    only on its own; PTX runs on its own and all later ones (CUDA C++ Programming Guide, "Compute Capabilities").
+    """
+    major, minor = capability
+    for name in architectures:
+        exact = not name.isdigit() or (major, minor) in _TEGRA
+        built = divmod(int(name.rstrip("abcdefgh")), 10)
+        if built == (major, minor) or (not exact and built not in _TEGRA and built[0] == major and built[1] < minor):
+            return True
+    return bool(ptx) and divmod(int(ptx), 10) <= (major, minor)
 
 
 def load() -> Any:
@@ -71,3 +111,10 @@ def _preload_cublaslt(cuda_major: int) -> None:
                 return
             except OSError as error:
                 _log.warning("%s cannot be loaded: %s", path, error)
+
+
+def _other_builds() -> str:
+    """Compiled modules that this Python cannot load."""
+    import edgellm_ros
+
+    return ", ".join(str(path) for root in edgellm_ros.__path__ for path in sorted(Path(root).glob("_native*.so")))

@@ -1,4 +1,4 @@
-"""Bundles that several tests share, each exported once a run."""
+"""Bundles that several tests share, each exported once a run; and which native module they get."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import edgellm_ros
 from edgellm_ros.bundle import Bundle
+
+# `make test` compiles every architecture without optimisation; `make native`, where it ran, is what robots get.
+edgellm_ros.__path__.append(str(Path(__file__).resolve().parents[1] / "build" / "native-check"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <exception>
+#include <sstream>
 #include <string>
 
 #include "bindings.hpp"
@@ -15,15 +16,25 @@ namespace py = pybind11;
 namespace edgellm {
 namespace {
 
+std::string version_text(int version) {  // 13000 is 13.0
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 // (number of GPUs, why there is none): asking must not fail on a machine without a driver.
 py::tuple count_devices() {
   int count = 0;
   const cudaError_t code = cudaGetDeviceCount(&count);
-  if (code != cudaSuccess) {
-    (void)cudaGetLastError();
-    return py::make_tuple(0, std::string(cudaGetErrorString(code)));
+  if (code == cudaSuccess) return py::make_tuple(count, std::string(count == 0 ? "CUDA sees no device" : ""));
+  (void)cudaGetLastError();
+  int driver = 0;
+  std::string reason = cudaGetErrorString(code);
+  if (code == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess) {
+    reason = driver == 0
+                 ? "no NVIDIA driver is installed"
+                 : "the driver is for CUDA " + version_text(driver) + ", the native module for CUDA " +
+                       version_text(CUDART_VERSION) + "; update the driver, or build with an older CUDA toolkit";
   }
-  return py::make_tuple(count, std::string(count == 0 ? "CUDA sees no device" : ""));
+  return py::make_tuple(0, reason);
 }
 
 py::dict device_info() {
@@ -47,6 +58,39 @@ py::dict device_info() {
   return info;
 }
 
+// What this module was compiled for: CMake says "80,87,90a".
+py::tuple architectures() {
+  py::list names;
+  std::istringstream list(EDGELLM_ARCHITECTURES);
+  for (std::string name; std::getline(list, name, ',');) names.append(name);
+  return py::tuple(names);
+}
+
+// Without code for this GPU nothing is broken that another build would not mend: UnsupportedError, not DeviceError.
+bool lacks_code(cudaError_t code) {
+  return code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion ||
+         code == cudaErrorInvalidDeviceFunction;
+}
+
+void raise_in_python(const CudaError& error) {
+  const py::module_ errors = py::module_::import("edgellm_ros.errors");
+  if (!lacks_code(error.code())) {
+    PyErr_SetString(errors.attr("DeviceError").ptr(), error.what());
+    return;
+  }
+  int device = 0;
+  cudaDeviceProp properties{};
+  std::string gpu = "this GPU";
+  if (cudaGetDevice(&device) == cudaSuccess && cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
+    gpu = std::string(properties.name) + " (architecture " + std::to_string(10 * properties.major + properties.minor) +
+          ")";
+  }
+  const std::string message = "the native module was compiled for architectures " EDGELLM_ARCHITECTURES
+                              " and has no code for " +
+                              gpu + "; build it on this machine: make native (" + error.what() + ")";
+  PyErr_SetString(errors.attr("UnsupportedError").ptr(), message.c_str());
+}
+
 }  // namespace
 
 void bind_device(py::module_& module) {
@@ -54,11 +98,14 @@ void bind_device(py::module_& module) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const CudaError& error) {
-      const py::object type = py::module_::import("edgellm_ros.errors").attr("DeviceError");
-      PyErr_SetString(type.ptr(), error.what());
+      raise_in_python(error);
     }
   });
   module.attr("CUDA_MAJOR") = CUDART_VERSION / 1000;
+  module.attr("CUDA_VERSION") = CUDART_VERSION;    // 13000 is 13.0
+  module.attr("ARCHITECTURES") = architectures();  // ("80", "90a"): machine code
+  module.attr("PTX_ARCHITECTURE") = EDGELLM_PTX;   // "120": PTX, which newer GPUs compile when they load it; "" is none
+  module.attr("FAST_COMPILE") = EDGELLM_FAST_COMPILE != 0;  // built for checking, without optimisation
   module.def("count_devices", &count_devices, "(number of GPUs, why there is none).");
   module.def("device_info", &device_info, "Name, compute capability, memory and versions of the current GPU.");
   module.def("products_reason", &MatrixProducts::unavailable_reason, "Why cuBLASLt is not there; empty when it is.");

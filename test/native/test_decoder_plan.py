@@ -1,0 +1,106 @@
+"""What the compiled module decides without a GPU: which models its kernels take, and how much memory they will use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgellm_ros import native
+
+NATIVE, NO_MODULE = native.import_module()
+pytestmark = pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)
+
+LLAMA_1B = {
+    "num_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_heads": 32, "num_kv_heads": 8,
+    "head_dim": 64, "vocab_size": 128256, "tied_head": True,
+}  # fmt: skip
+LLAMA_8B = {
+    "num_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8,
+    "head_dim": 128, "vocab_size": 128256, "tied_head": False,
+}  # fmt: skip
+QWEN3_4B = {
+    "num_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_heads": 32, "num_kv_heads": 8,
+    "head_dim": 128, "vocab_size": 151936, "tied_head": True, "qk_norm": True,
+}  # fmt: skip
+MODELS = {"llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B, "qwen3-4b": QWEN3_4B}
+# As the models' cards publish them.
+PARAMETERS = {"llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "qwen3-4b": 4_022_468_096}
+CONTEXT = 4096
+
+
+def settings(model: dict[str, Any], **changed: Any) -> Any:
+    config = NATIVE.DecoderConfig()
+    values = {**model, "num_positions": CONTEXT, "capacity": CONTEXT, "num_slots": 4, "max_tokens": 512, **changed}
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_the_module_runs_without_a_gpu_and_names_what_it_was_compiled_for() -> None:
+    assert NATIVE.ARCHITECTURES and all(name.rstrip("af").isdigit() for name in NATIVE.ARCHITECTURES)
+    assert NATIVE.PTX_ARCHITECTURE in ("", NATIVE.ARCHITECTURES[-1])
+    assert NATIVE.CUDA_VERSION // 1000 == NATIVE.CUDA_MAJOR >= 12
+    count, reason = NATIVE.count_devices()
+    if count == 0:
+        assert native.unavailable_reason() == f"no NVIDIA GPU: {reason}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_weights_are_the_published_parameters(name: str) -> None:
+    model = MODELS[name]
+    plan = NATIVE.plan_memory(settings(model))
+    rope = CONTEXT * model["head_dim"] // 2 * 2 * 4  # cosines and sines, fp32
+    padding = 256 * (12 * model["num_layers"] + 8)  # each tensor begins at a multiple of 256 bytes
+    assert 0 <= plan["weights"] - 2 * PARAMETERS[name] - rope <= padding
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_planned_cache_holds_k_and_v_of_every_layer_slot_and_token(name: str) -> None:
+    model = MODELS[name]
+    per_token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 2  # bf16
+    config = settings(model)
+    assert config.kv_bytes_per_token == per_token
+    assert NATIVE.plan_memory(config)["kv_cache"] == 4 * CONTEXT * per_token
+    assert NATIVE.plan_memory(settings(model, num_slots=1, capacity=99))["kv_cache"] == -(-99 * per_token // 256) * 256
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_quantised_weights_are_planned_at_their_bits(form: str) -> None:
+    fmt = getattr(NATIVE.WeightFormat, form)
+    plan = NATIVE.plan_memory(settings(LLAMA_8B, layer_format=fmt, head_format=fmt, group_size=64))
+    head = LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
+    quantised = PARAMETERS["llama-8b"] - head  # all but the embedding table, which stays bf16
+    bytes_per_weight = {"int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64, "fp8": 1.0}[form]
+    assert plan["weights"] == pytest.approx(quantised * bytes_per_weight + 2 * head, rel=2e-3)
+
+
+def test_the_total_is_the_sum_of_the_purposes() -> None:
+    plan = NATIVE.plan_memory(settings(QWEN3_4B))
+    assert plan.pop("total") == sum(plan.values())
+    assert all(size > 0 for size in plan.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"head_dim": 72}, "head_dim is 72; the kernels take 64, 80, 96 and 128"),
+        ({"num_kv_heads": 5}, "32 heads do not divide into 5 groups"),
+        ({"hidden_size": 2040}, "a layer is 2040 wide; the kernels take multiples of 16"),
+        ({"sliding_windows": [16]}, "sliding_windows must have one entry a layer"),
+        ({"capacity": CONTEXT + 1}, "capacity must be 1 to num_positions"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_by_name_before_memory_is_planned(
+    changed: dict[str, Any], message: str
+) -> None:
+    config = settings(LLAMA_1B, **changed)
+    for refuse in (config.check, lambda: NATIVE.plan_memory(config)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+
+
+def test_a_group_size_without_kernels_is_refused_by_name() -> None:
+    config = settings(LLAMA_1B, layer_format=NATIVE.WeightFormat.int4, group_size=48)
+    with pytest.raises(ValueError, match="groups of 48; the kernels take 16, 32, 64 and 128"):
+        config.check()

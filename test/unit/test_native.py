@@ -1,0 +1,93 @@
+"""Why the native module cannot be used is said with the remedy, whatever is wrong: the build, the driver or the GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import edgellm_ros
+from edgellm_ros import native
+from edgellm_ros.errors import UnsupportedError
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    native.import_module.cache_clear()
+    yield
+    native.import_module.cache_clear()
+
+
+def fake_module(
+    monkeypatch: pytest.MonkeyPatch, architectures: tuple[str, ...], ptx: str, capability: tuple[int, int]
+) -> None:
+    module: Any = ModuleType("edgellm_ros._native")
+    module.ARCHITECTURES, module.PTX_ARCHITECTURE, module.CUDA_MAJOR = architectures, ptx, 99
+    module.count_devices = lambda: (1, "")
+    module.device_info = lambda: {"name": "Testcard", "compute_capability": capability}
+    monkeypatch.setitem(sys.modules, "edgellm_ros._native", module)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "capability", "runs"),
+    [
+        (("80",), "", (8, 0), True),
+        (("80",), "", (8, 6), True),  # a later minor version
+        (("89",), "", (8, 6), False),  # an earlier one
+        (("80",), "", (9, 0), False),  # another major version
+        (("80",), "80", (9, 0), True),  # by its PTX
+        (("120",), "120", (11, 0), False),  # PTX for something newer
+        (("90a",), "", (9, 0), True),
+        (("100f",), "", (10, 3), False),
+        (("80", "86"), "", (8, 7), False),  # desktop code on an Orin
+        (("87",), "", (8, 9), False),  # Orin code on a desktop
+        (("87",), "", (8, 7), True),
+        (("110",), "", (11, 0), True),
+        (("120",), "", (12, 1), True),
+    ],
+)
+def test_machine_code_and_ptx_run_where_cuda_says(
+    architectures: tuple[str, ...], ptx: str, capability: tuple[int, int], runs: bool
+) -> None:
+    assert native.runs_on(architectures, ptx, capability) is runs
+
+
+def test_a_module_for_other_gpus_is_refused_by_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_module(monkeypatch, ("87", "90a"), "", (8, 6))
+    with pytest.raises(UnsupportedError, match=r"Testcard has compute capability 8\.6, .*compiled for 87, 90a: .*=86 "):
+        native.load()
+    fake_module(monkeypatch, ("87",), "", (9, 0))
+    native.import_module.cache_clear()
+    assert "EDGELLM_CUDA_ARCHS=90a make native" in native.unavailable_reason()
+
+
+def test_a_gpu_that_is_too_old_is_told_so_even_when_ptx_would_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_module(monkeypatch, ("75",), "75", (7, 5))
+    assert "has compute capability 7.5; the kernels need 8.0 or newer" in native.unavailable_reason()
+    native.import_module.cache_clear()
+    fake_module(monkeypatch, ("80",), "", (8, 9))
+    assert native.unavailable_reason() == ""
+
+
+def test_a_module_of_another_python_is_told_apart_from_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "edgellm_ros._native", raising=False)
+    monkeypatch.setattr(edgellm_ros, "__path__", [str(tmp_path)])
+    assert "is not built" in native.unavailable_reason()
+    native.import_module.cache_clear()
+    other = tmp_path / "_native.cpython-27-riscv.so"
+    other.touch()
+    reason = native.unavailable_reason()
+    assert f"another Python or processor ({other}" in reason and "make native" in reason
+
+
+def test_a_module_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "edgellm_ros._native", raising=False)
+    monkeypatch.setattr(edgellm_ros, "__path__", [str(tmp_path)])
+    suffix = native.importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_native{suffix}").write_bytes(b"not a shared library")
+    with pytest.raises(UnsupportedError, match=r"cannot be loaded: .*build it again: make native"):
+        native.load()
