@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test lint bench clean setup-demo setup-test
+.PHONY: help demo test lint native bench clean setup-demo setup-test
 PYTHON ?= python3
 ENV := . tools/env.sh
 
@@ -17,6 +17,7 @@ demo: setup-demo  ## export SmolLM2-135M, start the node, and stream a chat answ
 
 test: lint  ## set up everything and run all checks and tests (PYTEST_ARGS="-k name")
 	@$(ENV)
+	python tools/build_native.py --check
 	EDGELLM_REQUIRE_ROS=1 python -m pytest $(PYTEST_ARGS)
 
 lint: setup-test  ## ruff, mypy, import-linter, clang-format
@@ -27,6 +28,10 @@ lint: setup-test  ## ruff, mypy, import-linter, clang-format
 	files=$$(git ls-files -- 'native/*.cpp' 'native/*.hpp' 'native/*.cu' 'native/*.cuh')
 	if [ -n "$$files" ]; then echo "-- clang-format"; clang-format --dry-run -Werror $$files; fi
 
+native: setup-demo  ## compile the CUDA module for the GPU here, or for EDGELLM_CUDA_ARCHS="87 90a"
+	@$(ENV)
+	python tools/build_native.py
+
 bench: setup-test  ## measure against llama.cpp and print the README's tables
 	@$(ENV)
 	python -c "import llama_cpp" 2>/dev/null || { echo "-- building llama-cpp-python, the peer (some minutes)"; pip install -q "llama-cpp-python>=0.3"; }
@@ -36,7 +41,7 @@ bench: setup-test  ## measure against llama.cpp and print the README's tables
 	python bench/bench_node.py --bundle "$$bundle"
 
 clean:  ## remove everything that was made, .venv and .cache too
-	rm -rf .venv .cache build install log dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .cache build install log dist *.egg-info edgellm_ros/_native*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 setup-demo:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }

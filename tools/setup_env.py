@@ -98,11 +98,12 @@ def make_venv() -> None:
 def install_package(stage: str) -> None:
     """Install this package in place, with the stage's extras."""
     wanted = STAGES[stage].split(",")
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "setup.py"))
     if all(Step(f"pip-{extra}", "", [project]).done for extra in wanted):
         return
     with Step(f"pip-{wanted[-1]}", f"edgellm_ros[{','.join(wanted)}] and what it needs", [project]):
-        pip("-e", f"{ROOT}[{','.join(wanted)}]")
+        # native/ has its own step, tools/build_native.py
+        pip("-e", f"{ROOT}[{','.join(wanted)}]", environment={**os.environ, "EDGELLM_NATIVE": "0"})
     for extra in wanted:
         Step(f"pip-{extra}", "", [project]).stamp()
 
@@ -210,10 +211,10 @@ class Step:
         self._path.write_text(self._key, encoding="utf-8")
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     """Run pip of .venv; a network failure is told apart from other ones."""
     try:
-        run([PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments], "pip")
+        run([PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments], "pip", environment)
     except SetupError as error:
         text = (LOGS / "pip.log").read_text(encoding="utf-8", errors="replace")
         # "from versions: none" is all that pip says when it may not retry.

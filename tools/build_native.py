@@ -1,0 +1,84 @@
+"""Compiles native/ where nvcc is found: optimised for the GPU here, or (--check) quickly for every architecture.
+
+`make native` calls it plain: edgellm_ros/_native*.so for EDGELLM_CUDA_ARCHS, or for the GPU that is here, or for all.
+`make test` calls it with --check: every architecture that nvcc knows, warnings as errors, and without optimisation,
+which takes a quarter of the time. That module goes to build/native-check, so that it never replaces the fast one,
+and the tests use it where there is no other (test/conftest.py); a fast one that is there is brought up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setup_env import ROOT, SetupError, Step, hash_tree, pip, run
+
+CHECK = ROOT / "build" / "native-check"
+
+
+def main() -> int:
+    """Build, unless nothing changed since the last time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="every architecture, quickly, into build/native-check")
+    check = parser.parse_args().check
+    try:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            if not check:
+                raise SetupError("nvcc was not found in PATH, CUDA_HOME or /usr/local/cuda; install the CUDA toolkit")
+            print("-- native/ is left out: no nvcc in PATH, CUDA_HOME or /usr/local/cuda")
+            return 0
+        if importlib.util.find_spec("pybind11") is None:
+            pip("pybind11>=2.12")
+        if check:
+            build(nvcc, check)
+        if not check or any((ROOT / "edgellm_ros").glob("_native*.so")):
+            build(nvcc, False)
+    except SetupError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build(nvcc: Path, check: bool) -> None:
+    """Configure and compile with CMake, for this Python and with its pybind11."""
+    version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    archs = "all" if check else os.environ.get("EDGELLM_CUDA_ARCHS", "")
+    output = CHECK if check else ROOT / "edgellm_ros"
+    suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    inputs = [version, archs, suffix, hash_tree(ROOT / "native")]
+    title = f"native/ for {'every architecture, -Werror' if check else archs or 'the GPU here, or all'}"
+    with Step("native-check" if check else "native", title, inputs) as step:
+        if step.done and (output / f"_native{suffix}").is_file():
+            return
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise SetupError("cmake was not found; on Debian or Ubuntu: apt install cmake, or: pip install cmake")
+        directory = ROOT / "build" / ("native-check-objects" if check else "native")
+        configure: list[str | Path] = [cmake, "-S", ROOT / "native", "-B", directory]
+        configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
+        configure += [f"-DEDGELLM_CUDA_ARCHS={archs}", f"-DEDGELLM_OUTPUT_DIR={output}"]
+        flag = "ON" if check else "OFF"
+        configure += [f"-DEDGELLM_FAST_COMPILE={flag}", f"-DEDGELLM_WERROR={flag}"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        run(configure, "native-configure")
+        run([cmake, "--build", directory, "--parallel", str(os.cpu_count() or 1)], "native-build")
+
+
+def find_nvcc() -> Path | None:
+    """Where a toolkit is usually installed; a Jetson has it outside PATH."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    return Path(found) if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
