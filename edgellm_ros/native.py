@@ -37,7 +37,7 @@ def import_module() -> tuple[Any, str]:
                 f"the native module was built for another Python or processor ({others}; this one needs "
                 f"_native{here}): {_BUILD}",
             )
-        return None, f"the native module is not built (where there is a CUDA toolkit: {_BUILD})"
+        return None, f"the native module is not built; where there is a CUDA toolkit: {_BUILD}"
     except ImportError as error:
         return None, f"the native module cannot be loaded: {error}; build it again: {_BUILD}"
 
@@ -92,7 +92,16 @@ def load() -> Any:
         raise UnsupportedError(reason)
     module, _ = import_module()
     _preload_cublaslt(module.CUDA_MAJOR)
+    if module.FAST_COMPILE:
+        _log.warning("the CUDA kernels were compiled without optimisation, for tests; `make native` builds fast ones")
     return module
+
+
+def products_reason(module: Any) -> str:
+    """Why `module` has no cuBLASLt to read prompts with; empty when it has. Needs no GPU."""
+    _preload_cublaslt(module.CUDA_MAJOR)
+    reason: str = module.products_reason()
+    return reason
 
 
 @functools.cache

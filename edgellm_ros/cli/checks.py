@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes.util
-import enum
 import importlib.metadata
 import importlib.util
 import os
@@ -12,10 +11,11 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from edgellm_ros.cli.check import Check, State, read_text
+from edgellm_ros.cli.gpu_checks import check_gpus
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
@@ -26,25 +26,6 @@ MINIMUM_PYTHON = (3, 10)
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
 
-class State(enum.Enum):
-    """OK is here, MISSING can be done without, FAILED stops the base from working."""
-
-    OK = "ok"
-    MISSING = "missing"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the table."""
-
-    group: str
-    name: str
-    state: State
-    found: str
-    remedy: str = ""
-
-
 def all_checks(bundle: Path | None = None) -> Iterator[Check]:
     """Every check, one after the other; a `bundle` is opened, verified and compared with the memory."""
     yield check_python()
@@ -52,10 +33,10 @@ def all_checks(bundle: Path | None = None) -> Iterator[Check]:
     yield from (check_package("toolchain", n, State.MISSING, "pip install 'edgellm_ros[toolchain]'") for n in TOOLCHAIN)
     yield from check_ros(os.environ)
     yield from check_compiler()
-    yield check_gpu()
+    yield from check_gpus()
     yield check_tensorrt()
-    yield check_cpu(_read(Path("/proc/cpuinfo")))
-    available = memory_available(_read(Path("/proc/meminfo")))
+    yield check_cpu(read_text(Path("/proc/cpuinfo")))
+    available = memory_available(read_text(Path("/proc/meminfo")))
     yield Check("machine", "free memory", State.OK, human_bytes(available) if available else "unknown")
     if bundle is not None:
         yield from check_bundle(bundle, available)
@@ -124,29 +105,17 @@ def check_compiler() -> Iterator[Check]:
         yield Check("build", "Python headers", State.MISSING, f"no {header}", remedy)
 
 
-def check_gpu() -> Check:
-    """An NVIDIA GPU and its driver: asked of the driver where cuda-python is installed, else of /proc and PATH."""
-    found = _gpus_by_driver() or _gpus_by_proc(Path("/proc/driver/nvidia"))
-    if found:
-        return Check("machine", "NVIDIA GPU", State.OK, found)
-    if Path("/etc/nv_tegra_release").exists():
-        return Check("machine", "NVIDIA GPU", State.OK, "Jetson, " + _read(Path("/etc/nv_tegra_release")).split(",")[0])
-    if shutil.which("nvidia-smi"):
-        return Check("machine", "NVIDIA GPU", State.OK, "nvidia-smi is here; pip install cuda-python to see more")
-    return Check("machine", "NVIDIA GPU", State.MISSING, "none", "not needed: the CPU executor runs without")
-
-
 def check_tensorrt() -> Check:
     """TensorRT, as a Python package or a system library."""
     for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
         try:
-            return Check("machine", "TensorRT", State.OK, f"{importlib.metadata.version(name)} (Python package)")
+            return Check("GPU", "TensorRT", State.OK, f"{importlib.metadata.version(name)} (Python package)")
         except importlib.metadata.PackageNotFoundError:
             continue
     library = ctypes.util.find_library("nvinfer")
     if library:
-        return Check("machine", "TensorRT", State.OK, library)
-    return Check("machine", "TensorRT", State.MISSING, "none", "not needed on a CPU; part of JetPack on a Jetson")
+        return Check("GPU", "TensorRT", State.OK, library)
+    return Check("GPU", "TensorRT", State.MISSING, "none", "not needed on a CPU; part of JetPack on a Jetson")
 
 
 def check_cpu(cpuinfo: str) -> Check:
@@ -194,47 +163,3 @@ def check_bundle(path: Path, available: int, config: EngineConfig | None = None)
         yield Check("bundle", "memory", State.FAILED, found, remedy)
     else:
         yield Check("bundle", "memory", State.OK, found)
-
-
-def _gpus_by_driver() -> str:
-    try:
-        driver = importlib.import_module("cuda.bindings.driver")
-    except ImportError:
-        return ""
-
-    def ask(function: Callable[..., tuple[object, ...]], *args: object) -> object:
-        status, *values = function(*args)
-        if int(status) != 0:  # type: ignore[call-overload]
-            raise OSError(f"{function.__name__} returned {status}")
-        return values[0] if values else None
-
-    try:
-        ask(driver.cuInit, 0)
-        attribute = driver.CUdevice_attribute
-        names = []
-        for index in range(int(ask(driver.cuDeviceGetCount))):  # type: ignore[call-overload]
-            device = ask(driver.cuDeviceGet, index)
-            name = ask(driver.cuDeviceGetName, 128, device)
-            major = ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-            minor = ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-            label = name.split(b"\0")[0].decode() if isinstance(name, bytes) else str(name)
-            names.append(f"{label} (compute capability {major}.{minor})")
-        return f"{', '.join(names)}; driver for CUDA {ask(driver.cuDriverGetVersion)}" if names else ""
-    except (OSError, RuntimeError):  # no driver library, or no device
-        return ""
-
-
-def _gpus_by_proc(root: Path) -> str:
-    version = re.search(r"Kernel Module\D*([\d.]+)", _read(root / "version"))
-    models = [re.search(r"Model:\s*(.+)", _read(file)) for file in sorted(root.glob("gpus/*/information"))]
-    names = [match.group(1).strip() for match in models if match]
-    if not names and not version:
-        return ""
-    return f"{', '.join(names) or 'unknown model'}; driver {version.group(1) if version else 'unknown'}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

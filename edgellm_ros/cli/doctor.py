@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgellm_ros.cli.checks import Check
+    from edgellm_ros.cli.check import Check
 
 HELP = "say what this machine has, what is missing, and how to get it"
 EXAMPLES = """\
@@ -26,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the table (plain lines where rich itself is missing)."""
-    from edgellm_ros.cli.checks import State, all_checks
+    from edgellm_ros.cli.check import State
+    from edgellm_ros.cli.checks import all_checks
 
     checks = list(all_checks(args.bundle))
     try:

@@ -27,6 +27,7 @@ def fake_module(
 ) -> None:
     module: Any = ModuleType("edgellm_ros._native")
     module.ARCHITECTURES, module.PTX_ARCHITECTURE, module.CUDA_MAJOR = architectures, ptx, 99
+    module.FAST_COMPILE = False
     module.count_devices = lambda: (1, "")
     module.device_info = lambda: {"name": "Testcard", "compute_capability": capability}
     monkeypatch.setitem(sys.modules, "edgellm_ros._native", module)

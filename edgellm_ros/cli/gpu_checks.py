@@ -1,0 +1,184 @@
+"""What `edgellm doctor` says of the GPU: card, driver and the project's kernels, what is used, and why not.
+
+cuda-python (the extra `cuda`) tells most; without it the native module is asked, and without that /proc.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros import native
+from edgellm_ros.cli.check import Check, State, read_text
+from edgellm_ros.cli.inspect import human_bytes
+
+_CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
+_PROC = Path("/proc/driver/nvidia")
+_TEGRA = Path("/etc/nv_tegra_release")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card. Bytes; 0 where the source does not say."""
+
+    name: str
+    capability: tuple[int, int] | None = None
+    total_bytes: int = 0
+    free_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The cards in CUDA's order, and the newest CUDA that the driver runs: (13, 0); (0, 0) is unknown."""
+
+    gpus: tuple[Gpu, ...]
+    driver_cuda: tuple[int, int]
+    reason: str = ""  # why there is no card
+    remedy: str = ""
+
+
+def check_gpus() -> Iterator[Check]:
+    """The cards, the driver, the kernels, and the library for long products."""
+    module, not_loaded = native.import_module()
+    survey = survey_cuda_python() or survey_native(module) or survey_proc(_PROC)
+    yield from _check_cards(survey)
+    if survey.gpus or survey.driver_cuda != (0, 0):
+        yield _check_driver(survey, module)
+    yield _check_kernels(survey, module, not_loaded)
+    if module is not None:
+        yield _check_products(module)
+
+
+def survey_cuda_python() -> Survey | None:
+    """Ask the driver through cuda-python; None where that is not installed."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        runtime = importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        return None
+    version = (0, 0)
+    try:
+        version = _version(_ask(driver.cuDriverGetVersion))
+        _ask(driver.cuInit, 0)
+        gpus = tuple(_gpu(driver, runtime, index) for index in range(_ask(driver.cuDeviceGetCount)))
+    except (OSError, RuntimeError) as error:  # RuntimeError: cuda-python found no libcuda
+        if version == (0, 0):
+            return Survey((), version, "no NVIDIA driver")
+        return Survey((), version, f"the driver fails: {error}", "nvidia-smi should list the GPU; reload the driver")
+    return Survey(gpus, version)
+
+
+def survey_native(module: Any) -> Survey | None:
+    """Ask the native module, which knows the first card; None where there is no module or no card."""
+    if module is None or not module.count_devices()[0]:
+        return None
+    info = module.device_info()
+    gpu = Gpu(info["name"], tuple(info["compute_capability"]), info["total_bytes"], info["free_bytes"])
+    return Survey((gpu,), _version(info["driver_cuda_version"]), remedy=_CUDA_PYTHON)
+
+
+def survey_proc(root: Path) -> Survey:
+    """Names alone, of the kernel module's files."""
+    models = [re.search(r"Model:\s*(.+)", read_text(file)) for file in sorted(root.glob("gpus/*/information"))]
+    gpus = tuple(Gpu(match.group(1).strip()) for match in models if match)
+    if not gpus and _TEGRA.exists():
+        gpus = (Gpu("Jetson, " + read_text(_TEGRA).split(",")[0]),)
+    return Survey(gpus, (0, 0), remedy=_CUDA_PYTHON)
+
+
+def _check_cards(survey: Survey) -> Iterator[Check]:
+    if not survey.gpus:
+        remedy = survey.remedy if survey.reason and survey.remedy else "not needed: the CPU executor runs without"
+        yield Check("GPU", "NVIDIA GPU", State.MISSING, survey.reason or "none", remedy)
+    for gpu in survey.gpus:
+        facts = [gpu.name]
+        if gpu.capability:
+            facts.append("compute capability " + ".".join(map(str, gpu.capability)))
+        if gpu.total_bytes:
+            free = f"{human_bytes(gpu.free_bytes)} free of " if gpu.free_bytes else ""
+            facts.append(f"{free}{human_bytes(gpu.total_bytes)}")
+        yield Check("GPU", "NVIDIA GPU", State.OK, ", ".join(facts), survey.remedy)
+
+
+def _check_driver(survey: Survey, module: Any) -> Check:
+    match = re.search(r"Kernel Module\D*([\d.]+)", read_text(_PROC / "version"))
+    found = match.group(1) if match else "version unknown"
+    if survey.driver_cuda != (0, 0):
+        found += ", for CUDA {}.{} and older".format(*survey.driver_cuda)
+    # Within one major version a newer runtime works with an older driver (CUDA's minor version compatibility).
+    if module is not None and (0, 0) != survey.driver_cuda < (module.CUDA_MAJOR, 0):
+        remedy = (
+            f"the native module was built with CUDA {module.CUDA_MAJOR}: install a driver for it, or build the module "
+            f"with CUDA {survey.driver_cuda[0]}"
+        )
+        return Check("GPU", "driver", State.MISSING, found, remedy)
+    return Check("GPU", "driver", State.OK, found)
+
+
+def _check_kernels(survey: Survey, module: Any, not_loaded: str) -> Check:
+    name = "CUDA kernels"
+    if module is None:
+        what, _, remedy = not_loaded.rpartition(": ")
+        return Check("GPU", name, State.MISSING, what or not_loaded, remedy)
+    built = f"compiled for {', '.join(module.ARCHITECTURES)} with CUDA {'{}.{}'.format(*_version(module.CUDA_VERSION))}"
+    if module.FAST_COMPILE:
+        built += ", without optimisation (for tests; `make native` builds what is fast)"
+    if not survey.gpus:
+        return Check("GPU", name, State.MISSING, f"{built}; not used: no GPU")
+    used = survey.gpus[0]  # the one that CUDA takes when nobody chooses
+    if used.capability:
+        reason = native.capability_reason(module, used.capability)
+        if reason:
+            what, _, remedy = reason.rpartition(": ")
+            return Check("GPU", name, State.MISSING, f"{built}; not used: {used.name} {what}", remedy)
+    reason = native.unavailable_reason()
+    if reason:
+        return Check("GPU", name, State.MISSING, f"{built}; not used: {reason}")
+    return Check("GPU", name, State.OK, f"{built}; used by the executor `cuda`")
+
+
+def _check_products(module: Any) -> Check:
+    reason = native.products_reason(module)
+    if not reason:
+        return Check("GPU", "cuBLASLt", State.OK, "found; prompts are read with its matrix products")
+    if "no cublasLt.h" in reason:  # another library would not help
+        remedy = "only for reading prompts fast: build the module again where the CUDA toolkit has cuBLAS"
+    else:
+        package = "nvidia-cublas-cu12" if module.CUDA_MAJOR == 12 else "nvidia-cublas"
+        remedy = f"only for reading prompts fast: install the CUDA toolkit, or pip install {package}"
+    return Check("GPU", "cuBLASLt", State.MISSING, reason, remedy)
+
+
+def _gpu(driver: Any, runtime: Any, index: int) -> Gpu:
+    device = _ask(driver.cuDeviceGet, index)
+    name = _ask(driver.cuDeviceGetName, 128, device)
+    attribute = driver.CUdevice_attribute
+    capability = (
+        _ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device),
+        _ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device),
+    )
+    total = _ask(driver.cuDeviceTotalMem, device)
+    free = 0
+    try:  # the runtime of cuda-python may be newer than the driver; then the card is still worth naming
+        _ask(runtime.cudaSetDevice, index)
+        free = _ask(runtime.cudaMemGetInfo)
+    except (OSError, RuntimeError):
+        pass
+    return Gpu(name.split(b"\0")[0].decode(errors="replace"), capability, total, free)
+
+
+def _ask(function: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
+    """The first result of a cuda-python call; OSError with the status when it failed."""
+    status, *results = function(*arguments)
+    if int(status) != 0:
+        raise OSError(f"{getattr(function, '__name__', function)} returned {getattr(status, 'name', status)}")
+    return results[0] if results else None
+
+
+def _version(number: int) -> tuple[int, int]:
+    """(13, 0) for 13000."""
+    return number // 1000, number % 1000 // 10

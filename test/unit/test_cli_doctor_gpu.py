@@ -1,0 +1,185 @@
+"""`edgellm doctor` says which GPU, driver and kernels are used, and of what is not used why and what to do."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from edgellm_ros import native
+from edgellm_ros.cli import gpu_checks
+from edgellm_ros.cli.check import Check, State
+from edgellm_ros.cli.gpu_checks import check_gpus
+
+GIB = 2**30
+
+
+class Status(enum.IntEnum):
+    OK = 0
+    FAILED = 999
+
+
+class Attribute(enum.Enum):
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 0
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 1
+
+
+def install_cuda_python(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: list[tuple[str, tuple[int, int]]],
+    driver_version: int = 13000,
+    init: Callable[[int], tuple[Any, ...]] = lambda flags: (Status.OK,),
+    runtime_works: bool = True,
+) -> None:
+    """Fakes with cuda-python's calling convention: every function returns a tuple whose first item is the status."""
+    driver: Any = ModuleType("cuda.bindings.driver")
+    runtime: Any = ModuleType("cuda.bindings.runtime")
+    driver.CUdevice_attribute = Attribute
+    driver.cuInit = init
+    driver.cuDriverGetVersion = lambda: (Status.OK, driver_version)
+    driver.cuDeviceGetCount = lambda: (Status.OK, len(gpus))
+    driver.cuDeviceGet = lambda index: (Status.OK, index)
+    driver.cuDeviceGetName = lambda length, index: (Status.OK, gpus[index][0].encode().ljust(length, b"\0"))
+    driver.cuDeviceGetAttribute = lambda what, index: (Status.OK, gpus[index][1][what.value])
+    driver.cuDeviceTotalMem = lambda index: (Status.OK, 8 * GIB)
+    runtime.cudaSetDevice = lambda index: (Status.OK if runtime_works else Status.FAILED,)
+    runtime.cudaMemGetInfo = lambda: (Status.OK, 6 * GIB, 8 * GIB)
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+
+
+def install_native(
+    monkeypatch: pytest.MonkeyPatch,
+    architectures: tuple[str, ...] = ("80", "90a"),
+    capability: tuple[int, int] | None = None,
+    no_device: str = "CUDA sees no device",
+    no_products: str = "",
+) -> Any:
+    module: Any = ModuleType("edgellm_ros._native")
+    module.ARCHITECTURES, module.PTX_ARCHITECTURE, module.FAST_COMPILE = architectures, "", False
+    module.CUDA_MAJOR, module.CUDA_VERSION = 13, 13000
+    module.count_devices = lambda: (1, "") if capability else (0, no_device)
+    module.device_info = lambda: {
+        "name": "Testcard",
+        "compute_capability": capability,
+        "total_bytes": 8 * GIB,
+        "free_bytes": 5 * GIB,
+        "driver_cuda_version": 13010,
+    }
+    module.products_reason = lambda: no_products
+    monkeypatch.setattr(native, "import_module", lambda: (module, ""))
+    return module
+
+
+@pytest.fixture(autouse=True)
+def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cuda-python, no native module, no driver's files: each test adds what it is about."""
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setattr(native, "import_module", lambda: (None, "the native module is not built: make native"))
+    monkeypatch.setattr(gpu_checks, "_PROC", tmp_path / "nvidia")
+    monkeypatch.setattr(gpu_checks, "_TEGRA", tmp_path / "nv_tegra_release")
+
+
+def checks() -> dict[str, Check]:
+    return {check.name: check for check in check_gpus()}
+
+
+def test_without_anything_the_cpu_runs_and_nothing_has_failed() -> None:
+    found = checks()
+    assert found["NVIDIA GPU"].state is State.MISSING and "CPU executor" in found["NVIDIA GPU"].remedy
+    assert found["CUDA kernels"] == Check(
+        "GPU", "CUDA kernels", State.MISSING, "the native module is not built", "make native"
+    )
+    assert "driver" not in found and not any(check.state is State.FAILED for check in found.values())
+
+
+def test_one_gpu_with_fitting_kernels_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("NVIDIA H100", (9, 0))])
+    install_native(monkeypatch, capability=(9, 0))
+    found = checks()
+    assert found["NVIDIA GPU"].found == "NVIDIA H100, compute capability 9.0, 6.0 GiB free of 8.0 GiB"
+    assert found["driver"].state is State.OK and "for CUDA 13.0 and older" in found["driver"].found
+    kernels = found["CUDA kernels"]
+    assert kernels.state is State.OK and kernels.found.startswith("compiled for 80, 90a with CUDA 13.0; used by")
+    assert found["cuBLASLt"].state is State.OK
+    assert not any(check.remedy for check in found.values())
+
+
+def test_every_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("First", (8, 6)), ("Second", (12, 0))], runtime_works=False)
+    cards = [check.found for check in check_gpus() if check.name == "NVIDIA GPU"]
+    assert cards == ["First, compute capability 8.6, 8.0 GiB", "Second, compute capability 12.0, 8.0 GiB"]
+
+
+def test_a_gpu_that_is_too_old_is_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("Old card", (7, 5))])
+    install_native(monkeypatch, capability=(7, 5))
+    kernels = checks()["CUDA kernels"]
+    assert kernels.state is State.MISSING and "Old card has compute capability 7.5; the kernels need 8.0" in kernels.found
+    assert kernels.remedy == "use the CPU executor"
+
+
+def test_kernels_for_other_gpus_come_with_the_command_that_builds_the_right_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_cuda_python(monkeypatch, [("Orin", (8, 7))])
+    install_native(monkeypatch, ("80", "90a"), capability=(8, 7))
+    kernels = checks()["CUDA kernels"]
+    assert kernels.state is State.MISSING and "not used: Orin has compute capability 8.7" in kernels.found
+    assert kernels.remedy.startswith("EDGELLM_CUDA_ARCHS=87 make native")
+
+
+def test_a_driver_that_is_older_than_the_modules_cuda_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("Card", (9, 0))], driver_version=12080)
+    install_native(monkeypatch, no_device="the driver is for CUDA 12.8, the native module for CUDA 13.0; update it")
+    found = checks()
+    assert found["driver"].state is State.MISSING and "for CUDA 12.8 and older" in found["driver"].found
+    assert "install a driver for it, or build the module with CUDA 12" in found["driver"].remedy
+    assert "not used: no NVIDIA GPU: the driver is for CUDA 12.8" in found["CUDA kernels"].found
+
+
+def test_cuda_python_without_a_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(*arguments: object) -> tuple[Any, ...]:
+        raise RuntimeError("libcuda.so.1 was not found")
+
+    install_cuda_python(monkeypatch, [])
+    monkeypatch.setattr(sys.modules["cuda.bindings.driver"], "cuDriverGetVersion", no_library)
+    found = checks()
+    assert (found["NVIDIA GPU"].state, found["NVIDIA GPU"].found) == (State.MISSING, "no NVIDIA driver")
+    assert "driver" not in found
+
+
+def test_a_driver_that_fails_says_which_call_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("Card", (9, 0))], init=lambda flags: (Status.FAILED,))
+    card = checks()["NVIDIA GPU"]
+    assert card.state is State.MISSING and "returned FAILED" in card.found and "nvidia-smi" in card.remedy
+
+
+def test_without_cuda_python_the_native_module_tells_and_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_native(monkeypatch, capability=(9, 0), no_products="libcublasLt.so.13: cannot open shared object file")
+    found = checks()
+    assert found["NVIDIA GPU"].found == "Testcard, compute capability 9.0, 5.0 GiB free of 8.0 GiB"
+    assert "pip install 'edgellm_ros[cuda]'" in found["NVIDIA GPU"].remedy
+    assert "for CUDA 13.1" in found["driver"].found
+    assert found["cuBLASLt"].state is State.MISSING and "pip install nvidia-cublas" in found["cuBLASLt"].remedy
+
+
+def test_without_either_the_kernel_module_names_the_card(tmp_path: Path) -> None:
+    information = tmp_path / "nvidia" / "gpus" / "0000:01:00.0" / "information"
+    information.parent.mkdir(parents=True)
+    information.write_text("Model: \t\t NVIDIA Testcard\nIRQ: 1\n")
+    card = checks()["NVIDIA GPU"]
+    assert card.state is State.OK and card.found == "NVIDIA Testcard" and "edgellm_ros[cuda]" in card.remedy
+
+
+def test_a_module_built_for_checking_is_not_taken_for_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_cuda_python(monkeypatch, [("Card", (9, 0))])
+    install_native(monkeypatch, capability=(9, 0)).FAST_COMPILE = True
+    assert "without optimisation" in checks()["CUDA kernels"].found
