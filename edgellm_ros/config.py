@@ -43,6 +43,11 @@ class EngineConfig:
         "rounding (more tokens/s in total on a CPU with int4 groups of 64 or more).",
         choices=("exact", "fast"),
     )
+    fp8_prefill: bool = setting(
+        True,
+        "With fp8 weights on a GPU that multiplies FP8, read prompts in FP8: nearly twice as fast, with activations "
+        "rounded to E4M3 as well (about 3 % of each).",
+    )
     prefix_cache: bool = setting(True, "Reuse the longest common prefix of a resident sequence.")
     pinned_tokens: int = setting(
         4096, "Host memory for pinned system prompts, in tokens of KV cache.", minimum=0, maximum=2**20, unit="tokens"

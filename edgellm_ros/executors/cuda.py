@@ -3,7 +3,8 @@
 Single tokens decode together as one CUDA graph; longer steps go through matrix products, sequence by sequence. The
 two round differently, so `decode_batching="exact"` keeps every step of two or more tokens on the second path, and
 where several sequences may decode together it leaves out the kernels that only one can use. "fast" takes what is
-fastest: those kernels for a sequence alone, and the first path for short steps.
+fastest: those kernels for a sequence alone, the first path for short steps, and for a prompt's products whatever was
+fastest at load, where "exact" takes only what computes the same bits for any number of tokens.
 
 A step of 2 to 16 tokens that asks for the logits of all of them verifies a draft and is one graph too, in both modes;
 "exact" gives it the bits of single steps. Draft trees have calls of their own: `verify_tree`, then `accept_path`.
@@ -30,6 +31,7 @@ DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds 
 # The bundle's schemes as the kernels have them. fp8 is made at load from weights that are stored as floats.
 _FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
+_FP8_ROUNDING = 8e-2  # where prompts round activations to E4M3, which keeps three bits
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -74,7 +76,7 @@ class CudaExecutor(Executor):
             vocab_size=settings.vocab_size,
             kv_bytes_per_token=settings.kv_bytes_per_token,
             memory_bytes=plan["total"],
-            rounding=_ROUNDING,
+            rounding=_FP8_ROUNDING if self._decoder.has_fp8_products else _ROUNDING,
         )
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
@@ -189,6 +191,8 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.capacity = capacity
     settings.max_tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
     settings.batch_invariant = config.decode_batching == "exact" and config.max_slots > 1
+    settings.row_invariant = config.decode_batching == "exact"
+    settings.fp8_prefill = config.fp8_prefill
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

@@ -115,6 +115,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("min_gemm_tokens", &DecoderConfig::min_gemm_tokens)
       .def_readwrite("max_verify_tokens", &DecoderConfig::max_verify_tokens)
       .def_readwrite("batch_invariant", &DecoderConfig::batch_invariant)
+      .def_readwrite("row_invariant", &DecoderConfig::row_invariant)
+      .def_readwrite("fp8_prefill", &DecoderConfig::fp8_prefill)
       .def_readwrite("pdl", &DecoderConfig::pdl)
       .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
       .def("check", &DecoderConfig::check, "ValueError that names what the kernels cannot do.");
@@ -136,6 +138,7 @@ void bind_decoder(py::module_& module) {
       .def_property_readonly("config", [](const Decoder& decoder) { return decoder.config(); })
       .def_property_readonly("plan", [](const Decoder& decoder) { return plan_to_dict(decoder.plan()); })
       .def_property_readonly("products_reason", &Decoder::products_reason)
+      .def_property_readonly("has_fp8_products", &Decoder::has_fp8_products)
       .def("load_linear", &load_linear, py::arg("stem"), py::arg("weight"), py::arg("scale") = py::none())
       .def(
           "load_vector",

@@ -22,10 +22,12 @@ void bind_elementwise(py::module_& module) {
   module.def(
       "residual_norm",
       [](const py::object& delta, const py::object& residual, const py::object& bias, const py::object& residual_bf16,
-         const py::object& gain, float eps, const py::object& normed, std::uintptr_t stream) {
+         const py::object& gain, float eps, const py::object& normed, std::uintptr_t stream,
+         const py::object& row_scales, const py::object& column_scales, const py::object& normed_fp8,
+         const py::object& normed_scales) {
         const DeviceArray input(delta, "delta");
         const std::int64_t tokens = input.size(0), hidden = input.size(1);
-        if (hidden % 2 != 0) input.fail("has an odd width");
+        if (hidden % 8 != 0) input.fail("has a width that is no multiple of 8");
         kernels::ResidualNormArgs args;
         args.delta = input.as<const __nv_bfloat16>({tokens, hidden});
         args.bias = optional<const float>(bias, "bias", {hidden});
@@ -33,24 +35,46 @@ void bind_elementwise(py::module_& module) {
         args.residual_bf16 = optional<__nv_bfloat16>(residual_bf16, "residual_bf16", {tokens, hidden});
         args.gain = optional<const __nv_bfloat16>(gain, "gain", {hidden});
         args.eps = eps;
-        if (args.gain) args.normed = required<__nv_bfloat16>(normed, "normed", {tokens, hidden});
+        args.scales = product_scales(row_scales, column_scales, tokens, hidden);
+        if (args.gain && normed_fp8.is_none()) {
+          args.normed = required<__nv_bfloat16>(normed, "normed", {tokens, hidden});
+        } else if (args.gain) {
+          args.normed = optional<__nv_bfloat16>(normed, "normed", {tokens, hidden});
+          args.normed_fp8 = required<std::uint8_t>(normed_fp8, "normed_fp8", {tokens, hidden});
+          args.normed_scales = required<float>(normed_scales, "normed_scales", {tokens});
+        }
         args.num_tokens = static_cast<int>(tokens);
         args.hidden = static_cast<int>(hidden);
         kernels::residual_norm_async(args, to_stream(stream), false);
       },
       py::arg("delta"), py::arg("residual"), py::arg("bias") = py::none(), py::arg("residual_bf16") = py::none(),
-      py::arg("gain") = py::none(), py::arg("eps") = 1e-6F, py::arg("normed") = py::none(), py::arg("stream") = 0);
+      py::arg("gain") = py::none(), py::arg("eps") = 1e-6F, py::arg("normed") = py::none(), py::arg("stream") = 0,
+      py::arg("row_scales") = py::none(), py::arg("column_scales") = py::none(), py::arg("normed_fp8") = py::none(),
+      py::arg("normed_scales") = py::none());
   module.def(
       "swiglu",
-      [](const py::object& gate_up, const py::object& out, const py::object& bias, std::uintptr_t stream) {
+      [](const py::object& gate_up, const py::object& out, const py::object& bias, std::uintptr_t stream,
+         const py::object& row_scales, const py::object& column_scales, const py::object& out_scales) {
         const DeviceArray to(out, "out");
         const std::int64_t tokens = to.size(0), width = to.size(1);
         if (width % 8 != 0) to.fail("has a width that is no multiple of 8");
-        kernels::swiglu_async(required<const __nv_bfloat16>(gate_up, "gate_up", {tokens, 2 * width}),
-                              optional<const float>(bias, "bias", {2 * width}), static_cast<int>(tokens),
-                              static_cast<int>(width), to.as<__nv_bfloat16>({tokens, width}), to_stream(stream), false);
+        kernels::SwigluArgs args;
+        args.gate_up = required<const __nv_bfloat16>(gate_up, "gate_up", {tokens, 2 * width});
+        args.scales = product_scales(row_scales, column_scales, tokens, 2 * width);
+        args.bias = optional<const float>(bias, "bias", {2 * width});
+        if (to.is_bfloat()) {
+          args.out = to.as<__nv_bfloat16>({tokens, width});
+        } else {
+          if (width > kernels::kMaxFp8Width) to.fail("is too wide for FP8");
+          args.out_fp8 = to.as<std::uint8_t>({tokens, width});
+          args.out_scales = required<float>(out_scales, "out_scales", {tokens});
+        }
+        args.num_tokens = static_cast<int>(tokens);
+        args.width = static_cast<int>(width);
+        kernels::swiglu_async(args, to_stream(stream), false);
       },
-      py::arg("gate_up"), py::arg("out"), py::arg("bias") = py::none(), py::arg("stream") = 0);
+      py::arg("gate_up"), py::arg("out"), py::arg("bias") = py::none(), py::arg("stream") = 0,
+      py::arg("row_scales") = py::none(), py::arg("column_scales") = py::none(), py::arg("out_scales") = py::none());
   module.def(
       "gather_rows",
       [](const py::object& x, const py::object& rows, const py::object& out, std::uintptr_t stream) {

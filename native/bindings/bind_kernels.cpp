@@ -6,6 +6,7 @@ namespace edgellm {
 void bind_kernels(pybind11::module_& module) {
   pybind11::module_ kernels = module.def_submodule("kernels", "The CUDA kernels; launches are asynchronous.");
   bind_quantized(kernels);
+  bind_products(kernels);
   bind_gemv(kernels);
   bind_embedding(kernels);
   bind_attention_decode(kernels);

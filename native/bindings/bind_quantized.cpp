@@ -45,9 +45,10 @@ void bind_quantized(py::module_& module) {
       [](const py::object& weight, const py::object& out, const py::object& scales, std::uintptr_t stream) {
         const DeviceArray from(weight, "weight");
         const std::int64_t rows = from.size(0), cols = from.size(1);
+        if (cols % 8 != 0) from.fail("has a width that is no multiple of 8");
         kernels::quantize_fp8_async(from.as<const __nv_bfloat16>({rows, cols}), static_cast<int>(rows),
                                     static_cast<int>(cols), required<std::uint8_t>(out, "out", {rows, cols}),
-                                    required<float>(scales, "scales", {rows}), to_stream(stream));
+                                    required<float>(scales, "scales", {rows}), to_stream(stream), false);
       },
       py::arg("weight"), py::arg("out"), py::arg("scales"), py::arg("stream") = 0);
 }

@@ -61,6 +61,16 @@ struct WeightTuple {
   }
 };
 
+// Both or none.
+inline kernels::ProductScales product_scales(const pybind11::object& rows, const pybind11::object& columns,
+                                             std::int64_t num_tokens, std::int64_t width) {
+  if (rows.is_none() != columns.is_none()) throw std::invalid_argument("row_scales and column_scales go together");
+  kernels::ProductScales scales;
+  scales.rows = optional<const float>(rows, "row_scales", {num_tokens});
+  scales.columns = optional<const float>(columns, "column_scales", {width});
+  return scales;
+}
+
 // (slots, 2, kv_heads, capacity, head_dim): bfloat16, or uint8 that holds E4M3.
 inline kernels::KvLayer kv_layer(const pybind11::object& object) {
   const DeviceArray cache(object, "kv");

@@ -1,5 +1,7 @@
 // RMSNorm, residual addition, SwiGLU and row gathering: memory-bound kernels between prefill's matrix products.
 #include <cassert>
+#include <stdexcept>
+#include <string>
 
 #include "device.cuh"
 #include "edgellm/kernels/elementwise.hpp"
@@ -10,6 +12,7 @@ namespace edgellm::kernels {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr float kLargestFp8 = 448.0f;  // E4M3
 
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float partial[kThreads / 32];
@@ -36,49 +39,166 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__device__ __forceinline__ float block_max(float v) {
+  __shared__ float partial[kThreads / 32];
+  v = warp_max(v);
+  if ((threadIdx.x & 31) == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  float largest = partial[0];
+#pragma unroll
+  for (int i = 1; i < kThreads / 32; i++) largest = fmaxf(largest, partial[i]);
+  return largest;
+}
+
+__device__ __forceinline__ float4 load_float4(const float* p) {
+  return bits_as<float4>(load_activation(static_cast<const void*>(p)));
+}
+__device__ __forceinline__ uint32_t pack_fp8(const float4& v) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(v.x, v.y), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(v.z, v.w), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+__device__ __forceinline__ float largest_of(const float4& v) {
+  return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+}
+
+// Four elements of delta, times the factors its product left out, plus the bias.
+__device__ __forceinline__ float4 full_delta(const ResidualNormArgs& p, const uint2& two, int column, float row_scale) {
+  float4 v = make_float4(low_float(two.x), high_float(two.x), low_float(two.y), high_float(two.y));
+  if (p.scales.columns) {
+    const float4 scale = *reinterpret_cast<const float4*>(p.scales.columns + column);
+    v.x *= row_scale * scale.x, v.y *= row_scale * scale.y, v.z *= row_scale * scale.z, v.w *= row_scale * scale.w;
+  }
+  if (p.bias) {
+    const float4 bias = *reinterpret_cast<const float4*>(p.bias + column);
+    v.x += bias.x, v.y += bias.y, v.z += bias.z, v.w += bias.w;
+  }
+  return v;
+}
+
+__device__ __forceinline__ float4 normed_four(const float4& v, const bf16* gain, float inverse) {
+  const uint2 g = __ldg(reinterpret_cast<const uint2*>(gain));
+  return make_float4(v.x * inverse * low_float(g.x), v.y * inverse * high_float(g.x), v.z * inverse * low_float(g.y),
+                     v.w * inverse * high_float(g.y));
+}
+
+// A block a token, whose row stays in registers: kVectors times four elements a thread.
+template <int kVectors>
 __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const ResidualNormArgs p) {
   start_dependents();
   wait_for_predecessor();
-  const std::size_t at = static_cast<std::size_t>(blockIdx.x) * p.hidden;
+  const std::size_t row = static_cast<std::size_t>(blockIdx.x) * p.hidden;
+  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + blockIdx.x) : 1.0f;
+  float4 v[kVectors];
+  uint2 deltas[kVectors];
   float squares = 0.0f;
-  for (int i = threadIdx.x * 2; i < p.hidden; i += kThreads * 2) {
-    const float2 delta = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(p.delta + at + i));
-    float2 v = *reinterpret_cast<const float2*>(p.residual + at + i);
-    v.x += delta.x, v.y += delta.y;
-    if (p.bias) v.x += p.bias[i], v.y += p.bias[i + 1];
-    *reinterpret_cast<float2*>(p.residual + at + i) = v;
-    if (p.residual_bf16) *reinterpret_cast<uint32_t*>(p.residual_bf16 + at + i) = pack_bf16(v.x, v.y);
-    squares = fmaf(v.x, v.x, fmaf(v.y, v.y, squares));
+#pragma unroll
+  for (int k = 0; k < kVectors; k++) {  // all loads are under way before the first store
+    const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (column >= p.hidden) continue;
+    v[k] = load_float4(p.residual + row + column);
+    deltas[k] = load_activation8(p.delta + row + column);
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; k++) {
+    const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (column >= p.hidden) continue;
+    const float4 delta = full_delta(p, deltas[k], column, row_scale);
+    v[k].x += delta.x, v[k].y += delta.y, v[k].z += delta.z, v[k].w += delta.w;
+    *reinterpret_cast<float4*>(p.residual + row + column) = v[k];
+    if (p.residual_bf16) {
+      *reinterpret_cast<uint2*>(p.residual_bf16 + row + column) =
+          make_uint2(pack_bf16(v[k].x, v[k].y), pack_bf16(v[k].z, v[k].w));
+    }
+    squares = fmaf(v[k].x, v[k].x, fmaf(v[k].y, v[k].y, fmaf(v[k].z, v[k].z, fmaf(v[k].w, v[k].w, squares))));
   }
   if (!p.gain) return;
   const float inverse = rsqrtf(block_sum(squares) / static_cast<float>(p.hidden) + p.eps);
-  for (int i = threadIdx.x * 2; i < p.hidden; i += kThreads * 2) {  // the elements this thread wrote
-    const float2 v = *reinterpret_cast<const float2*>(p.residual + at + i);
-    const float2 gain = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(p.gain + i));
-    *reinterpret_cast<uint32_t*>(p.normed + at + i) = pack_bf16(v.x * inverse * gain.x, v.y * inverse * gain.y);
+  float largest = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kVectors; k++) {
+    const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (column >= p.hidden) continue;
+    v[k] = normed_four(v[k], p.gain + column, inverse);
+    if (p.normed) {
+      *reinterpret_cast<uint2*>(p.normed + row + column) =
+          make_uint2(pack_bf16(v[k].x, v[k].y), pack_bf16(v[k].z, v[k].w));
+    }
+    largest = fmaxf(largest, largest_of(v[k]));
   }
+  if (!p.normed_fp8) return;
+  largest = block_max(largest);
+  const float to_fp8 = largest > 0.0f ? kLargestFp8 / largest : 1.0f;
+#pragma unroll
+  for (int k = 0; k < kVectors; k++) {
+    const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (column >= p.hidden) continue;
+    const float4 scaled = make_float4(v[k].x * to_fp8, v[k].y * to_fp8, v[k].z * to_fp8, v[k].w * to_fp8);
+    *reinterpret_cast<uint32_t*>(p.normed_fp8 + row + column) = pack_fp8(scaled);
+  }
+  if (threadIdx.x == 0) p.normed_scales[blockIdx.x] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    swiglu_kernel(const bf16* gate_up, const float* bias, int width, std::size_t count, bf16* out) {
-  start_dependents();
-  wait_for_predecessor();
-  const std::size_t i = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
-  if (i >= count) return;
-  const std::size_t token = i / width, column = i % width;
-  const bf16* row = gate_up + token * 2 * width + column;
+// Eight columns of silu(gate) * up, as bf16 pairs.
+__device__ __forceinline__ uint4 swiglu_eight(const SwigluArgs& p, std::size_t token, int column, float row_scale) {
+  const bf16* row = p.gate_up + token * 2 * p.width + column;
   float gate[8], up[8];
-  unpack_bf16(load_activation(row), gate);
-  unpack_bf16(load_activation(row + width), up);
+  const uint4 gate_words = load_activation(row), up_words = load_activation(row + p.width);
+  unpack_bf16(gate_words, gate);
+  unpack_bf16(up_words, up);
   uint32_t words[4];
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    if (bias) gate[j] += bias[column + j], up[j] += bias[width + column + j];
-    gate[j] = gate[j] / (1.0f + __expf(-gate[j])) * up[j];
+    if (p.scales.columns) {
+      gate[j] *= row_scale * __ldg(p.scales.columns + column + j);
+      up[j] *= row_scale * __ldg(p.scales.columns + p.width + column + j);
+    }
+    if (p.bias) gate[j] += p.bias[column + j], up[j] += p.bias[p.width + column + j];
+    gate[j] = __fdividef(gate[j], 1.0f + __expf(-gate[j])) * up[j];
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) words[j] = pack_bf16(gate[2 * j], gate[2 * j + 1]);
-  *reinterpret_cast<uint4*>(out + i) = make_uint4(words[0], words[1], words[2], words[3]);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluArgs p) {
+  start_dependents();
+  wait_for_predecessor();
+  const int column = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * 8;
+  if (column >= p.width) return;
+  const std::size_t token = blockIdx.x;
+  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
+  *reinterpret_cast<uint4*>(p.out + token * p.width + column) = swiglu_eight(p, token, column, row_scale);
+}
+
+// A block a token: its row waits in shared memory for the scale.
+__global__ void __launch_bounds__(kThreads) swiglu_fp8_kernel(const SwigluArgs p) {
+  extern __shared__ uint4 activated[];  // (width / 8)
+  start_dependents();
+  wait_for_predecessor();
+  const std::size_t token = blockIdx.x;
+  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
+  const int num_vectors = p.width / 8;
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < num_vectors; i += kThreads) {
+    const uint4 words = swiglu_eight(p, token, i * 8, row_scale);
+    activated[i] = words;  // read by this thread alone
+    float values[8];
+    unpack_bf16(words, values);
+#pragma unroll
+    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(values[j]));
+  }
+  largest = block_max(largest);  // and every thread has read the old row scale, which may lie where the new one goes
+  const float to_fp8 = largest > 0.0f ? kLargestFp8 / largest : 1.0f;
+  for (int i = threadIdx.x; i < num_vectors; i += kThreads) {
+    float v[8];
+    unpack_bf16(activated[i], v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] *= to_fp8;
+    *reinterpret_cast<uint2*>(p.out_fp8 + token * p.width + i * 8) =
+        make_uint2(pack_fp8(make_float4(v[0], v[1], v[2], v[3])), pack_fp8(make_float4(v[4], v[5], v[6], v[7])));
+  }
+  if (threadIdx.x == 0) p.out_scales[token] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -100,16 +220,28 @@ void rms_norm_async(const float* x, const bf16* gain, float eps, int num_tokens,
 }
 
 void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool pdl) {
-  assert(args.hidden % 2 == 0);
-  launch(residual_norm_kernel, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args);
+  assert(args.hidden % 8 == 0);
+  const auto run = [&](auto kernel) { launch(kernel, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args); };
+  const int vectors = ceil_div(args.hidden, 4 * kThreads);
+  if (vectors <= 1) return run(residual_norm_kernel<1>);
+  if (vectors <= 2) return run(residual_norm_kernel<2>);
+  if (vectors <= 4) return run(residual_norm_kernel<4>);
+  if (vectors <= 8) return run(residual_norm_kernel<8>);
+  if (vectors <= 16) return run(residual_norm_kernel<16>);
+  throw std::invalid_argument("rows of " + std::to_string(args.hidden) + " are too wide; the norm takes at most 16384");
 }
 
-void swiglu_async(const bf16* gate_up, const float* bias, int num_tokens, int width, bf16* out, cudaStream_t stream,
-                  bool pdl) {
-  assert(width % 8 == 0);
-  const std::size_t count = static_cast<std::size_t>(num_tokens) * width;
-  launch(swiglu_kernel, dim3(static_cast<unsigned>((count / 8 + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream,
-         pdl, gate_up, bias, width, count, out);
+void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl) {
+  assert(args.width % 8 == 0);
+  if (args.out) {
+    const dim3 grid(args.num_tokens, ceil_div(args.width, 8 * kThreads));
+    return launch(swiglu_kernel, grid, dim3(kThreads), 0, stream, pdl, args);
+  }
+  assert(args.width <= kMaxFp8Width);
+  const std::size_t bytes = static_cast<std::size_t>(args.width) * sizeof(bf16);
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(swiglu_fp8_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        kMaxFp8Width * static_cast<int>(sizeof(bf16))));
+  launch(swiglu_fp8_kernel, dim3(args.num_tokens), dim3(kThreads), bytes, stream, pdl, args);
 }
 
 void gather_rows_async(const bf16* x, const int32_t* rows, int num_rows, int hidden, bf16* out, cudaStream_t stream,

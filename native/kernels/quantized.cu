@@ -66,15 +66,14 @@ int packed_groups(int cols, int group) {
   return group >= 64 ? cols / group : padded / group;
 }
 
-// Eight columns a thread.
+// Of blocks over rows and columns: eight columns a thread.
 template <WeightFormat F>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const WeightView w, bool gate_up, int first_row, std::size_t count, bf16* out) {
-  const std::size_t index = (static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const WeightView w, int first_row, bf16* out) {
   start_dependents();
   wait_for_predecessor();
-  if (index >= count) return;
-  const int row = first_row + static_cast<int>(index / w.cols), column = static_cast<int>(index % w.cols);
+  const int column = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * 8;
+  if (column >= w.cols) return;
+  const int row = first_row + static_cast<int>(blockIdx.x);
   const std::size_t at = static_cast<std::size_t>(row) * w.cols + column;
   float values[8];
   if constexpr (F == WeightFormat::bf16) {
@@ -96,38 +95,96 @@ __global__ void __launch_bounds__(kThreads)
       const float2 two = unpack_fp16(fp8x2_to_fp16x2(words[i / 2] >> (16 * (i & 1))));
       values[2 * i] = two.x * scale, values[2 * i + 1] = two.y * scale;
     }
-  } else if constexpr (F == WeightFormat::int8) {
+  } else {
+    static_assert(F == WeightFormat::int8);
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(w.data) + at));
-    const float scale = __half2float(
-        static_cast<const __half*>(w.scales)[static_cast<std::size_t>(row) * (w.cols / w.group) + column / w.group]);
+    const int group_bits = 31 - __clz(w.group);  // a power of two
+    const float scale = __half2float(static_cast<const __half*>(w.scales)[at >> group_bits]);
     const uint32_t words[2] = {v.x, v.y};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       values[i] = static_cast<float>(static_cast<int8_t>(words[i / 4] >> (8 * (i & 3)))) * scale;
     }
-  } else {
-    const int half = w.rows / 2, in_half = row % (gate_up ? half : w.rows);
-    const int tile = gate_up ? in_half / 8 : row / 16;
-    const int r = gate_up ? (in_half & 7) + (row < half ? 0 : 8) : row & 15;
-    const int num_blocks = ceil_div(w.cols, 64), block = column / 64, s = (column & 63) / 16;
-    const int num_groups = w.group >= 64 ? w.cols / w.group : num_blocks * 64 / w.group;
-    const float scale = __half2float(static_cast<const __half*>(
-        w.scales)[(static_cast<std::size_t>(tile) * num_groups + column / w.group) * 16 + (r & 7) * 2 + (r >> 3)]);
+  }
+  *reinterpret_cast<uint4*>(out + static_cast<std::size_t>(blockIdx.x) * w.cols + column) =
+      make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
+                 pack_bf16(values[6], values[7]));
+}
+
+// Nibbles j of the low and the high half of `word` (weights plus 8), times scale, as two bf16. Exact until the last
+// rounding: the bf16 number 128 + nibble, and 136 times an fp16 number, are exact.
+__device__ __forceinline__ uint32_t dequantize_nibbles(uint32_t word, int j, float scale) {
+  uint32_t plus_128;
+  asm("lop3.b32 %0,%1,0x000f000f,0x43004300,0xEA;" : "=r"(plus_128) : "r"(word >> (4 * j)));
+  const float offset = -136.0f * scale;
+  return pack_bf16(fmaf(low_float(plus_128), scale, offset), fmaf(high_float(plus_128), scale, offset));
+}
+
+// A warp a packed tile and block of 64 columns; a lane has 16 columns of two rows. kGroups scales a block and row.
+template <int kGroups>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_int4_kernel(const WeightView w, bool gate_up, int first_row, int num_rows, int first_tile, bf16* out) {
+  start_dependents();
+  wait_for_predecessor();
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int tile = first_tile + static_cast<int>(blockIdx.x);
+  const int block = static_cast<int>(blockIdx.y * (kThreads / 32) + threadIdx.x / 32),
+            num_blocks = ceil_div(w.cols, 64);
+  if (block >= num_blocks) return;
+  int row[2];  // in `out`, or -1
+  bool any = false;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {  // four columns, one lane's word
-      const int lane = (r & 7) * 4 + ((column & 15) / 4 + i);
-      const uint32_t word = static_cast<const uint32_t*>(
-          w.data)[((static_cast<std::size_t>(tile) * num_blocks + block) * 32 + lane) * 4 + s];
+  for (int i = 0; i < 2; i++) {
+    const int original = packed_row(tile, g + 8 * i, w.rows, gate_up);
+    row[i] = original >= first_row && original < first_row + num_rows ? original - first_row : -1;
+    any |= row[i] >= 0;
+  }
+  if (!any) return;
+  const uint4 v = load_constant(static_cast<const uint4*>(w.data) +
+                                (static_cast<std::size_t>(tile) * num_blocks + block) * 32 + lane);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  const int num_groups = w.group >= 64 ? w.cols / w.group : num_blocks * kGroups;
+  const int first_group = w.group >= 64 ? block * 64 / w.group : block * kGroups;
+  const __half2* scales =
+      static_cast<const __half2*>(w.scales) + (static_cast<std::size_t>(tile) * num_groups + first_group) * 8 + g;
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int j = (r >> 3) + 2 * (k >> 1);
-        const int nibble = static_cast<int>((word >> (4 * j + 16 * (k & 1))) & 15u);
-        values[4 * i + k] = static_cast<float>(nibble - 8) * scale;
-      }
+  for (int s = 0; s < 4; s++) {
+    const int column = block * 64 + s * 16 + t * 4;
+    if (column >= w.cols) break;  // whole steps: cols is a multiple of 16
+    const float2 scale = __half22float2(__ldg(scales + s * kGroups / 4 * 8));
+    if (row[0] >= 0) {
+      *reinterpret_cast<uint2*>(out + static_cast<std::size_t>(row[0]) * w.cols + column) =
+          make_uint2(dequantize_nibbles(words[s], 0, scale.x), dequantize_nibbles(words[s], 2, scale.x));
+    }
+    if (row[1] >= 0) {
+      *reinterpret_cast<uint2*>(out + static_cast<std::size_t>(row[1]) * w.cols + column) =
+          make_uint2(dequantize_nibbles(words[s], 1, scale.y), dequantize_nibbles(words[s], 3, scale.y));
     }
   }
-  *reinterpret_cast<uint4*>(out + index) = make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                                                      pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
+}
+
+void dequantize_int4_async(const WeightView& w, bool gate_up, int first_row, int num_rows, bf16* out,
+                           cudaStream_t stream, bool pdl) {
+  // Tiles with any of the rows. Of gate_up, a tile has eight gate rows and the eight up rows of the same numbers.
+  const int last_row = first_row + num_rows - 1, half = w.rows / 2;
+  int first_tile = first_row / 16, last_tile = last_row / 16;
+  if (gate_up) {
+    const bool both = first_row < half && last_row >= half;
+    first_tile = both ? 0 : first_row % half / 8;
+    last_tile = (both ? half - 1 : last_row % half) / 8;
+  }
+  const auto run = [&](auto kernel) {
+    const dim3 grid(last_tile - first_tile + 1, ceil_div(ceil_div(w.cols, 64), kThreads / 32));
+    launch(kernel, grid, dim3(kThreads), 0, stream, pdl, w, gate_up, first_row, num_rows, first_tile, out);
+  };
+  switch (w.group) {
+    case 16:
+      return run(dequantize_int4_kernel<4>);
+    case 32:
+      return run(dequantize_int4_kernel<2>);
+    default:
+      return run(dequantize_int4_kernel<1>);
+  }
 }
 
 template <class T>
@@ -136,20 +193,35 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const T* in, bf16* ou
   if (i < count) out[i] = __float2bfloat16(static_cast<float>(in[i]));
 }
 
-// A block a row.
+// A block a row, read a second time from the cache where it just came.
 __global__ void __launch_bounds__(kThreads) quantize_fp8_kernel(const bf16* in, int cols, uint8_t* out, float* scales) {
   __shared__ float warp_maxima[kThreads / 32];
-  const bf16* row = in + static_cast<std::size_t>(blockIdx.x) * cols;
+  start_dependents();
+  wait_for_predecessor();
+  const std::size_t row = static_cast<std::size_t>(blockIdx.x) * cols;
   float largest = 0.0f;
-  for (int i = threadIdx.x; i < cols; i += kThreads) largest = fmaxf(largest, fabsf(__bfloat162float(row[i])));
+  for (int i = threadIdx.x * 8; i < cols; i += kThreads * 8) {
+    float v[8];
+    unpack_bf16(load_activation(in + row + i), v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(v[j]));
+  }
   largest = warp_max(largest);
   if ((threadIdx.x & 31) == 0) warp_maxima[threadIdx.x / 32] = largest;
   __syncthreads();
   for (int i = 0; i < kThreads / 32; i++) largest = fmaxf(largest, warp_maxima[i]);
   const float scale = largest > 0.0f ? largest / 448.0f : 1.0f;
-  for (int i = threadIdx.x; i < cols; i += kThreads) {
-    out[static_cast<std::size_t>(blockIdx.x) * cols + i] =
-        __nv_cvt_float_to_fp8(__bfloat162float(row[i]) / scale, __NV_SATFINITE, __NV_E4M3);
+  for (int i = threadIdx.x * 8; i < cols; i += kThreads * 8) {
+    float v[8];
+    unpack_bf16(load_activation(in + row + i), v);
+    uint32_t words[2] = {};
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t two =
+          __nv_cvt_float2_to_fp8x2(make_float2(v[j] / scale, v[j + 1] / scale), __NV_SATFINITE, __NV_E4M3);
+      words[j / 4] |= two << (8 * (j & 3));
+    }
+    *reinterpret_cast<uint2*>(out + row + i) = make_uint2(words[0], words[1]);
   }
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 }
@@ -179,9 +251,9 @@ void repack_int4_async(const uint8_t* data, const __half* scales, int rows, int 
 
 void dequantize_async(const WeightView& weight, bool gate_up, int first_row, int num_rows, bf16* out,
                       cudaStream_t stream, bool pdl) {
-  const std::size_t count = static_cast<std::size_t>(num_rows) * weight.cols;
   const auto run = [&](auto kernel) {
-    launch(kernel, dim3(blocks_for(count / 8)), dim3(kThreads), 0, stream, pdl, weight, gate_up, first_row, count, out);
+    const dim3 grid(num_rows, ceil_div(weight.cols, 8 * kThreads));
+    launch(kernel, grid, dim3(kThreads), 0, stream, pdl, weight, first_row, out);
   };
   switch (weight.format) {
     case WeightFormat::bf16:
@@ -193,7 +265,7 @@ void dequantize_async(const WeightView& weight, bool gate_up, int first_row, int
     case WeightFormat::int8:
       return run(dequantize_kernel<WeightFormat::int8>);
     case WeightFormat::int4:
-      return run(dequantize_kernel<WeightFormat::int4>);
+      return dequantize_int4_async(weight, gate_up, first_row, num_rows, out, stream, pdl);
   }
 }
 
@@ -205,8 +277,10 @@ void convert_to_bf16_async(const __half* in, bf16* out, std::size_t count, cudaS
   launch(convert_kernel<__half>, dim3(blocks_for(count)), dim3(kThreads), 0, stream, false, in, out, count);
 }
 
-void quantize_fp8_async(const bf16* in, int rows, int cols, uint8_t* out, float* scales, cudaStream_t stream) {
-  launch(quantize_fp8_kernel, dim3(rows), dim3(kThreads), 0, stream, false, in, cols, out, scales);
+void quantize_fp8_async(const bf16* in, int rows, int cols, uint8_t* out, float* scales, cudaStream_t stream,
+                        bool pdl) {
+  assert(cols % 8 == 0);
+  launch(quantize_fp8_kernel, dim3(rows), dim3(kThreads), 0, stream, pdl, in, cols, out, scales);
 }
 
 }  // namespace edgellm::kernels

@@ -11,78 +11,127 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ __forceinline__ float load_qkv(const RopeKvWriteArgs& p, std::size_t row, int column, int width) {
-  const std::size_t at = row * width + column;
-  const float v =
-      p.qkv_is_f32 ? static_cast<const float*>(p.qkv)[at] : __bfloat162float(static_cast<const bf16*>(p.qkv)[at]);
-  return p.bias ? v + p.bias[column] : v;
+// Eight neighbouring elements of a row of qkv, as they are before RoPE.
+__device__ __forceinline__ void load_eight(const RopeKvWriteArgs& p, std::size_t token, int column, int width,
+                                           float row_scale, float* v) {
+  const std::size_t at = token * width + column;
+  if (p.qkv_is_f32) {
+    const float* from = static_cast<const float*>(p.qkv) + at;
+    const float4 low = bits_as<float4>(load_activation(from)), high = bits_as<float4>(load_activation(from + 4));
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  } else {
+    unpack_bf16(load_activation(static_cast<const bf16*>(p.qkv) + at), v);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (p.scales.columns) v[i] *= row_scale * __ldg(p.scales.columns + column + i);
+    if (p.bias) v[i] += __ldg(p.bias + column + i);
+  }
 }
 
-// A block a token, a warp a head.
-template <KvFormat F>
-__global__ void __launch_bounds__(kThreads, 4) rope_kv_write_kernel(const RopeKvWriteArgs p) {
+// As one store. `to` is aligned to eight elements.
+template <class Cache>
+__device__ __forceinline__ void store_eight(typename Cache::Element* to, const float* v) {
+  struct alignas(8 * sizeof(typename Cache::Element)) Eight {
+    typename Cache::Element e[8];
+  } eight;
+#pragma unroll
+  for (int i = 0; i < 8; i++) eight.e[i] = Cache::from_float(v[i]);
+  *reinterpret_cast<Eight*>(to) = eight;
+}
+
+// kLanes threads a head, of which each holds eight dims of the lower half and the eight that they rotate with.
+template <KvFormat F, int kLanes>
+__global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWriteArgs p) {
   using Cache = Kv<F>;
   start_dependents();
   wait_for_predecessor();
-  const int token = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int position = *static_cast<const volatile int32_t*>(p.positions + token);
-  const int slot = *static_cast<const volatile int32_t*>(p.slots + token);
-  if (position < 0 || position >= p.kv.capacity) return;
   const int head_dim = p.kv.head_dim, half = head_dim / 2, num_kv = p.kv.num_kv_heads;
   const int num_rows = p.num_heads + 2 * num_kv, width = num_rows * head_dim;
-  const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
-  typename Cache::Element* keys =
-      static_cast<typename Cache::Element*>(p.kv.data) + static_cast<std::size_t>(slot) * 2 * num_kv * head_size;
-  typename Cache::Element* values = keys + num_kv * head_size;
-  for (int h = warp; h < num_rows; h += kThreads / 32) {
-    const int kv_head = h < p.num_heads + num_kv ? h - p.num_heads : h - p.num_heads - num_kv;
-    const std::size_t at = kv_head * head_size + static_cast<std::size_t>(position) * head_dim;  // of keys and values
-    if (h >= p.num_heads + num_kv) {
-      for (int i = lane; i < head_dim; i += 32) {
-        values[at + i] = Cache::from_float(load_qkv(p, token, h * head_dim + i, width));
-      }
-      continue;
-    }
-    const bf16* gain = h < p.num_heads ? p.rope.q_gain : p.rope.k_gain;
-    float low[2], high[2], squares = 0.0f;  // head_dim is at most 128: two pairs a lane
+  const unsigned index = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;  // of (token, head)
+  const bool inside = index < static_cast<unsigned>(p.num_tokens) * static_cast<unsigned>(num_rows);
+  const int token = inside ? static_cast<int>(index / static_cast<unsigned>(num_rows)) : 0;
+  const int h = inside ? static_cast<int>(index % static_cast<unsigned>(num_rows)) : 0;
+  const int i = static_cast<int>(threadIdx.x % kLanes) * 8;  // first dim
+  const int position = *static_cast<const volatile int32_t*>(p.positions + token);
+  const int slot = *static_cast<const volatile int32_t*>(p.slots + token);
+  // No return before the shuffles.
+  const bool active = inside && i < half && position >= 0 && position < p.kv.capacity;
+  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
+  float low[8] = {}, high[8] = {};
+  if (active) {
+    load_eight(p, token, h * head_dim + i, width, row_scale, low);
+    load_eight(p, token, h * head_dim + half + i, width, row_scale, high);
+  }
+  const bool is_value = h >= p.num_heads + num_kv;
+  const bf16* gain = is_value ? nullptr : h < p.num_heads ? p.rope.q_gain : p.rope.k_gain;
+  if (p.rope.q_gain || p.rope.k_gain) {
+    float squares = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int i = lane + 32 * j;
-      low[j] = i < half ? load_qkv(p, token, h * head_dim + i, width) : 0.0f;
-      high[j] = i < half ? load_qkv(p, token, h * head_dim + half + i, width) : 0.0f;
-      squares = fmaf(low[j], low[j], fmaf(high[j], high[j], squares));
-    }
-    const float inverse = gain ? rsqrtf(warp_sum(squares) / static_cast<float>(head_dim) + p.rope.norm_eps) : 1.0f;
+    for (int j = 0; j < 8; j++) squares = fmaf(low[j], low[j], fmaf(high[j], high[j], squares));
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int i = lane + 32 * j;
-      if (i >= half) continue;
-      if (gain) {
-        low[j] *= inverse * __bfloat162float(gain[i]);
-        high[j] *= inverse * __bfloat162float(gain[half + i]);
-      }
-      const float c = p.rope.cos[static_cast<std::size_t>(position) * half + i];
-      const float s = p.rope.sin[static_cast<std::size_t>(position) * half + i];
-      const float first = low[j] * c - high[j] * s, second = high[j] * c + low[j] * s;
-      if (h < p.num_heads) {
-        bf16* out = p.q_out + (static_cast<std::size_t>(token) * p.num_heads + h) * head_dim;
-        out[i] = __float2bfloat16(first);
-        out[half + i] = __float2bfloat16(second);
-      } else {
-        keys[at + i] = Cache::from_float(first);
-        keys[at + half + i] = Cache::from_float(second);
+    for (int s = kLanes / 2; s >= 1; s >>= 1) squares += __shfl_xor_sync(kAllLanes, squares, s);
+    if (gain && active) {
+      const float inverse = rsqrtf(squares / static_cast<float>(head_dim) + p.rope.norm_eps);
+      float gains[8];
+      unpack_bf16(load_constant(gain + i), gains);
+#pragma unroll
+      for (int j = 0; j < 8; j++) low[j] *= inverse * gains[j];
+      unpack_bf16(load_constant(gain + half + i), gains);
+#pragma unroll
+      for (int j = 0; j < 8; j++) high[j] *= inverse * gains[j];
+    }
+  }
+  if (!active) return;
+  if (!is_value) {
+    const std::size_t table = static_cast<std::size_t>(position) * half + i;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      const float4 c = bits_as<float4>(load_constant(p.rope.cos + table + j));
+      const float4 s = bits_as<float4>(load_constant(p.rope.sin + table + j));
+      const float cos[4] = {c.x, c.y, c.z, c.w}, sin[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float first = low[j + k] * cos[k] - high[j + k] * sin[k];
+        high[j + k] = high[j + k] * cos[k] + low[j + k] * sin[k];
+        low[j + k] = first;
       }
     }
   }
+  if (h < p.num_heads) {
+    bf16* out = p.q_out + (static_cast<std::size_t>(token) * p.num_heads + h) * head_dim + i;
+    store_eight<Kv<KvFormat::bf16>>(out, low);
+    store_eight<Kv<KvFormat::bf16>>(out + half, high);
+    return;
+  }
+  const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
+  // A slot's keys of all heads, then its values of all heads.
+  typename Cache::Element* to = static_cast<typename Cache::Element*>(p.kv.data) +
+                                (static_cast<std::size_t>(slot) * 2 * num_kv + (h - p.num_heads)) * head_size +
+                                static_cast<std::size_t>(position) * head_dim + i;
+  store_eight<Cache>(to, low);
+  store_eight<Cache>(to + half, high);
+}
+
+template <KvFormat F>
+void launch_rope(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
+  const int num_rows = args.num_heads + 2 * args.kv.num_kv_heads;
+  const auto run = [&](auto kernel, int lanes) {
+    const auto per_block = static_cast<unsigned>(kThreads / lanes);
+    const unsigned count = static_cast<unsigned>(args.num_tokens) * static_cast<unsigned>(num_rows);
+    launch(kernel, dim3((count + per_block - 1) / per_block), dim3(kThreads), 0, stream, pdl, args);
+  };
+  if (args.kv.head_dim <= 64) return run(rope_kv_write_kernel<F, 4>, 4);
+  run(rope_kv_write_kernel<F, 8>, 8);
 }
 
 }  // namespace
 
 void rope_kv_write_async(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
-  assert(args.kv.head_dim <= 128 && args.kv.head_dim % 2 == 0);
-  const auto kernel =
-      args.kv.format == KvFormat::fp8 ? rope_kv_write_kernel<KvFormat::fp8> : rope_kv_write_kernel<KvFormat::bf16>;
-  launch(kernel, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args);
+  assert(args.kv.head_dim <= 128 && args.kv.head_dim % 16 == 0);
+  if (args.kv.format == KvFormat::fp8) return launch_rope<KvFormat::fp8>(args, stream, pdl);
+  launch_rope<KvFormat::bf16>(args, stream, pdl);
 }
 
 }  // namespace edgellm::kernels

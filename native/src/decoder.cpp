@@ -52,19 +52,7 @@ Decoder::Decoder(DecoderConfig config)
   reserve_logits(std::max({config_.num_slots, kMaxLogitRows, config_.max_verify_tokens}));
   for (int i = 0; i < kHistoryLength; ++i) run_events_.emplace_back();
 
-  products_reason_ = MatrixProducts::unavailable_reason();
-  if (products_reason_.empty()) {
-    products_ = std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens);
-    for (const LinearShape& linear : layer_linears(config_)) {
-      if (config_.layer_format == kernels::WeightFormat::bf16) {
-        products_->prepare(linear.rows, linear.cols);
-        continue;
-      }
-      const int part = dequantised_rows(linear.rows, linear.cols);
-      products_->prepare(part, linear.cols);
-      if (linear.rows % part != 0) products_->prepare(linear.rows % part, linear.cols);
-    }
-  }
+  prepare_products();
   // The attention kernel's counters must start at zero; the cache, so that unwritten positions are finite.
   EDGELLM_CUDA_TRY(
       cudaMemsetAsync(arena_.get<std::byte>("attention"), 0, arena_.plan().size("attention"), stream_.get()));

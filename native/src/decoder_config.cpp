@@ -179,7 +179,11 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
              kernels::tree_attention_workspace_bytes(verified, config.num_heads, config.head_dim));
   }
   plan.add("workspace", "scratch", scratch_bytes(config));
-  plan.add("workspace", "cublaslt", MatrixProducts::kWorkspaceBytes);
+  plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
+  if (config.layer_format == WeightFormat::fp8 && config.fp8_prefill) {
+    plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));
+    plan.add("workspace", "x_scales", tokens * sizeof(float));
+  }
   plan.add("logits", "logits", static_cast<std::size_t>(std::max(kMaxLogitRows, verified)) * vocab * sizeof(float));
   plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
   plan.add("logits", "block_max",

@@ -1,5 +1,5 @@
 // Many tokens of one sequence: matrix products through cuBLASLt, or through the decode kernels where there are few
-// tokens or no cuBLASLt.
+// tokens or no cuBLASLt. How a product is computed is decoder_products.cpp's.
 #include <algorithm>
 
 #include "edgellm/cuda_try.hpp"
@@ -7,7 +7,6 @@
 #include "edgellm/kernels/attention_prefill.hpp"
 #include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/embedding.hpp"
-#include "edgellm/kernels/quantized.hpp"
 #include "guarded.hpp"
 
 namespace edgellm {
@@ -60,6 +59,7 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                            stream, false);
   kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
+  if (products && fp8_products_) quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
   for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products);
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.
@@ -86,14 +86,25 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
   auto* activated = arena_.get<__nv_bfloat16>("activated");
   const auto* inputs = arena_.get<std::int32_t>("prefill_inputs");
   const int hidden = config_.hidden_size;
+  // Then a product's input is x_fp8 with x_scales, and its output lacks the scales, which its reader applies.
+  const bool fp8 = products && fp8_products_;
+  auto* x_fp8 = fp8 ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
+  auto* x_scales = fp8 ? arena_.get<float>("x_scales") : nullptr;
+  const auto scales = [&](const LinearView& linear) {
+    return fp8 ? kernels::ProductScales{x_scales, static_cast<const float*>(linear.weight.scales)}
+               : kernels::ProductScales{};
+  };
 
-  if (products) {
+  if (fp8) {
+    fp8_product_async(layer.qkv, qkv, count);
+  } else if (products) {
     product_async(layer.qkv, false, normed, qkv, count);
   } else {
     gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16);
   }
   kernels::RopeKvWriteArgs rope;
   rope.qkv = qkv;
+  rope.scales = scales(layer.qkv);
   rope.bias = products ? layer.qkv.bias : nullptr;  // the decode kernels add it themselves
   rope.kv = cache_.layer(index);
   rope.rope = layer.rope;
@@ -102,7 +113,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
   rope.q_out = q;
   rope.num_tokens = count;
   rope.num_heads = config_.num_heads;
-  kernels::rope_kv_write_async(rope, stream, false);
+  kernels::rope_kv_write_async(rope, stream, pdl_);
 
   kernels::PrefillAttentionArgs attention;
   attention.q = q;
@@ -118,54 +129,59 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
   attention.scale = attention_scale(config_);
   kernels::prefill_attention_async(attention, stream, pdl_);
 
-  kernels::ResidualNormArgs residual;
-  residual.delta = delta;
-  residual.residual = arena_.get<float>("residual");
-  residual.eps = config_.rms_norm_eps;
-  residual.normed = normed;
-  residual.num_tokens = count;
-  residual.hidden = hidden;
-  if (products) {
+  if (fp8) {
+    quantize_x_async(attended, count, config_.q_width());
+    fp8_product_async(layer.o, delta, count);
+  } else if (products) {
     product_async(layer.o, false, attended, delta, count);
   } else {
     gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16);
   }
+  kernels::ResidualNormArgs residual;
+  residual.delta = delta;
+  residual.scales = scales(layer.o);
   residual.bias = products ? layer.o.bias : nullptr;
+  residual.residual = arena_.get<float>("residual");
   residual.gain = layer.post_norm;
-  kernels::residual_norm_async(residual, stream, false);
+  residual.eps = config_.rms_norm_eps;
+  residual.normed = fp8 ? nullptr : normed;
+  residual.normed_fp8 = x_fp8;
+  residual.normed_scales = x_scales;
+  residual.num_tokens = count;
+  residual.hidden = hidden;
+  kernels::residual_norm_async(residual, stream, pdl_);
 
   if (products) {
-    auto* gate_up = arena_.get<__nv_bfloat16>("gate_up");
-    product_async(layer.gate_up, true, normed, gate_up, count);
-    kernels::swiglu_async(gate_up, layer.gate_up.bias, count, config_.intermediate_size, activated, stream, false);
-    product_async(layer.down, false, activated, delta, count);
+    kernels::SwigluArgs swiglu;
+    swiglu.gate_up = arena_.get<__nv_bfloat16>("gate_up");
+    swiglu.scales = scales(layer.gate_up);
+    swiglu.bias = layer.gate_up.bias;
+    swiglu.out = fp8 ? nullptr : activated;
+    swiglu.out_fp8 = x_fp8;
+    swiglu.out_scales = x_scales;
+    swiglu.num_tokens = count;
+    swiglu.width = config_.intermediate_size;
+    if (fp8) {
+      fp8_product_async(layer.gate_up, arena_.get<__nv_bfloat16>("gate_up"), count);
+    } else {
+      product_async(layer.gate_up, true, normed, arena_.get<__nv_bfloat16>("gate_up"), count);
+    }
+    kernels::swiglu_async(swiglu, stream, pdl_);
+    if (fp8) {
+      fp8_product_async(layer.down, delta, count);
+    } else {
+      product_async(layer.down, false, activated, delta, count);
+    }
   } else {
     gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu);
     gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16);
   }
   const bool last = index + 1 == config_.num_layers;
+  residual.scales = scales(layer.down);
   residual.bias = products ? layer.down.bias : nullptr;
   residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;
   residual.residual_bf16 = last ? arena_.get<__nv_bfloat16>("residual_bf16") : nullptr;  // for the head
-  kernels::residual_norm_async(residual, stream, false);
-}
-
-// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache.
-void Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
-                            int count) {
-  const kernels::WeightView& weight = linear.weight;
-  cudaStream_t stream = stream_.get();
-  if (weight.format == kernels::WeightFormat::bf16) {
-    products_->run_async(x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
-    return;
-  }
-  auto* wide = arena_.get<__nv_bfloat16>("scratch");
-  const int part = dequantised_rows(weight.rows, weight.cols);
-  for (int first = 0; first < weight.rows; first += part) {
-    const int rows = std::min(part, weight.rows - first);
-    kernels::dequantize_async(weight, gate_up, first, rows, wide, stream, false);
-    products_->run_async(x, wide, y + first, count, rows, weight.cols, weight.rows, stream);
-  }
+  kernels::residual_norm_async(residual, stream, pdl_);
 }
 
 void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,

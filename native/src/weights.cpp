@@ -216,7 +216,7 @@ void Weights::load_fp8(const WeightView& weight, const HostTensor& host, cudaStr
       kernels::convert_to_bf16_async(reinterpret_cast<const __half*>(staging), wide, count, stream);
     }
     kernels::quantize_fp8_async(wide, rows, weight.cols, static_cast<std::uint8_t*>(writable(weight.data)) + first,
-                                static_cast<float*>(writable(weight.scales)) + start, stream);
+                                static_cast<float*>(writable(weight.scales)) + start, stream, false);
   }
 }
 

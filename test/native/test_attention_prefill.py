@@ -53,6 +53,29 @@ def test_rope_rotates_queries_and_writes_keys_and_values(
     assert_untouched(q_out)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_rope_applies_a_products_scales_before_the_bias(head_dim: int) -> None:
+    heads, kv_heads, tokens = 6, 2, 19
+    cos, sin = tables(head_dim)
+    kv = random_bf16(1, 2, kv_heads, CAPACITY, head_dim)
+    qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
+    bias = torch.randn(qkv.shape[1], device="cuda")
+    row_scales = torch.rand(tokens, device="cuda") + 0.5
+    column_scales = torch.rand(qkv.shape[1], device="cuda") + 0.1
+    scaled = qkv.float() * row_scales[:, None] * column_scales + bias
+    slots = torch.zeros(tokens, device="cuda", dtype=torch.int32)
+    positions = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    q_out, q_wanted = (poisoned(tokens, heads * head_dim, dtype=torch.bfloat16) for _ in range(2))
+    K.rope_kv_write(
+        qkv, kv, slots, positions, cos, sin, q_out, heads, bias, stream=stream(), row_scales=row_scales,
+        column_scales=column_scales,
+    )  # fmt: skip
+    written = kv[:, :, :, :tokens].clone()
+    K.rope_kv_write(scaled, kv, slots, positions, cos, sin, q_wanted, heads, stream=stream())
+    assert torch.allclose(q_out.double(), q_wanted.double(), rtol=2**-7, atol=1e-4)
+    assert torch.allclose(written.double(), kv[:, :, :, :tokens].double(), rtol=2**-7, atol=1e-4)
+
+
 def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, int]], window: int = 0, fp8: bool = False) -> None:  # fmt: skip
     """`sequences`: (first position, tokens) each."""
     num_slots = len(sequences) + 1

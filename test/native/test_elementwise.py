@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
 
@@ -20,7 +22,7 @@ def test_rms_norm(tokens: int, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", AWKWARD)
-@pytest.mark.parametrize("hidden", [18, 576, 4096])
+@pytest.mark.parametrize("hidden", [24, 576, 4096, 9000])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_residual_addition_and_the_norm_of_the_sum(tokens: int, hidden: int, with_bias: bool) -> None:
     delta, gain = random_bf16(tokens, hidden), random_bf16(hidden)
@@ -49,6 +51,72 @@ def test_swiglu(tokens: int, with_bias: bool) -> None:
     wanted = torch.nn.functional.silu(y[:, :200]) * y[:, 200:]
     assert torch.allclose(out.double(), wanted, rtol=2**-7, atol=1e-6)
     assert_untouched(out)
+
+
+def fp8_values(data: Any, scales: Any) -> Any:
+    return data.view(torch.float8_e4m3fn).double() * scales.double()[:, None]
+
+
+def assert_fp8(data: Any, scales: Any, wanted: Any) -> None:
+    """Three bits of mantissa, each row's largest number at 448."""
+    largest = wanted.abs().amax(1)
+    assert torch.allclose(scales.double(), largest / 448, rtol=2**-7)
+    slack = wanted.abs() / 14 + scales.double()[:, None] * 2**-9
+    assert bool(((fp8_values(data, scales) - wanted).abs() <= slack).all())
+
+
+def product_scales(tokens: int, width: int) -> tuple[Any, Any]:
+    return torch.rand(tokens, device="cuda") + 0.5, torch.rand(width, device="cuda") + 0.1
+
+
+@pytest.mark.parametrize("tokens", AWKWARD)
+@pytest.mark.parametrize("hidden", [24, 576, 4096, 9000])
+def test_the_norm_rounds_to_fp8_and_applies_a_products_scales(tokens: int, hidden: int) -> None:
+    delta, gain, bias = random_bf16(tokens, hidden), random_bf16(hidden), torch.randn(hidden, device="cuda")
+    rows, columns = product_scales(tokens, hidden)
+    before = torch.randn((tokens, hidden), device="cuda")
+    residual = before.clone()
+    wanted = before.double() + delta.double() * rows.double()[:, None] * columns.double() + bias.double()
+    normed = poisoned(tokens, hidden, dtype=torch.uint8)
+    scales = rows.clone()  # the new scales may lie where the old ones were
+    K.residual_norm(
+        delta, residual, bias, None, gain, 1e-5, stream=stream(), row_scales=scales, column_scales=columns,
+        normed_fp8=normed, normed_scales=scales,
+    )  # fmt: skip
+    assert torch.allclose(residual.double(), wanted, rtol=1e-5, atol=1e-5)
+    scaled = wanted * torch.rsqrt((wanted**2).mean(1, keepdim=True) + 1e-5) * gain.double()
+    assert_fp8(normed, scales, scaled)
+    assert_untouched(normed)
+
+
+@pytest.mark.parametrize("tokens", AWKWARD)
+@pytest.mark.parametrize("width", [8, 200, 14336])
+def test_swiglu_rounds_to_fp8_and_applies_a_products_scales(tokens: int, width: int) -> None:
+    gate_up, bias = random_bf16(tokens, 2 * width, scale=3.0), torch.randn(2 * width, device="cuda")
+    rows, columns = product_scales(tokens, 2 * width)
+    y = gate_up.double() * rows.double()[:, None] * columns.double() + bias.double()
+    wanted = torch.nn.functional.silu(y[:, :width]) * y[:, width:]
+    wide = poisoned(tokens, width, dtype=torch.bfloat16)
+    K.swiglu(gate_up, wide, bias, stream=stream(), row_scales=rows, column_scales=columns)
+    assert torch.allclose(wide.double(), wanted, rtol=2**-7, atol=1e-6)
+    out = poisoned(tokens, width, dtype=torch.uint8)
+    scales = rows.clone()
+    K.swiglu(gate_up, out, bias, stream=stream(), row_scales=scales, column_scales=columns, out_scales=scales)
+    assert_fp8(out, scales, wanted)
+    assert_untouched(out)
+
+
+def test_rows_of_zeros_have_a_scale_and_stay_zeros() -> None:
+    zeros = torch.zeros((3, 64), device="cuda", dtype=torch.bfloat16)
+    out, scales = poisoned(3, 32, dtype=torch.uint8), torch.full((3,), float("nan"), device="cuda")
+    K.swiglu(zeros, out, stream=stream(), out_scales=scales)
+    assert bool((fp8_values(out, scales) == 0).all())
+    normed = poisoned(3, 64, dtype=torch.uint8)
+    K.residual_norm(
+        zeros, zeros.float(), None, None, random_bf16(64), 1e-5, stream=stream(), normed_fp8=normed,
+        normed_scales=scales,
+    )  # fmt: skip
+    assert bool((fp8_values(normed, scales) == 0).all())
 
 
 @pytest.mark.parametrize("count", AWKWARD)

@@ -4,34 +4,51 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 namespace edgellm {
 
-// Products Y = X W^T of bf16 rows with a bf16 weight, accumulated in fp32.
-// A row's result never depends on how many rows there are: each weight shape keeps one algorithm that does not split K.
+// Of x and weight; y is bf16. fp8 is E4M3 without scales: y stands for the product once its reader has applied them.
+enum class ProductType : std::uint8_t { bf16, fp8 };
+
+// Device memory on which algorithms are tried at load; what it holds is lost. Types as ProductType says.
+struct ProductTrial {
+  std::byte* weight = nullptr;     // (out, in)
+  std::byte* x = nullptr;          // (max_rows, in)
+  std::byte* y = nullptr;          // (max_rows, out) bf16
+  std::span<std::byte> evictions;  // written before each timed product, so that the weight comes from memory; or empty
+};
+
+// Products Y = X W^T, accumulated in fp32. For every weight shape and class of row counts the fastest of cuBLASLt's
+// algorithms is found by trying them at load.
 class MatrixProducts {
  public:
   static constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;  // what NVIDIA advises for Hopper
+  static constexpr std::size_t kDeviceBytes = kWorkspaceBytes + 256;     // and checksums
 
   // Why there is no cuBLASLt here; empty when there is.
   static std::string unavailable_reason();
 
-  // workspace: kWorkspaceBytes of device memory that outlives this. max_rows: the most rows that run_async will get.
+  // memory: kDeviceBytes of device memory that outlives this. max_rows: the most rows that run_async will get.
+  // row_invariant: a row's result never depends on how many rows there are. Then no algorithm splits K, and one is
+  // taken only if it computes, bit for bit on random inputs, what the first choice for max_rows computes.
   // Throws CudaError when cuBLASLt fails, std::runtime_error when it is not there.
-  MatrixProducts(std::byte* workspace, int max_rows);
+  MatrixProducts(std::byte* memory, int max_rows, bool row_invariant);
   ~MatrixProducts();
   MatrixProducts(const MatrixProducts&) = delete;
   MatrixProducts& operator=(const MatrixProducts&) = delete;
 
-  // Finds the algorithm of a weight shape; at load, because it takes time.
-  void prepare(int out_features, int in_features);
+  // Chooses the algorithms of a weight shape; at load, because it takes time and waits for the stream. False when
+  // cuBLASLt has none for this type and shape on this GPU.
+  bool prepare(ProductType type, int out_features, int in_features, const ProductTrial& trial, cudaStream_t stream);
 
-  // x: (num_rows, in) bf16; weight: (out, in) bf16; y: (num_rows, out) bf16 whose rows are `stride` elements apart;
-  // device memory, 16-byte aligned.
-  void run_async(const void* x, const void* weight, void* y, int num_rows, int out_features, int in_features,
-                 int stride, cudaStream_t stream);
+  // x: (num_rows, in), at least two rows; weight: (out, in); y: (num_rows, out) bf16 whose rows are `stride` elements
+  // apart; device memory, 256-byte aligned.
+  void run_async(ProductType type, const void* x, const void* weight, void* y, int num_rows, int out_features,
+                 int in_features, int stride, cudaStream_t stream);
 
  private:
   struct State;

@@ -64,6 +64,8 @@ class Decoder {
   const MemoryPlan& plan() const noexcept { return arena_.plan(); }
   // Why prefill runs without cuBLASLt; empty when it has it.
   const std::string& products_reason() const noexcept { return products_reason_; }
+  // Whether prefill multiplies in FP8: fp8 layers, fp8_prefill and a GPU and library that can.
+  bool has_fp8_products() const noexcept { return fp8_products_; }
 
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
   void load_vector(const std::string& name, const HostTensor& values);
@@ -146,7 +148,12 @@ class Decoder {
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
                            int first_row, bool products);
   void prefill_layer_async(int layer, int num_tokens, bool products);
+  // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
+  void prepare_products();
   void product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
+  // Rounds x, (num_tokens, width), to x_fp8 with x_scales.
+  void quantize_x_async(const __nv_bfloat16* x, int num_tokens, int width);
+  void fp8_product_async(const LinearView& linear, __nv_bfloat16* y, int num_tokens);
   void gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,
                        int out_width, kernels::Epilogue epilogue);
 
@@ -164,6 +171,7 @@ class Decoder {
   KvCache cache_;
   std::unique_ptr<MatrixProducts> products_;
   std::string products_reason_;
+  bool fp8_products_ = false;
   std::map<std::pair<std::string, int>, int> tiles_;
   std::map<StepKey, Graph> graphs_;
   bool use_graphs_ = true;

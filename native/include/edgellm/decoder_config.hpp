@@ -38,6 +38,10 @@ struct DecoderConfig {
   // One decoding sequence gets the bits that it gets among others: the kernels for a single token, which are faster but
   // sum in another order, are left out.
   bool batch_invariant = true;
+  // A prompt's results do not depend on how it is cut into chunks; see MatrixProducts.
+  bool row_invariant = true;
+  // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
+  bool fp8_prefill = true;
   bool pdl = true;  // programmatic dependent launch, where the GPU has it
 
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }

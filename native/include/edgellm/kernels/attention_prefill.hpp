@@ -9,6 +9,7 @@ namespace edgellm::kernels {
 struct RopeKvWriteArgs {
   const void* qkv = nullptr;  // (num_tokens, (num_heads + 2 * kv_heads) * head_dim), float or bf16
   bool qkv_is_f32 = false;
+  ProductScales scales;         // of qkv
   const float* bias = nullptr;  // ((num_heads + 2 * kv_heads) * head_dim) added first, or null
   KvLayer kv;
   RopeTables rope;

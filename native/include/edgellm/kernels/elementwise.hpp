@@ -13,25 +13,36 @@ void rms_norm_async(const float* x,             // (num_tokens, hidden)
                     cudaStream_t stream, bool pdl);
 
 // residual += delta (+ bias), residual_bf16 = its copy, and, unless gain is null, normed = rms_norm(residual): the step
-// from one matrix product to the next.
+// from one matrix product to the next. `hidden` is a multiple of 8.
 struct ResidualNormArgs {
   const __nv_bfloat16* delta = nullptr;    // (num_tokens, hidden)
+  ProductScales scales;                    // of delta
   const float* bias = nullptr;             // (hidden), or null
   float* residual = nullptr;               // (num_tokens, hidden)
   __nv_bfloat16* residual_bf16 = nullptr;  // (num_tokens, hidden), or null
   const __nv_bfloat16* gain = nullptr;     // (hidden), or null
   float eps = 1e-6f;
-  __nv_bfloat16* normed = nullptr;  // (num_tokens, hidden)
+  __nv_bfloat16* normed = nullptr;     // (num_tokens, hidden), or null: then normed_fp8
+  std::uint8_t* normed_fp8 = nullptr;  // (num_tokens, hidden) E4M3
+  float* normed_scales = nullptr;      // (num_tokens), of normed_fp8; may be scales.rows
   int num_tokens = 0;
   int hidden = 0;
 };
 void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool pdl);
 
-// out[t, i] = silu(gate_up[t, i]) * gate_up[t, width + i], with bias (2 * width) added first unless it is null.
-void swiglu_async(const __nv_bfloat16* gate_up,  // (num_tokens, 2 * width)
-                  const float* bias, int num_tokens, int width,
-                  __nv_bfloat16* out,  // (num_tokens, width)
-                  cudaStream_t stream, bool pdl);
+// out[t, i] = silu(gate_up[t, i]) * gate_up[t, width + i]. `width` is a multiple of 8.
+struct SwigluArgs {
+  const __nv_bfloat16* gate_up = nullptr;  // (num_tokens, 2 * width)
+  ProductScales scales;                    // of gate_up
+  const float* bias = nullptr;             // (2 * width) added to gate_up, or null
+  __nv_bfloat16* out = nullptr;            // (num_tokens, width), or null: then out_fp8
+  std::uint8_t* out_fp8 = nullptr;         // (num_tokens, width) E4M3
+  float* out_scales = nullptr;             // (num_tokens), of out_fp8; may be scales.rows
+  int num_tokens = 0;
+  int width = 0;  // at most kMaxFp8Width for out_fp8
+};
+constexpr int kMaxFp8Width = 40960;  // a row lies in shared memory until its scale is known
+void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl);
 
 // out[i] = x[rows[i]]; a negative row gives zeros. `hidden` is a multiple of 8.
 void gather_rows_async(const __nv_bfloat16* x, const int32_t* rows, int num_rows, int hidden, __nv_bfloat16* out,

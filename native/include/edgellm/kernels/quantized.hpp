@@ -22,13 +22,14 @@ void dequantize_async(const WeightView& weight, bool gate_up, int first_row, int
                       __nv_bfloat16* out,  // (num_rows, cols)
                       cudaStream_t stream, bool pdl);
 
-// fp32 or fp16 (count) to bf16, and fp32/fp16/bf16 rows to E4M3 with one scale a row (largest magnitude to 448).
+// fp32 or fp16 (count) to bf16, and bf16 rows to E4M3 with one scale a row (largest magnitude to 448); `cols` is a
+// multiple of 8.
 void convert_to_bf16_async(const float* in, __nv_bfloat16* out, std::size_t count, cudaStream_t stream);
 void convert_to_bf16_async(const __half* in, __nv_bfloat16* out, std::size_t count, cudaStream_t stream);
 void quantize_fp8_async(const __nv_bfloat16* in,  // (rows, cols)
                         int rows, int cols,
                         uint8_t* out,   // (rows, cols)
                         float* scales,  // (rows)
-                        cudaStream_t stream);
+                        cudaStream_t stream, bool pdl);
 
 }  // namespace edgellm::kernels

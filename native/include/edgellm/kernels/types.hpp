@@ -12,8 +12,9 @@ namespace edgellm::kernels {
 
 // Every `*_async` launches on `stream` and never synchronises; all pointers are device memory. `pdl` launches with
 // programmatic dependent launch, which starts the kernel while its predecessor on the stream still runs (compute
-// capability 9.0 and newer; ignored elsewhere). It must be false for the first kernel after anything that is not one
-// of these kernels (a copy, cuBLAS, the start of a graph).
+// capability 9.0 and newer; ignored elsewhere). It must be false for the first kernel after anything that is not a
+// kernel (a copy, the start of a graph). After one of cuBLAS it may be true: that kernel was launched without it, so
+// all before it is complete, and wait_for_predecessor waits for itself.
 
 enum class WeightFormat : int {
   bf16 = 0,  // data (rows, cols)
@@ -44,6 +45,13 @@ struct KvLayer {
   int num_kv_heads = 0;
   int capacity = 0;  // tokens a slot holds
   int head_dim = 0;  // 64, 80, 96 or 128
+};
+
+// The factors that a product of E4M3 numbers left out: y[t, i] stands for y[t, i] * rows[t] * columns[i]. Both are null
+// for a product that needs none.
+struct ProductScales {
+  const float* rows = nullptr;     // (num_tokens), of the activations
+  const float* columns = nullptr;  // (out_features), of the weight's rows
 };
 
 // Rotary tables and the optional RMSNorm of each query and key head (Qwen3).

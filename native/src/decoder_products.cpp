@@ -1,0 +1,105 @@
+// Prefill's matrix products: in bf16, after dequantisation in parts, or in FP8 with activations rounded to it.
+#include <algorithm>
+#include <string>
+
+#include "edgellm/cuda_try.hpp"
+#include "edgellm/decoder.hpp"
+#include "edgellm/kernels/elementwise.hpp"
+#include "edgellm/kernels/quantized.hpp"
+
+namespace edgellm {
+namespace {
+
+using kernels::WeightFormat;
+
+constexpr std::size_t kEvictedBytes = std::size_t{128} << 20;  // written to empty the L2 cache, which is smaller
+
+bool device_has_fp8() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
+  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor >= 89;
+}
+
+}  // namespace
+
+// No weight is loaded yet, nor is the cache in use: all of that is memory to try algorithms on.
+void Decoder::prepare_products() {
+  products_reason_ = MatrixProducts::unavailable_reason();
+  if (!products_reason_.empty()) return;
+  products_ =
+      std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens, config_.row_invariant);
+  const bool dequantised = config_.layer_format != WeightFormat::bf16;
+  const LayerWeights& layer = weights_.layer(0);
+  struct Product {
+    const kernels::WeightView& weight;
+    const char* x;
+    const char* y;
+  };
+  const Product layer_products[] = {{layer.qkv.weight, "normed", "qkv"},
+                                    {layer.o.weight, "attended", "delta"},
+                                    {layer.gate_up.weight, "normed", "gate_up"},
+                                    {layer.down.weight, "activated", "delta"}};
+  const auto prepare = [&](const Product& product, ProductType type, int rows) {
+    ProductTrial trial;
+    trial.weight = static_cast<std::byte*>(const_cast<void*>(product.weight.data));
+    trial.x = arena_.get<std::byte>(type == ProductType::fp8 ? "x_fp8" : product.x);
+    trial.y = arena_.get<std::byte>(product.y);
+    if (type == ProductType::bf16 && dequantised) {
+      trial.weight = arena_.get<std::byte>("scratch");  // from where it is multiplied while in the L2 cache
+    } else {
+      trial.evictions = {arena_.get<std::byte>("kv"), std::min(arena_.plan().size("kv"), kEvictedBytes)};
+    }
+    return products_->prepare(type, rows, product.weight.cols, trial, stream_.get());
+  };
+  for (const Product& product : layer_products) {
+    const int most = config_.layer_format == WeightFormat::bf16
+                         ? product.weight.rows
+                         : dequantised_rows(product.weight.rows, product.weight.cols);
+    for (const int rows : {most, product.weight.rows % most}) {
+      if (rows == 0 || prepare(product, ProductType::bf16, rows)) continue;
+      throw CudaError(cudaErrorNotSupported, "cuBLASLt has no algorithm for a weight of " + std::to_string(rows) +
+                                                 " x " + std::to_string(product.weight.cols));
+    }
+  }
+  fp8_products_ = config_.layer_format == WeightFormat::fp8 && config_.fp8_prefill && device_has_fp8() &&
+                  config_.intermediate_size <= kernels::kMaxFp8Width;
+  for (const Product& product : layer_products) {
+    fp8_products_ = fp8_products_ && prepare(product, ProductType::fp8, product.weight.rows);
+  }
+}
+
+// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache.
+void Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
+                            int count) {
+  const kernels::WeightView& weight = linear.weight;
+  cudaStream_t stream = stream_.get();
+  if (weight.format == WeightFormat::bf16) {
+    products_->run_async(ProductType::bf16, x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
+    return;
+  }
+  auto* wide = arena_.get<__nv_bfloat16>("scratch");
+  const int part = dequantised_rows(weight.rows, weight.cols);
+  for (int first = 0; first < weight.rows; first += part) {
+    const int rows = std::min(part, weight.rows - first);
+    kernels::dequantize_async(weight, gate_up, first, rows, wide, stream, pdl_);
+    products_->run_async(ProductType::bf16, x, wide, y + first, count, rows, weight.cols, weight.rows, stream);
+  }
+}
+
+void Decoder::quantize_x_async(const __nv_bfloat16* x, int count, int width) {
+  kernels::quantize_fp8_async(x, count, width, arena_.get<std::uint8_t>("x_fp8"), arena_.get<float>("x_scales"),
+                              stream_.get(), pdl_);
+}
+
+// y = x_fp8 W^T without either's scales.
+void Decoder::fp8_product_async(const LinearView& linear, __nv_bfloat16* y, int count) {
+  const kernels::WeightView& weight = linear.weight;
+  products_->run_async(ProductType::fp8, arena_.get<std::uint8_t>("x_fp8"), weight.data, y, count, weight.rows,
+                       weight.cols, weight.rows, stream_.get());
+}
+
+}  // namespace edgellm
