@@ -119,6 +119,9 @@ __device__ __forceinline__ uint32_t int8x2_to_fp16x2(uint32_t four_biased) {
   return bits_as<uint32_t>(__hsub2(bits_as<half2>(magic), bits_as<half2>(0x64806480u)));  // 1152
 }
 
+// Of the thread's warp, in a form by which the compiler knows that all lanes have the same.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x >> 5), 0); }
+
 // Sum over a warp, in every lane.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

@@ -42,7 +42,9 @@ int list_choices(const GemvArgs& args, Choice* out) {
     // The staged x must fit the shared memory that every block may have.
     const int configs = args.weight.group >= 64 ? kNumInt4Configs : kNumInt4SmallGroupConfigs;
     for (int i = 0; i < configs && args.weight.cols <= kMaxStagedCols; i++) {
-      out[count++] = {Family::int4, {i, kMmaRows, kInt4Configs[i].warps * 32}};
+      const Int4Config& c = kInt4Configs[i];
+      if (c.once && ceil_div(args.weight.cols, 64) > c.warps * c.depth) continue;
+      out[count++] = {Family::int4, {i, kMmaRows, c.warps * 32}};
     }
   } else if (args.num_tokens == 1) {
     for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {

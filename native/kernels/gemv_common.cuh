@@ -19,7 +19,8 @@ struct GemvParams {
   int cols;
   int group_shift;  // log2 of the group: a division of two integers costs more than a load
   int num_tokens;
-  int num_blocks;  // of block_row
+  int num_blocks;      // of block_row
+  float inverse_cols;  // 1 / cols
   float norm_eps;
   Epilogue epilogue;
 };
@@ -59,14 +60,29 @@ __device__ __forceinline__ void store_row(const GemvParams& p, float y, int toke
   }
 }
 
-__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+__device__ __forceinline__ float swiglu(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
+
+// What a finished sum still needs, fetched before the sum is there: a load at the end would be waited for by every
+// block, and by the next kernel.
+template <WeightFormat F>
+struct RowConstants {
+  float bias = 0.0f;
+  float scale = 1.0f;  // of the whole row: fp8
+
+  __device__ __forceinline__ void load(const GemvParams& p, int row) {
+    if (p.bias) bias = __ldg(p.bias + row);
+    if constexpr (F == WeightFormat::fp8) {
+      scale = __ldg(static_cast<const float*>(p.scales) + row) * (1.0f / kFp8ToFp16);
+    }
+  }
+  __device__ __forceinline__ float apply(float sum) const { return fmaf(sum, scale, bias); }
+};
 
 // One warp finishes one token's R <= 32 rows of block `block`: lane r < R has row r's sum.
 template <int R>
 __device__ __forceinline__ void finish_rows(const GemvParams& p, float y, int lane, int token, int block, int row,
                                             float old_residual) {
   const bool valid = lane < R && row_is_valid<R>(p, block, lane);
-  if (p.bias && lane < R) y += p.bias[row];
   if (p.epilogue == Epilogue::swiglu) {
     const float up = __shfl_down_sync(kAllLanes, y, R / 2);
     if (valid && lane < R / 2) {
@@ -121,6 +137,7 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
           group_shift(args.weight.group),
           args.num_tokens,
           gemv_blocks(args, rows_per_block),
+          1.0f / static_cast<float>(args.weight.cols),
           args.norm_eps,
           args.epilogue};
 }
@@ -152,19 +169,19 @@ constexpr FmaConfig kFmaConfigs8[] = {
 constexpr int kNumFmaConfigs16 = sizeof(kFmaConfigs16) / sizeof(kFmaConfigs16[0]);
 constexpr int kNumFmaConfigs8 = sizeof(kFmaConfigs8) / sizeof(kFmaConfigs8[0]);
 constexpr int num_fma_configs(bool is_8bit) { return is_8bit ? kNumFmaConfigs8 : kNumFmaConfigs16; }
-constexpr FmaConfig fma_config(int index, bool is_8bit) {
-  return is_8bit ? kFmaConfigs8[index] : kFmaConfigs16[index];
-}
+constexpr FmaConfig fma_config(int index, bool is_8bit) { return is_8bit ? kFmaConfigs8[index] : kFmaConfigs16[index]; }
 
 struct Int4Config {
   int warps;  // that share the input features
   int depth;  // D: blocks of 64 input features in flight a warp and tile
   int tiles;  // T: tiles of 16 rows a block
   int min_blocks;
+  bool once;  // a warp's share is in flight as a whole: shorter, for up to warps * depth blocks of input features
 };
 constexpr Int4Config kInt4Configs[] = {
-    {8, 4, 1, 4}, {4, 8, 1, 6}, {16, 8, 1, 1}, {8, 8, 1, 3}, {4, 4, 1, 8},
-    {8, 2, 1, 5}, {16, 4, 1, 2}, {8, 4, 2, 3}, {4, 4, 2, 5}, {8, 2, 2, 4},
+    {8, 4, 1, 4, false}, {16, 4, 1, 2, false}, {16, 8, 1, 1, false}, {4, 4, 2, 5, false},  {8, 2, 2, 4, false},
+    {4, 2, 4, 4, false}, {8, 2, 4, 2, false},  {4, 8, 1, 6, true},   {8, 4, 1, 4, true},   {8, 5, 1, 4, true},
+    {8, 8, 1, 3, true},  {16, 4, 1, 2, true},  {16, 8, 1, 1, true},  {16, 14, 1, 1, true}, {8, 4, 2, 3, true},
 };
 constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
 // Groups below 64 are rare: they get the first of the table only.

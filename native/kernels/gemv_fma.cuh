@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   constexpr int kXLoads = kVec / 8;  // 16-byte loads of x that go with one of weights
   constexpr bool kGroups = F == WeightFormat::int8;
   __shared__ float partial[kMaxThreads / 32][R + 1];  // last: sum of squares
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int tid = threadIdx.x, lane = tid & 31, warp = warp_index();
   constexpr int kMaxWarps = kMaxThreads / 32;
   const int num_threads = blockDim.x, num_warps = num_threads / 32;
   const int chunks = p.cols / kVec;
@@ -92,6 +92,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
       }
     }
   }
+  const int own_row = block_row<R>(p, blockIdx.x, tid & (R - 1));
+  RowConstants<F> constants;
+  if (warp == 0) constants.load(p, own_row);
   start_dependents();
   wait_for_predecessor();
 
@@ -104,7 +107,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
       x[c * kXLoads + v] = chunk < chunks ? load_activation(p.x + chunk * kVec + v * 8) : make_uint4(0, 0, 0, 0);
     }
   }
-  const int own_row = block_row<R>(p, blockIdx.x, tid & (R - 1));
   const float old_residual = tid < R ? load_residual(p, 0, own_row) : 0.0f;
 
   float sums[R];
@@ -159,9 +161,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kMaxWarps; i++) total += i < num_warps ? partial[i][R] : 0.0f;
-      y *= rsqrtf(total / static_cast<float>(p.cols) + p.norm_eps);
+      y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
     }
-    if constexpr (F == WeightFormat::fp8) y *= static_cast<const float*>(p.scales)[own_row] * (1.0f / kFp8ToFp16);
+    y = constants.apply(y);
   }
   finish_rows<R>(p, y, lane, 0, blockIdx.x, own_row, old_residual);
 }

@@ -1,9 +1,10 @@
-// One token and int4 weights on tensor cores: x is normed and staged once a warp, then only nibbles are unpacked.
+// One token and int4 weights on the integer tensor cores.
 //
 // A block has kTiles packed tiles of 16 rows; its warps have contiguous shares of the input features. Weights come in
-// the order of the fragments of mma.m16n8k16 (quantized.cu), 512 contiguous bytes a warp and load. A nibble u becomes
-// the bf16 number 128 + u by one logic operation; what is too much, 136 times the sum of a group's x (the weight is
-// u - 8), is subtracted from the group's sum, which has fp32 to spare.
+// the order of quantized.cu, 512 contiguous bytes a warp and load, in which the low and the high nibbles of a word are,
+// by one mask each, fragments of mma.m16n8k32 for signed bytes. x becomes a fixed-point number of 15 bits in blocks of
+// 64 with a power of two as their scale (its error is a 32,768th of the block's largest number, 64 times less than
+// bf16's), split into two signed bytes that are two columns of the product: sums of a group are exact integers.
 #include "gemv_mma.cuh"
 
 namespace edgellm::kernels {
@@ -11,82 +12,114 @@ namespace edgellm::kernels {
 // 16-byte loads of x in flight a lane: 256 input features a warp each. With a norm the gain has as many.
 template <bool kNorm>
 constexpr int kStagedLoads = kNorm ? 2 : 4;
-constexpr float kNibbleOffset = 136.0f;
+// 32-bit words of a staged block of 64: [digit: low, high][t][step] four bytes, then 1 / scale; padded so that 16-byte
+// reads stay aligned and the writes of four blocks spread over the banks.
+constexpr int kStagedWords = 36;
+constexpr int kFixedBits = 14;
+constexpr float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded number
+constexpr uint32_t kSmallestExponent = 20;  // biased; blocks of smaller numbers than 2^-106 are as good as zero
 
-// Nibbles j of the low and the high half of `word`, plus 128, as two bf16.
-__device__ __forceinline__ uint32_t nibbles_plus_128(uint32_t word, int j) {
-  uint32_t magic;
-  asm("lop3.b32 %0,%1,0x000f000f,0x43004300,0xEA;" : "=r"(magic) : "r"(word >> (4 * j)));
-  return magic;
+__device__ __forceinline__ void mma_int8(int* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_int8(int* d, uint32_t a0, uint32_t a1, uint32_t b0) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b0));
 }
 
-// The sum of the eight numbers as they are multiplied.
-__device__ __forceinline__ float sum_bf16(const uint4& v) {
-  float xs[8];
-  unpack_bf16(v, xs);
-  return ((xs[0] + xs[1]) + (xs[2] + xs[3])) + ((xs[4] + xs[5]) + (xs[6] + xs[7]));
+// Four weights of row g + 8 of a packed word (shifted left by 4: of row g) as signed bytes, times 16: a nibble is the
+// weight + 8. `signs` is 0x80808080 in a register: one operation takes one constant only.
+__device__ __forceinline__ uint32_t weights_times_16(uint32_t word, uint32_t signs) {
+  uint32_t bytes;
+  asm("lop3.b32 %0,%1,%2,0xf0f0f0f0,0x28;" : "=r"(bytes) : "r"(word), "r"(signs));  // (word ^ signs) & mask
+  return bytes;
 }
 
-// Stages blocks first to last - 1 of 64 input features: staged[block][t][step] is what lane t of a quad multiplies in a
-// step; offsets[group] is what its sums have too much. Returns the lane's share of the sum of squares (with kNorm).
-template <int kGroupsPerBlock, bool kNorm>
+// Bytes kByte of four words, in the order that a packed word has its weights: 0, 2, 1, 3.
+template <int kByte>
+__device__ __forceinline__ uint32_t gather_bytes(const uint32_t* words) {
+  constexpr uint32_t kPair = kByte | (4 + kByte) << 4;
+  const uint32_t even = __byte_perm(words[0], words[2], kPair), odd = __byte_perm(words[1], words[3], kPair);
+  return __byte_perm(even, odd, 0x5410);
+}
+
+// Stages blocks first to last - 1 of 64 input features; returns the lane's share of the sum of squares (with kNorm).
+// kLoads 16-byte loads a lane are in flight at once; `gain` holds those of the first pass, the only one with kOnce.
+template <int kLoads, bool kOnce, bool kNorm>
 __device__ __forceinline__ float stage_x(const GemvParams& p, const uint4* gain, int first, int last, int lane,
-                                         uint2* staged, float* offsets) {
-  constexpr int kLanesPerGroup = 8 / kGroupsPerBlock;
-  constexpr int kLoads = kStagedLoads<kNorm>;
+                                         uint32_t* staged) {
+  const int end = min(last * 8, p.cols / 8);
   float squares = 0.0f;
-  for (int begin = first * 8; begin < last * 8; begin += 32 * kLoads) {
+  int begin = first * 8;
+  do {
     uint4 x[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       const int chunk = begin + i * 32 + lane;
-      x[i] = chunk < last * 8 && chunk * 8 < p.cols ? load_activation(p.x + chunk * 8) : make_uint4(0, 0, 0, 0);
+      x[i] = chunk < end ? load_activation(p.x + chunk * 8) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       const int chunk = begin + i * 32 + lane;
-      if (begin + i * 32 >= last * 8) break;  // the whole warp
+      float xs[8];
+      unpack_bf16(x[i], xs);
       if constexpr (kNorm) {
         uint4 g8 = gain[i];
-        if (begin != first * 8) {
-          g8 = chunk < last * 8 && chunk * 8 < p.cols ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
+        if (!kOnce && begin != first * 8) {
+          g8 = chunk < end ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
         }
-        float xs[8], gains[8];
-        unpack_bf16(x[i], xs);
+        float gains[8];
         unpack_bf16(g8, gains);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
           squares = fmaf(xs[j], xs[j], squares);
           xs[j] *= gains[j];
         }
-        x[i] = make_uint4(pack_bf16(xs[0], xs[1]), pack_bf16(xs[2], xs[3]), pack_bf16(xs[4], xs[5]),
-                          pack_bf16(xs[6], xs[7]));
       }
-      float sum = sum_bf16(x[i]);
+      uint32_t largest = 0;  // its bits: a NaN is larger than infinity, and that than any number
 #pragma unroll
-      for (int s = 1; s < kLanesPerGroup; s <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, s);
+      for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(xs[j]) & 0x7fffffffu);
+#pragma unroll
+      for (int s = 1; s < 8; s <<= 1) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, s));
+      const uint32_t exponent = max(largest >> 23, kSmallestExponent);
+      const float scale = __uint_as_float((254 + kFixedBits - 1 - exponent) << 23);
+      uint32_t low[8], high[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        low[j] = __float_as_uint(fmaf(xs[j], scale, kRoundToInt));
+        high[j] = low[j] + 128u;  // the low byte is signed
+      }
       if (chunk < last * 8) {
-        uint2* at = staged + (chunk >> 3) * 16 + (chunk & 1) * 8 + ((chunk >> 1) & 3);
-        at[0] = make_uint2(x[i].x, x[i].y);
-        at[4] = make_uint2(x[i].z, x[i].w);
-        if ((chunk & (kLanesPerGroup - 1)) == 0) offsets[chunk / kLanesPerGroup] = -kNibbleOffset * sum;
+        uint32_t* block = staged + (chunk >> 3) * kStagedWords;
+        uint32_t* at = block + (chunk & 1) * 8 + ((chunk >> 1) & 3);
+        at[0] = gather_bytes<0>(low);
+        at[4] = gather_bytes<0>(low + 4);
+        at[16] = gather_bytes<1>(high);
+        at[20] = gather_bytes<1>(high + 4);
+        // Also undoes the 16 of the weights. What is not finite must show in the result.
+        const uint32_t inverse = exponent == 255 ? 0x7fc00000u : (exponent - (kFixedBits - 1) - 4) << 23;
+        if ((chunk & 7) == 0) block[32] = inverse;
       }
     }
-  }
+    begin += 32 * kLoads;
+  } while (!kOnce && begin < last * 8);
   return squares;
 }
 
-template <int kWarps, int kDepth, int kTiles, int kMinBlocks, int kGroupsPerBlock, bool kNorm>
+template <int kWarps, int kDepth, int kTiles, int kMinBlocks, bool kOnce, int kGroupsPerBlock, bool kNorm>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(const GemvParams p) {
   constexpr int kRows = kTiles * kMmaRows;
-  constexpr int kLoads = kStagedLoads<kNorm>;
-  extern __shared__ uint4 staged[];  // bf16 (cols padded to 64), normed but for the division by the rms; then offsets
+  constexpr int kLoads = kOnce ? ceil_div(kDepth, 4) : kStagedLoads<kNorm>;
+  extern __shared__ uint4 staged[];             // x, normed but for the division by the rms
   __shared__ float partial[kWarps][kRows + 1];  // last: sum of squares
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, warp = warp_index(), g = lane >> 2, t = lane & 3;
   const int num_blocks = ceil_div(p.cols, 64), share = ceil_div(num_blocks, kWarps);
   const int first = warp * share, last = min(num_blocks, first + share);  // this warp's blocks of 64
   const int first_tile = blockIdx.x * kTiles;
-  float* offsets = reinterpret_cast<float*>(staged + num_blocks * 8);
 
   const uint4* weights[kTiles];
   const uint32_t* scales[kTiles];
@@ -94,15 +127,15 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
 #pragma unroll
   for (int m = 0; m < kTiles; m++) {
     const int tile = min(first_tile + m, p.num_blocks - 1);
-    weights[m] = static_cast<const uint4*>(p.data) + static_cast<std::size_t>(tile) * num_blocks * 32 + lane;
+    weights[m] = static_cast<const uint4*>(p.data) + (static_cast<std::size_t>(tile) * num_blocks + first) * 32 + lane;
     scales[m] = static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
   }
   uint4 ring[kDepth][kTiles];
   uint32_t scale_ring[kDepth][kTiles][kGroupsPerBlock];  // fp16 of rows g and g + 8
-  const auto load = [&](int d, int block) {
+  const auto load = [&](int d, int block, int ahead) {   // block `ahead` from where `weights` points to
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
-      ring[d][m] = load_once(weights[m] + block * 32);
+      ring[d][m] = load_once(weights[m] + ahead * 32);
 #pragma unroll
       for (int i = 0; i < kGroupsPerBlock; i++) {
         const int group = kGroupsPerBlock == 1 ? block >> (p.group_shift - 6) : block * kGroupsPerBlock + i;
@@ -112,7 +145,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
   };
 #pragma unroll
   for (int d = 0; d < kDepth; d++) {
-    if (first + d < last) load(d, first + d);
+    if (first + d < last) load(d, first + d, d);
   }
   uint4 gain[kNorm ? kLoads : 1];
   if constexpr (kNorm) {
@@ -122,49 +155,62 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
       gain[i] = chunk < last * 8 && chunk * 8 < p.cols ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
     }
   }
+  // Warp m finishes tile m.
+  const int own_tile = min(first_tile + warp, p.num_blocks - 1);
+  const int own_row = block_row<kMmaRows>(p, own_tile, lane & (kMmaRows - 1));
+  RowConstants<WeightFormat::int4> constants;
+  if (warp < kTiles) constants.load(p, own_row);
   start_dependents();
   wait_for_predecessor();
 
-  // Warp m finishes tile m; its residual is fetched early.
-  const int own_tile = min(first_tile + warp, p.num_blocks - 1);
-  const int own_row = block_row<kMmaRows>(p, own_tile, lane & (kMmaRows - 1));
   const float old_residual = warp < kTiles ? load_residual(p, 0, own_row) : 0.0f;
-  float squares = stage_x<kGroupsPerBlock, kNorm>(p, gain, first, last, lane, reinterpret_cast<uint2*>(staged), offsets);
+  float squares = stage_x<kLoads, kOnce, kNorm>(p, gain, first, last, lane, reinterpret_cast<uint32_t*>(staged));
   __syncwarp();
 
+  uint32_t signs;
+  asm("mov.b32 %0,0x80808080;" : "=r"(signs));
   float sums[kTiles][2] = {};  // rows g and g + 8
-  for (int begin = first; begin < last; begin += kDepth) {
+  int begin = first;
+  do {
 #pragma unroll
     for (int d = 0; d < kDepth; d++) {
       const int block = begin + d;
       if (block >= last) break;
-      const uint4 x01 = staged[block * 8 + t * 2], x23 = staged[block * 8 + t * 2 + 1];
-      const uint32_t x[8] = {x01.x, x01.y, x01.z, x01.w, x23.x, x23.y, x23.z, x23.w};
+      // Column 2 j of the product is of the low bytes, column 2 j + 1 of the high ones, all j alike.
+      const uint4 x = staged[block * (kStagedWords / 4) + (g & 1) * 4 + t];
+      const float inverse = reinterpret_cast<const float*>(staged)[block * kStagedWords + 32];
+      const uint32_t xs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int i = 0; i < kGroupsPerBlock; i++) {
-        const float offset = offsets[block * kGroupsPerBlock + i];
+      for (int m = 0; m < kTiles; m++) {
+        const uint32_t words[4] = {ring[d][m].x, ring[d][m].y, ring[d][m].z, ring[d][m].w};
+        uint32_t a[4][2];
 #pragma unroll
-        for (int m = 0; m < kTiles; m++) {
-          const uint32_t words[4] = {ring[d][m].x, ring[d][m].y, ring[d][m].z, ring[d][m].w};
-          constexpr int kSteps = 4 / kGroupsPerBlock;
-          float products[2][4] = {{offset, 0.0f, offset, 0.0f}};  // two chains: a product waits for the one before last
+        for (int s = 0; s < 4; s++) {
+          a[s][0] = weights_times_16(words[s] << 4, signs);
+          a[s][1] = weights_times_16(words[s], signs);
+        }
 #pragma unroll
-          for (int j = 0; j < kSteps; j++) {
-            const int s = i * kSteps + j;
-            uint32_t a[4];
+        for (int i = 0; i < kGroupsPerBlock; i++) {
+          int products[4] = {};
+          if constexpr (kGroupsPerBlock == 4) {
+            mma_int8(products, a[i][0], a[i][1], xs[i]);
+          } else {
 #pragma unroll
-            for (int k = 0; k < 4; k++) a[k] = nibbles_plus_128(words[s], k);
-            // Every lane group gives the same x: all eight columns of the product are equal.
-            mma_bf16(products[j & 1], a, x[2 * s], x[2 * s + 1]);
+            for (int s = i * 4 / kGroupsPerBlock; s < (i + 1) * 4 / kGroupsPerBlock; s += 2) {
+              mma_int8(products, a[s][0], a[s][1], a[s + 1][0], a[s + 1][1], xs[s], xs[s + 1]);
+            }
           }
           const float2 scale = unpack_fp16(scale_ring[d][m][i]);
-          sums[m][0] = fmaf(scale.x, products[0][0] + products[1][0], sums[m][0]);
-          sums[m][1] = fmaf(scale.y, products[0][2] + products[1][2], sums[m][1]);
+          sums[m][0] = fmaf(scale.x * inverse, static_cast<float>(products[1] * 256 + products[0]), sums[m][0]);
+          sums[m][1] = fmaf(scale.y * inverse, static_cast<float>(products[3] * 256 + products[2]), sums[m][1]);
         }
       }
-      if (block + kDepth < last) load(d, block + kDepth);
+      if (!kOnce && block + kDepth < last) load(d, block + kDepth, kDepth + d);
     }
-  }
+    begin += kDepth;
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) weights[m] += kDepth * 32;
+  } while (!kOnce && begin < last);
   if constexpr (kNorm) squares = warp_sum(squares);
   if (t == 0) {
 #pragma unroll
@@ -186,8 +232,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
   y += __shfl_xor_sync(kAllLanes, y, 16);
   if constexpr (kNorm) {
     total += __shfl_xor_sync(kAllLanes, total, 16);
-    y *= rsqrtf(total / static_cast<float>(p.cols) + p.norm_eps);
+    y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
   }
+  y = constants.apply(y);
   finish_rows<kMmaRows>(p, y, lane, 0, first_tile + warp, own_row, old_residual);
 }
 
@@ -198,9 +245,9 @@ void launch_config(const GemvArgs& args, cudaStream_t stream, bool pdl) {
   constexpr Int4Config c = kInt4Configs[kConfig];
   constexpr int kMinBlocks = kGroupsPerBlock == 1 || c.min_blocks < 3 ? c.min_blocks : c.min_blocks - 2;
   const std::size_t num_blocks = static_cast<std::size_t>(ceil_div(args.weight.cols, 64));
-  launch(gemv_int4_kernel<c.warps, c.depth, c.tiles, kMinBlocks, kGroupsPerBlock, kNorm>,
+  launch(gemv_int4_kernel<c.warps, c.depth, c.tiles, kMinBlocks, c.once, kGroupsPerBlock, kNorm>,
          dim3(ceil_div(gemv_blocks(args, kMmaRows), c.tiles)), dim3(c.warps * 32),
-         num_blocks * (128 + kGroupsPerBlock * sizeof(float)), stream, pdl, gemv_params(args, kMmaRows));
+         num_blocks * kStagedWords * sizeof(uint32_t), stream, pdl, gemv_params(args, kMmaRows));
 }
 
 template <int kGroupsPerBlock, bool kNorm, int kConfig = 0>

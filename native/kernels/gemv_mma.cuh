@@ -47,7 +47,8 @@ struct MmaWeights {
           static_cast<const uint32_t*>(p.scales) + static_cast<std::size_t>(tile) * num_groups * 8 + g;
 #pragma unroll
       for (int i = 0; i < kGroupsPerBlock; i++) {
-        scale[i] = __ldg(scales + (kGroupsPerBlock == 1 ? block >> (p.group_shift - 6) : block * kGroupsPerBlock + i) * 8);
+        scale[i] =
+            __ldg(scales + (kGroupsPerBlock == 1 ? block >> (p.group_shift - 6) : block * kGroupsPerBlock + i) * 8);
       }
       return;
     }
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv
   constexpr int kStride = kTiles * kMmaRows + 4;  // conflict-free for the fragments' order
   __shared__ float partial[kMmaWarps][kTokens][kStride];
   __shared__ float partial_squares[kMmaWarps][kTokens];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, warp = warp_index(), g = lane >> 2, t = lane & 3;
   const int num_blocks = ceil_div(p.cols, 64);
   const int first_tile = blockIdx.x * kTiles;
   const bool has_norm = p.gain != nullptr;
@@ -149,6 +150,12 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv
       if (block < num_blocks) ring[d][m].load(p, min(first_tile + m, p.num_blocks - 1), block, lane);
     }
   }
+  // A warp finishes the same tile for all its tokens.
+  static_assert(kMmaWarps % kTiles == 0);
+  const int own_tile = first_tile + warp % kTiles;
+  const int own_row = block_row<kMmaRows>(p, min(own_tile, p.num_blocks - 1), lane & (kMmaRows - 1));
+  RowConstants<F> constants;
+  constants.load(p, own_row);
   start_dependents();
   wait_for_predecessor();
 
@@ -165,10 +172,8 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv
   float old_residual[kTiles * kTokenTiles];
 #pragma unroll
   for (int i = 0; i < kTiles * kTokenTiles; i++) {
-    const int job = warp + i * kMmaWarps, tile = first_tile + job % kTiles, token = job / kTiles;
-    old_residual[i] = token < p.num_tokens && tile < p.num_blocks
-                          ? load_residual(p, token, block_row<kMmaRows>(p, tile, lane & (kMmaRows - 1)))
-                          : 0.0f;
+    const int token = (warp + i * kMmaWarps) / kTiles;
+    old_residual[i] = token < p.num_tokens && own_tile < p.num_blocks ? load_residual(p, token, own_row) : 0.0f;
   }
 
   float sums[kTiles][kTokenTiles][4] = {};
@@ -259,19 +264,18 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTiles * kTokenTiles; i++) {
-    const int job = warp + i * kMmaWarps, m = job % kTiles, tile = first_tile + m, token = job / kTiles;
-    if (token >= p.num_tokens || tile >= p.num_blocks) continue;
-    const int r = lane & (kMmaRows - 1), row = block_row<kMmaRows>(p, tile, r);
+    const int token = (warp + i * kMmaWarps) / kTiles;
+    if (token >= p.num_tokens || own_tile >= p.num_blocks) continue;
+    const int r = lane & (kMmaRows - 1);
     float y = 0.0f, total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kMmaWarps; w++) {
-      y += partial[w][token][m * kMmaRows + r];
+      y += partial[w][token][warp % kTiles * kMmaRows + r];
       total += partial_squares[w][token];
     }
-    if (has_norm) y *= rsqrtf(total / static_cast<float>(p.cols) + p.norm_eps);
-    if constexpr (F == WeightFormat::fp8) y *= static_cast<const float*>(p.scales)[row] * (1.0f / kFp8ToFp16);
+    if (has_norm) y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
     if constexpr (!MmaFormat<F>::is_bf16) y *= 1.0f / kXScale;
-    finish_rows<kMmaRows>(p, y, lane, token, tile, row, old_residual[i]);
+    finish_rows<kMmaRows>(p, constants.apply(y), lane, token, own_tile, own_row, old_residual[i]);
   }
 }
 
