@@ -3,16 +3,15 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "bindings.hpp"
-#include "dlpack.hpp"
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/tensor.hpp"
+#include "tensor_exchange.hpp"
 
 namespace py = pybind11;
 
@@ -20,15 +19,6 @@ namespace edgellm {
 namespace {
 
 Shape to_shape(const std::vector<std::int64_t>& dims) { return Shape(std::span<const std::int64_t>(dims)); }
-
-py::tuple to_tuple(const Shape& shape) {
-  py::tuple dims(static_cast<std::size_t>(shape.rank()));
-  for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = shape[i];
-  return dims;
-}
-
-// NumPy has no bfloat16: its bits cross as uint16.
-py::dtype numpy_dtype(DType dtype) { return py::dtype(dtype == DType::kBFloat16 ? "uint16" : name_of(dtype)); }
 
 py::array to_numpy(const Tensor& tensor) {
   py::array array(numpy_dtype(tensor.dtype()),
@@ -49,73 +39,9 @@ void copy_from(const Tensor& tensor, const py::array& array) {
   const void* from = dense.data();
   const py::gil_scoped_release release;
   EDGELLM_CUDA_TRY(cudaMemcpy(tensor.data(), from, tensor.num_bytes(), cudaMemcpyDefault));
-}
-
-py::dict cuda_array_interface(const Tensor& tensor) {
-  if (tensor.dtype() == DType::kBFloat16) {
-    throw py::attribute_error("__cuda_array_interface__ has no bfloat16; use DLPack");
-  }
-  if (tensor.kind() != MemoryKind::kDevice) throw py::attribute_error("the tensor is in host memory");
-  py::dict interface;
-  interface["shape"] = to_tuple(tensor.shape());
-  interface["typestr"] = numpy_dtype(tensor.dtype()).attr("str");
-  interface["data"] = py::make_tuple(reinterpret_cast<std::uintptr_t>(tensor.data()), false);
-  interface["strides"] = py::none();
-  interface["version"] = 3;
-  return interface;
-}
-
-int current_device() {
-  int device = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  return device;
-}
-
-// What a consumer holds: the Python tensor stays alive until its deleter runs.
-struct Exported {
-  dlpack::DLManagedTensor managed{};
-  std::array<std::int64_t, Shape::kMaxRank> shape{};
-  py::object owner;
-};
-
-dlpack::DLDataType dlpack_dtype(DType dtype) {
-  const auto bits = static_cast<std::uint8_t>(8 * size_of(dtype));
-  switch (dtype) {
-    case DType::kFloat32:
-    case DType::kFloat16:
-      return {dlpack::kFloat, bits, 1};
-    case DType::kBFloat16:
-      return {dlpack::kBfloat, bits, 1};
-    case DType::kUInt8:
-      return {dlpack::kUInt, bits, 1};
-    default:
-      return {dlpack::kInt, bits, 1};
-  }
-}
-
-py::capsule to_dlpack(const py::object& self) {
-  const auto& tensor = self.cast<const Tensor&>();
-  auto exported = std::make_unique<Exported>();
-  const auto dims = tensor.shape().dims();
-  std::copy(dims.begin(), dims.end(), exported->shape.begin());
-  exported->owner = self;
-  dlpack::DLTensor& view = exported->managed.dl_tensor;
-  view.data = tensor.data();
-  view.device = {tensor.kind() == MemoryKind::kDevice ? dlpack::kCuda : dlpack::kCudaHost, current_device()};
-  view.ndim = tensor.shape().rank();
-  view.dtype = dlpack_dtype(tensor.dtype());
-  view.shape = exported->shape.data();
-  exported->managed.manager_ctx = exported.get();
-  exported->managed.deleter = [](dlpack::DLManagedTensor* managed) {
-    const py::gil_scoped_acquire acquire;  // a consumer may free it on any thread
-    delete static_cast<Exported*>(managed->manager_ctx);
-  };
-  // A capsule that nobody consumed keeps its name, and frees what it holds.
-  return py::capsule(&exported.release()->managed, "dltensor", [](PyObject* capsule) {
-    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
-    auto* managed = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    managed->deleter(managed);
-  });
+  // From pageable memory cudaMemcpy returns when the array may be reused, which can be before the data has arrived;
+  // a non-blocking stream of another library would read the old data.
+  EDGELLM_CUDA_TRY(cudaStreamSynchronize(cudaStreamLegacy));
 }
 
 }  // namespace
@@ -141,16 +67,16 @@ void bind_tensor(py::module_& module) {
       .def(
           "reshape", [](Tensor& tensor, const std::vector<std::int64_t>& shape) { tensor.reshape(to_shape(shape)); },
           py::arg("shape"), "Another shape over the same memory, in place; never allocates.")
-      .def("to_numpy", &to_numpy, "A copy in host memory; bfloat16 as its bits in uint16. Waits.")
+      .def("to_numpy", &to_numpy, "A copy in host memory; bfloat16 as its bits in uint16, float8 in uint8. Waits.")
       .def("copy_from", &copy_from, py::arg("array"), "Fill from a NumPy array of the same dtype and size. Waits.")
+      .def_static("view", &tensor_view, py::arg("array"), py::arg("stream") = 1,
+                  "A view of another library's dense, writable device array, which it keeps alive. `stream` waits for "
+                  "the work that the array's library has put on its own; 1 is the legacy default stream.")
       .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
-      .def(
-          "__dlpack__", [](const py::object& self, const py::kwargs&) { return to_dlpack(self); },
-          "A DLPack capsule over the same memory; the producer's work is complete, so streams need no order.")
-      .def("__dlpack_device__", [](const Tensor& tensor) {
-        const int type = tensor.kind() == MemoryKind::kDevice ? dlpack::kCuda : dlpack::kCudaHost;
-        return py::make_tuple(type, current_device());
-      });
+      .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+           "A DLPack capsule over the same memory, which keeps the tensor alive.")
+      .def("__dlpack_device__", &dlpack_device, "(device type, device index), as DLPack numbers them.");
 }
 
 }  // namespace edgellm

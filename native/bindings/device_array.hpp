@@ -12,40 +12,31 @@
 #include <utility>
 #include <vector>
 
-#include "dlpack.hpp"
+#include "dlpack_import.hpp"
 
 namespace edgellm {
 
 class DeviceArray {
  public:
-  DeviceArray(const pybind11::object& object, std::string name) : name_(std::move(name)) {
-    // -1: no synchronisation; launches are ordered by the stream that the caller names.
-    capsule_ = object.attr("__dlpack__")(pybind11::arg("stream") = -1).cast<pybind11::capsule>();
-    managed_ = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
-    if (!managed_) throw pybind11::error_already_set();
-    if (managed_->dl_tensor.device.device_type != dlpack::kCuda) fail("is not in device memory");
-    std::int64_t dense = 1;
-    for (int i = managed_->dl_tensor.ndim - 1; i >= 0; --i) {
-      const std::int64_t size = managed_->dl_tensor.shape[i];
-      if (managed_->dl_tensor.strides && size > 1 && managed_->dl_tensor.strides[i] != dense) fail("is not contiguous");
-      dense *= size;
-    }
+  // -1: no synchronisation; launches are ordered by the stream that the caller names.
+  DeviceArray(const pybind11::object& object, std::string name) : name_(std::move(name)), imported_(object, name_, -1) {
+    if (tensor().device.device_type != dlpack::kCuda) fail("is not in device memory");
   }
 
-  int rank() const { return managed_->dl_tensor.ndim; }
+  int rank() const { return tensor().ndim; }
   std::int64_t size(int axis) const {
     if (axis >= rank()) fail("has too few dimensions");
-    return managed_->dl_tensor.shape[axis];
+    return tensor().shape[axis];
   }
-  int bits() const { return managed_->dl_tensor.dtype.bits; }
-  bool is_float() const { return managed_->dl_tensor.dtype.code == dlpack::kFloat; }
-  bool is_bfloat() const { return managed_->dl_tensor.dtype.code == dlpack::kBfloat; }
+  int bits() const { return tensor().dtype.bits; }
+  bool is_float() const { return tensor().dtype.code == dlpack::kFloat; }
+  bool is_bfloat() const { return tensor().dtype.code == dlpack::kBfloat; }
 
   // The data as T; integers may be signed or not. An extent of -1 is any; the sizes are the caller's contract.
   template <class T>
   T* as(const std::vector<std::int64_t>& shape) const {
     using Plain = std::remove_const_t<T>;
-    const dlpack::DLDataType dtype = managed_->dl_tensor.dtype;
+    const dlpack::DLDataType dtype = tensor().dtype;
     const bool floating = std::is_same_v<Plain, float> || std::is_same_v<Plain, __half>;
     const bool fits = std::is_same_v<Plain, __nv_bfloat16> ? is_bfloat()
                       : floating                           ? is_float()
@@ -58,12 +49,12 @@ class DeviceArray {
     for (int i = 0; same && i < rank(); ++i)
       same = shape[static_cast<std::size_t>(i)] < 0 || shape[static_cast<std::size_t>(i)] == size(i);
     if (!same)
-      fail("has shape " + text(managed_->dl_tensor.shape, rank()) + ", not " +
-           text(shape.data(), static_cast<int>(shape.size())));
+      fail("has shape " + text(tensor().shape, rank()) + ", not " + text(shape.data(), static_cast<int>(shape.size())));
+    if (!std::is_const_v<T> && imported_.read_only()) fail("is read-only");
     return reinterpret_cast<T*>(raw());
   }
 
-  char* raw() const { return static_cast<char*>(managed_->dl_tensor.data) + managed_->dl_tensor.byte_offset; }
+  char* raw() const { return imported_.data(); }
   std::int64_t num_bytes() const {
     std::int64_t bytes = bits() / 8;
     for (int i = 0; i < rank(); ++i) bytes *= size(i);
@@ -86,9 +77,10 @@ class DeviceArray {
     return out + "]";
   }
 
+  const dlpack::DLTensor& tensor() const { return imported_.tensor(); }
+
   std::string name_;
-  pybind11::capsule capsule_;  // its destructor frees the export; the caller's own reference keeps the memory
-  dlpack::DLManagedTensor* managed_ = nullptr;
+  dlpack::Imported imported_;  // goes before the launch: the caller's own reference keeps the memory
 };
 
 // None is null.

@@ -1,4 +1,4 @@
-// The part of DLPack's ABI (dmlc/dlpack, version 0.8) that exporting a dense tensor needs.
+// The part of DLPack's ABI (dmlc/dlpack, versions 0.8 and 1.0) that exchanging dense tensors needs.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace edgellm::dlpack {
 
 enum DeviceType : std::int32_t { kCuda = 2, kCudaHost = 3 };
-enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
+enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kFloat8E4M3Fn = 10 };
 
 struct DLDevice {
   std::int32_t device_type;
@@ -34,5 +34,24 @@ struct DLManagedTensor {
   void* manager_ctx;
   void (*deleter)(DLManagedTensor* self);
 };
+constexpr const char* kCapsule = "dltensor";
+constexpr const char* kUsedCapsule = "used_dltensor";
+
+// Since 1.0.
+struct DLPackVersion {
+  std::uint32_t major;
+  std::uint32_t minor;
+};
+constexpr std::uint64_t kReadOnly = 1;  // a flag
+
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensorVersioned* self);
+  std::uint64_t flags;
+  DLTensor dl_tensor;
+};
+constexpr const char* kVersionedCapsule = "dltensor_versioned";
+constexpr const char* kUsedVersionedCapsule = "used_dltensor_versioned";
 
 }  // namespace edgellm::dlpack

@@ -11,13 +11,14 @@ struct Named {
   const char* name;
   std::size_t size;
 };
-constexpr std::array<Named, 7> kDTypes{{{DType::kFloat32, "float32", 4},
+constexpr std::array<Named, 8> kDTypes{{{DType::kFloat32, "float32", 4},
                                         {DType::kFloat16, "float16", 2},
                                         {DType::kBFloat16, "bfloat16", 2},
                                         {DType::kInt8, "int8", 1},
                                         {DType::kUInt8, "uint8", 1},
                                         {DType::kInt32, "int32", 4},
-                                        {DType::kInt64, "int64", 8}}};
+                                        {DType::kInt64, "int64", 8},
+                                        {DType::kFloat8E4M3Fn, "float8_e4m3fn", 1}}};
 
 }  // namespace
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -64,16 +67,114 @@ def test_torch_sees_the_same_memory_through_both_protocols() -> None:
 
 
 @needs_gpu
-def test_bfloat16_crosses_by_dlpack_and_outlives_its_python_name() -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", np.uint16(0x3FC0)), ("float8_e4m3fn", np.uint8(0x3C))])
+def test_types_that_numpy_lacks_cross_by_dlpack_and_outlive_their_python_name(dtype: str, bits: Any) -> None:
     torch = pytest.importorskip("torch")
-    tensor = NATIVE.Tensor("bfloat16", [4])
-    with pytest.raises(AttributeError, match="no bfloat16; use DLPack"):
+    tensor = NATIVE.Tensor(dtype, [4])
+    with pytest.raises(AttributeError, match=f"no {dtype}; use DLPack"):
         tensor.__cuda_array_interface__
+    tensor.copy_from(np.full(4, bits))
     view = torch.from_dlpack(tensor)
-    assert view.dtype == torch.bfloat16
-    view.fill_(1.5)
+    assert view.dtype == getattr(torch, dtype) and view.data_ptr() == tensor.data
     del tensor
-    assert view.tolist() == [1.5] * 4
+    assert view.float().tolist() == [1.5] * 4
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32", "int64"])
+def test_a_view_of_a_torch_tensor_is_its_memory_and_keeps_it(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    source = torch.arange(3 * 99, device="cuda").remainder(7).view(3, 99).to(getattr(torch, dtype))
+    expected = source.float().cpu()
+    view = NATIVE.Tensor.view(source)
+    assert not view.owns and view.data == source.data_ptr() and (view.dtype, view.shape) == (dtype, (3, 99))
+    before = torch.cuda.memory_allocated()
+    del source
+    assert torch.cuda.memory_allocated() == before
+    back = torch.from_dlpack(view)
+    del view
+    assert torch.equal(back.float().cpu(), expected)
+    del back
+    assert torch.cuda.memory_allocated() < before
+
+
+class OnlyInterface:
+    """An array of a library that has __cuda_array_interface__ and no DLPack."""
+
+    def __init__(self, **interface: Any) -> None:
+        self.__cuda_array_interface__ = {"version": 3, **interface}
+
+
+@needs_gpu
+@pytest.mark.parametrize("protocol", ["dlpack", "interface"])
+def test_a_view_waits_for_what_the_arrays_library_still_computes(protocol: str) -> None:
+    torch = pytest.importorskip("torch")
+    array = torch.zeros(989, device="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s: without an order the copy below comes first
+        array.fill_(7)
+        producer = array
+        if protocol == "interface":
+            interface = dict(array.__cuda_array_interface__, stream=side.cuda_stream)
+            producer = OnlyInterface(**interface)
+        view = NATIVE.Tensor.view(producer)
+    assert np.all(view.to_numpy() == 7)
+
+
+@needs_gpu
+def test_what_would_need_a_copy_or_is_ambiguous_is_refused() -> None:
+    tensor = NATIVE.Tensor("int32", [2])
+    device = tensor.__dlpack_device__()
+    assert device == (2, 0)
+    for arguments in ({"copy": True}, {"dl_device": (1, 0)}):
+        with pytest.raises(BufferError):
+            tensor.__dlpack__(**arguments)
+    with pytest.raises(ValueError, match="stream 0 is ambiguous"):
+        tensor.__dlpack__(stream=0)
+    tensor.__dlpack__(stream=1, copy=False, dl_device=device, max_version=(1, 3))
+
+
+@needs_gpu
+def test_a_consumer_gets_the_version_that_it_understands_and_an_unused_capsule_lets_go() -> None:
+    tensor = NATIVE.Tensor("int32", [2])
+    references = sys.getrefcount(tensor)
+    for arguments, name in (({}, '"dltensor"'), ({"max_version": (0, 8)}, '"dltensor"'), ({"max_version": (1, 0)}, '"dltensor_versioned"')):
+        capsule = tensor.__dlpack__(**arguments)
+        assert name in repr(capsule)
+        assert sys.getrefcount(tensor) == references + 1
+        del capsule
+        assert sys.getrefcount(tensor) == references
+
+
+@needs_gpu
+def test_numpy_shares_pinned_memory() -> None:
+    tensor = NATIVE.Tensor("float32", [19], True)
+    array = np.from_dlpack(tensor)
+    assert array.ctypes.data == tensor.data
+    tensor.copy_from(np.arange(19, dtype=np.float32))
+    assert np.array_equal(array, np.arange(19))
+
+
+def test_an_interface_is_viewed_only_when_dense_and_writable() -> None:
+    good = {"shape": (3, 5), "typestr": "<f4", "data": (4096, False), "strides": None, "stream": None}
+    view = NATIVE.Tensor.view(OnlyInterface(**good))
+    assert (view.data, view.dtype, view.shape, view.owns) == (4096, "float32", (3, 5), False)
+    assert NATIVE.Tensor.view(OnlyInterface(**{**good, "strides": (20, 4)})).num_bytes == 60
+    with pytest.raises(ValueError, match="not contiguous"):
+        NATIVE.Tensor.view(OnlyInterface(**{**good, "strides": (40, 4)}))
+    with pytest.raises(ValueError, match="read-only; copy it first"):
+        NATIVE.Tensor.view(OnlyInterface(**{**good, "data": (4096, True)}))
+    with pytest.raises(ValueError, match="dtype is float64; allowed are"):
+        NATIVE.Tensor.view(OnlyInterface(**{**good, "typestr": "<f8"}))
+
+
+def test_what_is_no_device_array_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="not in device memory"):
+        NATIVE.Tensor.view(np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="neither __dlpack__ nor __cuda_array_interface__"):
+        NATIVE.Tensor.view([1, 2])
 
 
 @needs_gpu

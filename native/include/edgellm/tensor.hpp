@@ -12,7 +12,7 @@
 
 namespace edgellm {
 
-enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kUInt8, kInt32, kInt64 };
+enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kUInt8, kInt32, kInt64, kFloat8E4M3Fn };
 std::size_t size_of(DType dtype) noexcept;
 const char* name_of(DType dtype) noexcept;       // "float32", "bfloat16", …
 DType dtype_from_name(const std::string& name);  // throws std::invalid_argument
