@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import traceback
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"edgellm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say which executor was chosen and what it plans")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for module in VERBS:
         verb = verbs.add_parser(
@@ -45,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=module.EXAMPLES,
             formatter_class=FORMATTER,
         )
-        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        for option in (("--debug",), ("-v", "--verbose")):
+            verb.add_argument(*option, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         verb.set_defaults(execute=module.execute)
         module.configure(verb)
     return parser
@@ -55,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the entry point of `edgellm`."""
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["edgellm", *(sys.argv[1:] if argv is None else argv)])
+    if args.verbose:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("edgellm_ros").setLevel(logging.INFO)
     try:
         code: int = args.execute(args)
         sys.stdout.flush()

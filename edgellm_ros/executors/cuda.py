@@ -57,6 +57,8 @@ class CudaExecutor(Executor):
         settings = _settings(bundle, config)
         plan: dict[str, int] = module.plan_memory(settings)
         info: dict[str, Any] = module.device_info()
+        planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
+        _log.info("GPU memory planned: %s; %.0f MB are free", planned, info["free_bytes"] / 1e6)
         _check_memory(plan, info, settings)
         self._decoder: Any = module.Decoder(settings)
         if self._decoder.products_reason:
@@ -64,7 +66,6 @@ class CudaExecutor(Executor):
             _log.warning("prompts are read slowly: no cuBLASLt (%s); pip install nvidia-cublas", reason)
         _upload(self._decoder, bundle)
         self._decoder.finish_load()
-        _log.info("GPU memory: %s", ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items()))
         self.memory_plan = plan
         major, minor = info["compute_capability"]
         self.info = ExecutorInfo(

@@ -161,6 +161,7 @@ def test_draws_follow_the_models_distribution(open_cuda: OpenCuda) -> None:
 def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
     module = native.load()
     executor = open_cuda("gpu_qwen3", "int4", max_slots=8)
+    loaded = module.allocation_count()
     executor.step([step(slot, prompt(20 + slot), 0) for slot in range(8)])
 
     def generate() -> None:
@@ -171,10 +172,23 @@ def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
         executor.decode_tokens([3], [60], [5], 50, [module.SamplingRow(seed=1, temperature=1.0)])
 
     generate()  # CUDA and cuBLASLt load a kernel's code when it first runs
-    before, free = module.allocation_count(), module.device_info()["free_bytes"]
+    free = module.device_info()["free_bytes"]
     generate()
-    assert module.allocation_count() == before
+    assert module.allocation_count() == loaded
     assert module.device_info()["free_bytes"] == free
+
+
+def test_the_engine_takes_no_memory_after_load(gpu_bundle: Callable[..., Bundle]) -> None:
+    from edgellm_ros.llm import LLM
+
+    module = native.load()
+    with LLM.open(gpu_bundle("gpu_qwen3", "int4"), EngineConfig(executor="cuda", max_slots=4)) as llm:
+        loaded = module.allocation_count()
+        for temperature in (0.0, 1.0):
+            sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=20, ignore_eos=True)
+            running = [llm.submit(Request(prompt="The robot " * (i + 1), sampling=sampling)) for i in range(7)]
+            assert [len(generation.result().token_ids) for generation in running] == [20] * 7
+        assert module.allocation_count() == loaded
 
 
 def test_the_plan_names_every_purpose_and_bounds_what_is_taken(open_cuda: OpenCuda) -> None:
@@ -197,6 +211,18 @@ def test_memory_is_refused_before_it_is_taken(
     with pytest.raises(ConfigError, match=r"max_slots 4 x max_context 256 .* 50 MB are free; lower max_slots"):
         CudaExecutor(gpu_bundle("gpu_llama"), EngineConfig())
     assert module.allocation_count() == before
+
+
+def test_the_plan_is_told_before_memory_is_taken(
+    gpu_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(settings: Any) -> None:
+        raise DeviceError("taken")
+
+    monkeypatch.setattr(native.load(), "Decoder", refuse)
+    with caplog.at_level(logging.INFO), pytest.raises(DeviceError, match="taken"):
+        CudaExecutor(gpu_bundle("gpu_llama"), EngineConfig())
+    assert "GPU memory planned: " in caplog.text and "kv_cache" in caplog.text and "MB are free" in caplog.text
 
 
 def test_auto_takes_the_gpu_and_says_so(gpu_bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from cli_bundle import serve_with_fakes, write_bundle
 from doubles import BYTE_VOCAB, reference_greedy
 
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import DeviceError
 from edgellm_ros.runtime.kv_cache import ROW_ALIGN
@@ -176,3 +180,15 @@ def test_without_an_output_file_the_answers_are_the_only_thing_on_standard_outpu
     (run.root / "in.json").write_text(json.dumps(ask("a")))
     assert main(["run", "--bundle", str(run.bundle), "--input-file", str(run.root / "in.json"), "--dump-profile"]) == 0
     assert json.loads(capsys.readouterr().out)["responses"][0]["output_text"] == expected("<user>a<eos><assistant>")
+
+
+@pytest.mark.parametrize("options", [["-v", "run"], ["run", "--verbose"], ["run"]])
+def test_verbose_says_which_executor_was_chosen_and_why(
+    options: list[str], tiny_bundle: Callable[[str, str], Bundle], tmp_path: Path
+) -> None:
+    """In a process of its own: logging is the process's."""
+    (tmp_path / "in.json").write_text(json.dumps(ask("a")))
+    files = ["--bundle", str(tiny_bundle("qwen3", "int4").path), "--input-file", str(tmp_path / "in.json")]
+    command = [sys.executable, "-m", "edgellm_ros.cli.main", *options, *files, "--executor", "onnxruntime"]
+    stderr = subprocess.run(command, capture_output=True, text=True).stderr
+    assert ("executor: onnxruntime on " in stderr and "(asked for)" in stderr) is (len(options) == 2), stderr
