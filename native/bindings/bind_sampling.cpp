@@ -37,6 +37,17 @@ void set_embedding(Args& args, kernels::WeightView& view, const py::object& tabl
 void bind_sampling(py::module_& module) {
   module.attr("SAMPLING_ROW_BYTES") = sizeof(kernels::SamplingRow);
   module.def(
+      "count_tokens",
+      [](const py::object& ids, int num_prompt, const py::object& counts, std::uintptr_t stream) {
+        const DeviceArray input(ids, "ids");
+        const auto num_ids = static_cast<int>(input.size(0));
+        if (num_prompt < 0 || num_prompt > num_ids) throw std::invalid_argument("num_prompt exceeds the ids");
+        kernels::count_tokens_async(input.as<const std::int32_t>({num_ids}), num_prompt, num_ids - num_prompt,
+                                    required<std::uint32_t>(counts, "counts", {-1}), to_stream(stream), false);
+      },
+      py::arg("ids"), py::arg("num_prompt"), py::arg("counts"), py::arg("stream") = 0,
+      "Add ids, the first num_prompt of them of a prompt, to one sequence's counts (vocab); all must be below vocab.");
+  module.def(
       "greedy",
       [](const py::object& block_max, const py::tuple& state, const py::object& table, const py::object& residual,
          const py::object& residual_bf16, float embed_scale, std::uintptr_t stream, bool pdl) {
@@ -77,7 +88,9 @@ void bind_sampling(py::module_& module) {
           args.bias_values = required<const float>(bias_values, "bias_values", {batch, ids.size(1)});
         }
         args.token_mask = optional<const std::uint32_t>(token_mask, "token_mask", {batch, (vocab + 31) / 32});
-        args.logprobs = optional<float>(logprobs, "logprobs", {batch});
+        constexpr auto kLogprobWords = static_cast<std::int64_t>(sizeof(kernels::TokenLogprobs) / sizeof(std::int32_t));
+        args.logprobs = reinterpret_cast<kernels::TokenLogprobs*>(
+            optional<std::int32_t>(logprobs, "logprobs", {batch, args.state.history_length, kLogprobWords}));
         kernels::WeightView view;
         set_embedding(args, view, table, embed_scale, residual, residual_bf16);
         kernels::sample_async(args, to_stream(stream), pdl);

@@ -15,13 +15,16 @@ from edgellm_ros.runtime.sampling import Sampler, logprob_of, uniform
 
 pytestmark = needs_gpu
 MAX_BIAS = 8
+HISTORY = 4
+LOGPROB_WORDS = 42  # struct TokenLogprobs: logprob, num_top, 20 ids, 20 values
 
 
 def row_bytes(params: SamplingParams, draw_index: int = 0, use_mask: bool = False) -> bytes:
     """The C struct SamplingRow."""
     return struct.pack(
-        "<Q6f4i", params.seed or 0, params.temperature, params.top_p, params.min_p, params.repetition_penalty,
+        "<Q6f6i", params.seed or 0, params.temperature, params.top_p, params.min_p, params.repetition_penalty,
         params.presence_penalty, params.frequency_penalty, params.top_k, draw_index, len(params.logit_bias), use_mask,
+        -1 if params.logprobs is None else params.logprobs, 0,
     )  # fmt: skip
 
 
@@ -36,7 +39,7 @@ class Device:
         ints = dict(dtype=torch.int32, device="cuda")
         self.token_ids, self.step_counts = torch.full((batch,), -9, **ints), torch.zeros(batch, **ints)
         self.positions = torch.full((batch,), 5, **ints)
-        self.history = torch.full((batch, 4), -9, **ints)
+        self.history = torch.full((batch, HISTORY), -9, **ints)
         self.counts = torch.zeros((batch, vocab), **ints)
         self.bias_ids = torch.zeros((batch, MAX_BIAS), **ints)
         self.bias_values = torch.zeros((batch, MAX_BIAS), device="cuda")
@@ -48,19 +51,31 @@ class Device:
             padded = np.zeros((batch, (vocab + 31) // 32 * 32), np.bool_)
             padded[:, :vocab] = masks
             self.mask = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32)).cuda()
-        self.logprobs = torch.full((batch,), float("nan"), device="cuda")
+        self.logprobs = torch.full((batch, HISTORY, LOGPROB_WORDS), -9, **ints)
 
     @property
     def state(self) -> tuple[Any, ...]:
         return self.token_ids, self.positions, self.history, self.step_counts
 
-    def sample(self, logits: npt.NDArray[np.float32], **more: Any) -> list[int]:
+    def sample(self, logits: npt.NDArray[np.float32], plain: bool = False) -> list[int]:
+        """`plain` leaves out all but temperature, top-k, top-p and min-p, which another kernel draws with."""
         on_device = torch.from_numpy(logits).cuda()
-        K.sample(
-            on_device, torch.empty_like(on_device), self.rows, self.state, self.counts, self.bias_ids,
-            self.bias_values, self.mask, self.logprobs, stream=stream(), **more,
-        )  # fmt: skip
+        scores = torch.full_like(on_device, float("nan"))
+        if plain:
+            K.sample(on_device, scores, self.rows, self.state, stream=stream())
+        else:
+            K.sample(
+                on_device, scores, self.rows, self.state, self.counts, self.bias_ids, self.bias_values, self.mask,
+                self.logprobs, stream=stream(),
+            )  # fmt: skip
         return [int(t) for t in self.token_ids]
+
+    def logprob(self, b: int, step: int) -> tuple[float, list[tuple[int, float]]]:
+        """What the kernel wrote for a token of that step: its logprob, and the most likely tokens'."""
+        words = self.logprobs[b, step % HISTORY].cpu().numpy()
+        floats, num_top = words.view(np.float32), int(words[1])
+        ids, values = words[2 : 2 + num_top].tolist(), floats[22 : 22 + num_top].tolist()
+        return float(floats[0]), list(zip(ids, values, strict=True))
 
 
 def agrees(sampler: Sampler, index: int, logits: npt.NDArray[np.float32], token: int, mask: Any = None) -> bool:
@@ -86,24 +101,30 @@ CASES = {
     "top_p_tiny": {"temperature": 1.0, "top_p": 1e-6, "min_p": 0.0},
     "min_p": {"temperature": 1.0, "min_p": 0.1},
     "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "most_few": {"temperature": 1.0, "top_k": 256, "top_p": 0.97, "min_p": 0.0},  # the most that few_wanted takes
+    "one_too_many": {"temperature": 1.0, "top_k": 257, "top_p": 0.97, "min_p": 0.0},
+    "wide": {"temperature": 3.0, "top_p": 0.99, "min_p": 0.0},  # a nucleus of thousands
     "greedy": {"temperature": 0.0},
 }
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("vocab", [*AWKWARD, 49152, 151936])
-def test_draws_fall_where_the_reference_says(case: str, vocab: int) -> None:
+def test_draws_fall_where_the_reference_says(case: str, vocab: int, plain: bool) -> None:
     rng = np.random.default_rng(vocab)
-    params = [SamplingParams(seed=s, **CASES[case]) for s in range(8)]
+    params = [SamplingParams(seed=s, logprobs=0, **CASES[case]) for s in range(8)]
     device = Device(params, vocab)
     samplers = [Sampler(p, vocab) for p in params]
     for step in range(4):
         logits = random_logits(rng, 8, vocab)
-        tokens = device.sample(logits)
+        tokens = device.sample(logits, plain)
         for b, token in enumerate(tokens):
             assert 0 <= token < vocab and agrees(samplers[b], step, logits[b], token), (step, b, token)
-            wanted = logprob_of(logits[b], token, 0).logprob
-            assert abs(float(device.logprobs[b]) - wanted) < 1e-4 * max(1.0, abs(wanted))
+            if not plain:
+                wanted = logprob_of(logits[b], token, 0).logprob
+                got, top = device.logprob(b, step)
+                assert abs(got - wanted) < 1e-4 * max(1.0, abs(wanted)) and top == []
     assert device.positions.tolist() == [9] * 8 and device.step_counts.tolist() == [4] * 8
     assert device.history[:, 3].tolist() == device.token_ids.tolist()
 
@@ -118,7 +139,9 @@ def test_penalties_follow_prompt_and_answer(vocab: int) -> None:
         SamplingParams(seed=3, temperature=0.0, repetition_penalty=0.8, frequency_penalty=2.0),
     ]
     device, samplers = Device(params, vocab), [Sampler(p, vocab, prompt.tolist()) for p in params]
-    device.counts[:, torch.from_numpy(np.unique(prompt)).cuda()] = -(2**31)
+    said = torch.from_numpy(prompt.astype(np.int32)).cuda()
+    for counts in device.counts:
+        K.count_tokens(said, len(prompt), counts, stream=stream())
     base = random_logits(rng, 3, vocab)
     for step in range(12):
         logits = base + random_logits(rng, 3, vocab, 0.1)
@@ -156,6 +179,72 @@ def test_of_equal_tokens_at_the_nucleus_border_the_first_ids_stay(vocab: int) ->
     assert max(tokens) <= int(np.ceil(0.3 * vocab)) and len(set(tokens)) > 1
     for b, token in enumerate(tokens):
         assert agrees(Sampler(params[b], vocab), 0, logits[b], token)
+
+
+@pytest.mark.parametrize("vocab", [99, 49152, 151936])
+@pytest.mark.parametrize("num_equal", [40, 600])
+def test_tokens_as_likely_as_the_kth_stay_as_in_the_reference(vocab: int, num_equal: int) -> None:
+    """40 equal ones are compared each with each, 600 are more than that part takes."""
+    rng = np.random.default_rng(vocab)
+    logits = random_logits(rng, 8, vocab, 0.5)
+    equal = rng.choice(vocab, min(num_equal, vocab), replace=False)
+    logits[:, equal] = 6.0
+    params = [SamplingParams(seed=s, temperature=1.0, top_k=10, top_p=(1.0, 0.5)[s % 2], min_p=0.0) for s in range(8)]
+    tokens = Device(params, vocab).sample(logits, plain=True)
+    for b, token in enumerate(tokens):
+        assert token in equal and agrees(Sampler(params[b], vocab), 0, logits[b], token), b
+    assert len(set(tokens)) > 2
+
+
+@pytest.mark.parametrize("vocab", [989, 49152, 151936])
+def test_peaked_and_flat_distributions_give_the_reference_nucleus(vocab: int) -> None:
+    """Whether few tokens have the mass, or it takes the whole vocabulary: every token drawn is one of the nucleus."""
+    rng = np.random.default_rng(7)
+    spreads = (0.0, 1e-6, 0.1, 1.0, 3.0, 6.0, 12.0, 40.0)
+    params = [SamplingParams(seed=s, temperature=1.0, top_p=0.9, min_p=0.0) for s in range(8)]
+    device, samplers = Device(params, vocab), [Sampler(p, vocab) for p in params]
+    for step in range(8):
+        logits = np.concatenate([random_logits(rng, 1, vocab, spread) for spread in spreads])
+        for b, token in enumerate(device.sample(logits, plain=True)):
+            assert agrees(samplers[b], step, logits[b], token), (step, spreads[b], token)
+
+
+def test_rows_with_nothing_special_draw_the_same_in_both_kernels() -> None:
+    rng = np.random.default_rng(8)
+    params = [SamplingParams(seed=i, **case) for i, case in enumerate(CASES.values())]
+    one, other = Device(params, 49152), Device(params, 49152)
+    one.counts.fill_(5)  # of no consequence without a penalty
+    for _ in range(6):
+        logits = random_logits(rng, len(params), 49152)
+        assert one.sample(logits) == other.sample(logits, plain=True)
+
+
+@pytest.mark.parametrize("vocab", [*AWKWARD, 49152, 151936])
+@pytest.mark.parametrize("num_top", [1, 5, 20])
+def test_top_logprobs_are_log_softmax(vocab: int, num_top: int) -> None:
+    rng = np.random.default_rng(vocab + num_top)
+    params = [SamplingParams(seed=s, temperature=1.5, logit_bias={0: 4.0}, logprobs=num_top) for s in range(3)]
+    device = Device(params, vocab)
+    for step in range(HISTORY + 1):
+        logits = random_logits(rng, 3, vocab)
+        logits[2] = np.round(logits[2])  # many equal ones: the lower id comes first
+        tokens = device.sample(logits)
+        log_softmax = torch.log_softmax(torch.from_numpy(logits).double(), 1).numpy()
+        for b, token in enumerate(tokens):
+            got, top = device.logprob(b, step)
+            order = np.argsort(-logits[b], kind="stable")[:num_top]
+            assert [token_id for token_id, _ in top] == order.tolist()
+            assert np.allclose([value for _, value in top], log_softmax[b, order], atol=1e-4)
+            assert abs(got - log_softmax[b, token]) < 1e-4 * max(1.0, abs(got))
+
+
+def test_counting_ids_marks_the_prompt_and_adds_up_the_answer() -> None:
+    counts = torch.zeros(989, dtype=torch.int32, device="cuda")
+    ids = np.random.default_rng(1).integers(0, 989, 3000).astype(np.int32)
+    K.count_tokens(torch.from_numpy(ids).cuda(), 1000, counts, stream=stream())
+    got = counts.cpu().numpy().view(np.uint32)
+    assert np.array_equal(got & 0x7FFFFFFF, np.bincount(ids[1000:], minlength=989))
+    assert np.array_equal(got >> 31, np.isin(np.arange(989), ids[:1000]))
 
 
 def test_every_share_of_the_distribution_is_drawn_as_often_as_it_weighs() -> None:

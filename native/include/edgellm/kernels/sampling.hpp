@@ -42,21 +42,34 @@ struct SamplingRow {
   int32_t draw_index;        // index of the next draw; sampling adds 1
   int32_t num_bias;          // entries of bias_ids and bias_values
   int32_t use_mask;          // whether the row of token_mask counts
+  int32_t num_top;           // most likely tokens whose log-probabilities go with the token's own; -1: none at all
+  int32_t unused;
 };
-static_assert(sizeof(SamplingRow) == 48);
+static_assert(sizeof(SamplingRow) == 56);
+
+constexpr int kMaxTopLogprobs = 20;
+
+// Under the model's own distribution, before bias, penalties and temperature. Not written for a token of -1.
+struct TokenLogprobs {
+  float logprob;    // of the token drawn
+  int32_t num_top;  // entries that follow, most likely first; the lower id first of equal ones
+  int32_t top_ids[kMaxTopLogprobs];
+  float top_logprobs[kMaxTopLogprobs];
+};
 
 struct SamplingArgs {
   float* logits = nullptr;      // (batch, vocab); left as they are
   float* scores = nullptr;      // (batch, vocab) workspace
   SamplingRow* rows = nullptr;  // (batch)
+  // Any of the next four that is not null makes it the slower kernel, which looks at all that a row may have.
   // Per token: bit 31 says the prompt has it, the low bits how often the answer has it. Sampling counts the token
-  // drawn.
+  // drawn, in rows with a penalty.
   uint32_t* counts = nullptr;          // (batch, vocab), or null: no penalties
   const int32_t* bias_ids = nullptr;   // (batch, max_bias), or null
   const float* bias_values = nullptr;  // (batch, max_bias)
   int max_bias = 0;
   const uint32_t* token_mask = nullptr;  // (batch, (vocab + 31) / 32) bit set: allowed; or null
-  float* logprobs = nullptr;             // (batch) of the token under the model's own distribution, or null
+  TokenLogprobs* logprobs = nullptr;     // (batch, history_length), the entry that state.history gets; or null
   int batch = 1;
   int vocab = 0;
   DecodeState state;
@@ -66,5 +79,10 @@ struct SamplingArgs {
   __nv_bfloat16* residual_bf16 = nullptr;
 };
 void sample_async(const SamplingArgs& args, cudaStream_t stream, bool pdl);
+
+// Adds to one sequence's counts (vocab), which SamplingArgs::counts explains: num_prompt, then num_answer ids, all of
+// them below vocab.
+void count_tokens_async(const int32_t* ids, int num_prompt, int num_answer, uint32_t* counts, cudaStream_t stream,
+                        bool pdl);
 
 }  // namespace edgellm::kernels

@@ -1,0 +1,117 @@
+// What the blocks of one sampled sequence share: barriers, reads of each other's shared memory, sums and maxima over
+// all.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device.cuh"
+
+namespace edgellm::kernels {
+
+using uint64 = unsigned long long;
+
+constexpr int kSamplingThreads = 1024;
+constexpr int kSamplingWarps = kSamplingThreads / 32;
+constexpr int kSamplingBlocks = 8;  // a sequence, where the GPU has clusters
+
+// The blocks of one sequence. A single block works without cluster instructions.
+struct Cluster {
+  int rank;
+  int size;
+
+  __device__ __forceinline__ void barrier() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      __syncwarp();
+      asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  // *p of block `r`; p is in shared memory.
+  __device__ __forceinline__ uint64 load(const uint64* p, int r) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      uint64 v;
+      asm volatile("ld.shared::cluster.u64 %0,[%1];" : "=l"(v) : "r"(address(p, r)) : "memory");
+      return v;
+    }
+#endif
+    return *p;
+  }
+  __device__ __forceinline__ uint32_t load(const uint32_t* p, int r) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      uint32_t v;
+      asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(address(p, r)) : "memory");
+      return v;
+    }
+#endif
+    return *p;
+  }
+
+ private:
+#if __CUDA_ARCH__ >= 900
+  static __device__ __forceinline__ uint32_t address(const void* p, int r) {
+    uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+    asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(a) : "r"(r));
+    return a;
+  }
+#endif
+};
+
+// The block's part in sums and maxima over the cluster.
+struct Exchange {
+  uint64 warp_values[kSamplingWarps];
+  uint64 block_values[8];  // one entry an exchange, never reused, so that slow blocks may still read it
+};
+
+__device__ __forceinline__ uint64 warp_sum64(uint64 v) {
+#pragma unroll
+  for (int s = 16; s >= 1; s >>= 1) v += __shfl_xor_sync(kAllLanes, v, s);
+  return v;
+}
+
+// Sum over the lanes up to this one.
+__device__ __forceinline__ uint64 warp_running_sum64(uint64 v, int lane) {
+#pragma unroll
+  for (int s = 1; s < 32; s <<= 1) {
+    const uint64 before = __shfl_up_sync(kAllLanes, v, s);
+    if (lane >= s) v += before;
+  }
+  return v;
+}
+
+enum class Combine { sum, max };
+
+// Over all threads of the block, in every thread.
+template <Combine kHow>
+__device__ uint64 block_combine(Exchange& exchange, uint64 v) {
+  const auto join = [](uint64 a, uint64 b) { return kHow == Combine::sum ? a + b : larger(a, b); };
+#pragma unroll
+  for (int s = 16; s >= 1; s >>= 1) v = join(v, __shfl_xor_sync(kAllLanes, v, s));
+  if ((threadIdx.x & 31) == 0) exchange.warp_values[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = exchange.warp_values[threadIdx.x & 31];
+#pragma unroll
+  for (int s = 16; s >= 1; s >>= 1) v = join(v, __shfl_xor_sync(kAllLanes, v, s));
+  __syncthreads();
+  return v;
+}
+
+// Over all threads of the cluster. Entry `entry` of Exchange::block_values keeps the block's own value.
+template <Combine kHow>
+__device__ uint64 cluster_combine(Exchange& exchange, const Cluster& cluster, uint64 v, int entry) {
+  v = block_combine<kHow>(exchange, v);
+  if (threadIdx.x == 0) exchange.block_values[entry] = v;
+  cluster.barrier();
+  v = cluster.load(&exchange.block_values[entry], 0);
+  for (int r = 1; r < cluster.size; r++) {
+    const uint64 other = cluster.load(&exchange.block_values[entry], r);
+    v = kHow == Combine::sum ? v + other : larger(v, other);
+  }
+  return v;
+}
+
+}  // namespace edgellm::kernels
