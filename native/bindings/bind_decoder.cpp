@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_run.hpp"
 #include "bindings.hpp"
 #include "edgellm/decoder.hpp"
 
@@ -64,24 +65,6 @@ py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, i
   return py::array_t<float>({py::ssize_t{rows}, vocab}, decoder.logits(), self);
 }
 
-template <typename Result>
-py::array_t<typename Result::value_type> to_array(const Result& values) {
-  return py::array_t<typename Result::value_type>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-kernels::SamplingRow sampling_row(std::uint64_t seed, float temperature, int top_k, float top_p, float min_p,
-                                  int draw_index) {
-  kernels::SamplingRow row{};
-  row.seed = seed;
-  row.temperature = temperature;
-  row.top_p = top_p;
-  row.min_p = min_p;
-  row.repetition_penalty = 1.0F;
-  row.top_k = top_k;
-  row.draw_index = draw_index;
-  return row;
-}
-
 void bind_config(py::module_& module) {
   py::enum_<kernels::WeightFormat>(module, "WeightFormat")
       .value("bf16", kernels::WeightFormat::bf16)
@@ -126,16 +109,13 @@ void bind_config(py::module_& module) {
 
 void bind_decoder(py::module_& module) {
   bind_config(module);
-  module.attr("MAX_BATCH") = kMaxBatch;
   module.def(
       "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
       "Bytes of device memory by purpose, and their total; takes none.");
-  py::class_<kernels::SamplingRow>(module, "SamplingRow", "How one sequence of a run draws its tokens.")
-      .def(py::init(&sampling_row), py::arg("seed") = 0, py::arg("temperature") = 0.0F, py::arg("top_k") = 0,
-           py::arg("top_p") = 1.0F, py::arg("min_p") = 0.0F, py::arg("draw_index") = 0);
-  py::class_<Decoder>(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.")
-      .def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("config", [](const Decoder& decoder) { return decoder.config(); })
+  py::class_<Decoder> decoder(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.");
+  bind_run(module, decoder);
+  decoder.def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("config", [](const Decoder& self) { return self.config(); })
       .def_property_readonly("plan", [](const Decoder& decoder) { return plan_to_dict(decoder.plan()); })
       .def_property_readonly("products_reason", &Decoder::products_reason)
       .def_property_readonly("has_fp8_products", &Decoder::has_fp8_products)
@@ -173,48 +153,6 @@ void bind_decoder(py::module_& module) {
       .def("time_verify", &Decoder::time_verify, py::arg("slot"), py::arg("position"), py::arg("num_tokens"),
            py::arg("num_steps"), "Milliseconds on the device of each verification of a chain, without copying logits.",
            py::call_guard<py::gil_scoped_release>())
-      .def(
-          "decode_tokens",
-          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
-             const std::vector<kernels::SamplingRow>& rows) {
-            std::vector<std::int32_t> tokens;
-            {
-              const py::gil_scoped_release release;
-              tokens = decoder.decode_tokens(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
-            }
-            return to_array(tokens).reshape({static_cast<py::ssize_t>(num_steps), slots.size()});
-          },
-          py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
-          py::arg("sampling") = std::vector<kernels::SamplingRow>(),
-          "(num_steps, batch) tokens, each fed to the next step on the device; greedy without sampling rows.")
-      .def(
-          "start_run",
-          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids,
-             const std::vector<kernels::SamplingRow>& rows) {
-            const py::gil_scoped_release release;
-            decoder.start_run(span_of(slots), span_of(positions), span_of(token_ids), rows);
-          },
-          py::arg("slots"), py::arg("positions"), py::arg("token_ids"),
-          py::arg("sampling") = std::vector<kernels::SamplingRow>())
-      .def("launch_run_step_async", &Decoder::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
-      .def("read_run_step",
-           [](Decoder& decoder) {
-             std::span<const std::int32_t> tokens;
-             {
-               const py::gil_scoped_release release;
-               tokens = decoder.read_run_step();
-             }
-             return to_array(tokens);
-           })
-      .def(
-          "time_run",
-          [](Decoder& decoder, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
-             const std::vector<kernels::SamplingRow>& rows) {
-            const py::gil_scoped_release release;
-            return decoder.time_run(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
-          },
-          py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
-          py::arg("sampling") = std::vector<kernels::SamplingRow>(), "Milliseconds of each step, on the device.")
       .def("copy_prefix", &Decoder::copy_prefix, py::arg("source"), py::arg("target"), py::arg("length"),
            py::call_guard<py::gil_scoped_release>())
       .def(

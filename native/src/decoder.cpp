@@ -48,7 +48,7 @@ Decoder::Decoder(DecoderConfig config)
                                   sizeof(std::int32_t) +
                               4 * sizeof(VerifyInputs));
   host_history_ = PinnedBuffer(static_cast<std::size_t>(kHistoryLength * kMaxBatch) * sizeof(std::int32_t));
-  host_sampling_rows_ = PinnedBuffer(kMaxBatch * sizeof(kernels::SamplingRow));
+  reserve_sampling();
   reserve_logits(std::max({config_.num_slots, kMaxLogitRows, config_.max_verify_tokens}));
   for (int i = 0; i < kHistoryLength; ++i) run_events_.emplace_back();
 
@@ -64,6 +64,7 @@ Decoder::Decoder(DecoderConfig config)
     EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>("tree_attention"), 0, arena_.plan().size("tree_attention"),
                                      stream_.get()));
   }
+  clear_sampling_async();
   cache_.clear_async(stream_.get());
   stream_.wait();
 }
@@ -94,7 +95,8 @@ void Decoder::finish_load() {
                                        3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
       EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>("sampling_rows"), 0, arena_.plan().size("sampling_rows"),
                                        stream_.get()));
-      for (const StepTail tail : {StepTail::kLogits, StepTail::kGreedy, StepTail::kSample}) {
+      for (const StepTail tail :
+           {StepTail::kLogits, StepTail::kGreedy, StepTail::kSample, StepTail::kSampleEverything}) {
         // Once without a graph: CUDA loads a kernel's code at its first launch, which must not be inside a capture.
         const StepKey key{batch, tail};
         record_step_async(key);
@@ -219,18 +221,7 @@ void Decoder::record_step_async(const StepKey& key) {
     kernels::greedy_async(greedy, stream, pdl);
     return;
   }
-  kernels::SamplingArgs sampling;
-  sampling.logits = arena_.get<float>("logits");
-  sampling.scores = arena_.get<float>("scores");
-  sampling.rows = arena_.get<kernels::SamplingRow>("sampling_rows");
-  sampling.batch = batch;
-  sampling.vocab = config_.vocab_size;
-  sampling.state = state;
-  sampling.table = &weights_.embedding();
-  sampling.embed_scale = config_.embed_scale;
-  sampling.residual = residual;
-  sampling.residual_bf16 = residual_bf16;
-  kernels::sample_async(sampling, stream, pdl);
+  record_sampling_async(batch, tail == StepTail::kSampleEverything, state, pdl);
 }
 
 GemvArgs Decoder::head_args(int num_rows, bool with_maximum) const {
@@ -283,6 +274,7 @@ int Decoder::step(std::span<const SequenceStep> batch) {
       if (length == 1) singles.push_back(static_cast<int>(i));
     }
     if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
+    run_limit_ = run_launched_;                     // and cannot go on without them
     reserve_logits(num_rows);
     inputs_used_ = 0;
     for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {

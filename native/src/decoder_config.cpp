@@ -8,6 +8,7 @@
 #include "edgellm/kernels/attention_tree.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "edgellm/run.hpp"
 #include "edgellm/verify_inputs.hpp"
 
 namespace edgellm {
@@ -189,7 +190,13 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("logits", "block_max",
            std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.vocab_size)) *
                sizeof(unsigned long long));
-  plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * 64);
+  plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * sizeof(kernels::SamplingRow));
+  plan.add("logits", "token_counts", std::size_t{kMaxBatch} * vocab * sizeof(std::uint32_t));
+  plan.add("logits", "token_mask", std::size_t{kMaxBatch} * ((vocab + 31) / 32) * sizeof(std::uint32_t));
+  plan.add("logits", "bias_ids", std::size_t{kMaxBatch} * kMaxBias * sizeof(std::int32_t));
+  plan.add("logits", "bias_values", std::size_t{kMaxBatch} * kMaxBias * sizeof(float));
+  plan.add("logits", "seen_ids",
+           std::size_t{kMaxBatch} * static_cast<std::size_t>(config.capacity) * sizeof(std::int32_t));
   return plan;
 }
 

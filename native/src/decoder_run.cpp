@@ -9,51 +9,75 @@
 #include "guarded.hpp"
 
 namespace edgellm {
+namespace {
 
-void Decoder::start_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
-                        std::span<const std::int32_t> token_ids, std::span<const kernels::SamplingRow> rows) {
+// A run of rows alone: penalties start from nothing.
+std::vector<RunSequence> run_sequences(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                                       std::span<const std::int32_t> token_ids,
+                                       std::span<const kernels::SamplingRow> rows) {
   const std::size_t batch = slots.size();
-  if (batch < 1 || batch > kMaxBatch || positions.size() != batch || token_ids.size() != batch ||
-      (!rows.empty() && rows.size() != batch)) {
-    throw std::invalid_argument("a run takes 1 to " + std::to_string(kMaxBatch) +
-                                " sequences, each with a position and a token");
+  if (positions.size() != batch || token_ids.size() != batch || (!rows.empty() && rows.size() != batch)) {
+    throw std::invalid_argument("a run needs a position, a token and, unless it is greedy, a row for each slot");
   }
-  run_limit_ = std::numeric_limits<std::int64_t>::max();
+  std::vector<RunSequence> sequences(batch);
   for (std::size_t i = 0; i < batch; ++i) {
-    if (slots[i] < 0 || slots[i] >= config_.num_slots || positions[i] < 0 || positions[i] >= config_.capacity) {
+    sequences[i].slot = slots[i];
+    sequences[i].position = positions[i];
+    sequences[i].token_id = token_ids[i];
+    sequences[i].row = rows.empty() ? kernels::SamplingRow{} : rows[i];
+    if (rows.empty()) sequences[i].row.num_top = -1, sequences[i].row.repetition_penalty = 1.0F;
+  }
+  return sequences;
+}
+
+}  // namespace
+
+void Decoder::start_run(std::span<const RunSequence> sequences) {
+  const std::size_t batch = sequences.size();
+  if (batch < 1 || batch > kMaxBatch) {
+    throw std::invalid_argument("a run takes 1 to " + std::to_string(kMaxBatch) + " sequences, not " +
+                                std::to_string(batch));
+  }
+  std::int64_t limit = std::numeric_limits<std::int64_t>::max();
+  for (const RunSequence& sequence : sequences) {
+    if (sequence.slot < 0 || sequence.slot >= config_.num_slots || sequence.position < 0 ||
+        sequence.position >= config_.capacity) {
       throw std::invalid_argument("a run does not fit its slot");
     }
-    run_limit_ = std::min<std::int64_t>(run_limit_, config_.capacity - positions[i]);
+    limit = std::min<std::int64_t>(limit, config_.capacity - sequence.position);
   }
+  const StepTail tail = sampling_class(sequences);  // checks the rest
   guarded([&] {
     cudaStream_t stream = stream_.get();
-    stream_.wait();  // the pinned inputs and sampling rows of an earlier run may still be read
+    stream_.wait();  // the pinned inputs of an earlier run may still be read
     inputs_used_ = 0;
     std::int32_t* inputs = take_inputs(3 * kMaxBatch);
     std::fill_n(inputs, 3 * kMaxBatch, 0);
-    std::copy(token_ids.begin(), token_ids.end(), inputs);
-    std::copy(positions.begin(), positions.end(), inputs + kMaxBatch);
-    std::copy(slots.begin(), slots.end(), inputs + 2 * kMaxBatch);
+    for (std::size_t i = 0; i < batch; ++i) {
+      inputs[i] = sequences[i].token_id;
+      inputs[kMaxBatch + i] = sequences[i].position;
+      inputs[2 * kMaxBatch + i] = sequences[i].slot;
+    }
     auto* device_inputs = arena_.get<std::int32_t>("decode_inputs");
     EDGELLM_CUDA_TRY(
         cudaMemcpyAsync(device_inputs, inputs, 3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
     EDGELLM_CUDA_TRY(
         cudaMemsetAsync(arena_.get<std::int32_t>("step_counts"), 0, kMaxBatch * sizeof(std::int32_t), stream));
-    if (!rows.empty()) {
-      std::copy(rows.begin(), rows.end(), host_sampling_rows_.as<kernels::SamplingRow>());
-      EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<kernels::SamplingRow>("sampling_rows"), host_sampling_rows_.data(),
-                                       rows.size_bytes(), cudaMemcpyHostToDevice, stream));
-    }
+    if (tail != StepTail::kGreedy) upload_sampling_async(sequences, tail);
     kernels::embedding_async(weights_.embedding(), device_inputs, static_cast<int>(batch), config_.embed_scale,
                              arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream, false);
   });
-  run_key_ = {static_cast<int>(batch), rows.empty() ? StepTail::kGreedy : StepTail::kSample};
+  for (std::size_t i = 0; i < batch; ++i) run_rows_[i] = sequences[i].row;
+  run_key_ = {static_cast<int>(batch), tail};
+  run_limit_ = limit;
   run_launched_ = 0;
   run_read_ = 0;
 }
 
 void Decoder::launch_run_step_async() {
-  if (run_launched_ >= run_limit_) throw std::invalid_argument("a slot of the run is full");
+  if (run_launched_ >= run_limit_) {
+    throw std::invalid_argument("a slot of the run is full, or a step outside the run has ended it; start another");
+  }
   if (run_launched_ - run_read_ >= kHistoryLength) throw std::logic_error("the run's history is full; read it first");
   guarded([&] {
     run_step_async(run_key_);
@@ -62,32 +86,36 @@ void Decoder::launch_run_step_async() {
   ++run_launched_;
 }
 
-std::span<const std::int32_t> Decoder::read_run_step() {
+RunStep Decoder::read_run_step() {
   if (run_read_ >= run_launched_) throw std::logic_error("no step of the run is under way");
   const auto index = static_cast<std::size_t>(run_read_ % kHistoryLength);
   guarded([&] { run_events_[index].wait(); });
   ++run_read_;
   const auto* history = host_history_.as<std::int32_t>();
+  const auto* logprobs = host_logprobs_.as<kernels::TokenLogprobs>();
   const auto batch = static_cast<std::size_t>(run_key_.batch);
-  for (std::size_t i = 0; i < batch; ++i) run_tokens_[i] = history[i * kHistoryLength + index];
-  return std::span(run_tokens_).first(batch);
+  RunStep step;
+  for (std::size_t i = 0; i < batch; ++i) {
+    const std::size_t at = i * kHistoryLength + index;
+    run_tokens_[i] = history[at];
+    const bool wanted = run_key_.tail == StepTail::kSampleEverything && run_rows_[i].num_top >= 0;
+    if (wanted && history[at] >= 0) step.logprobs[i] = logprobs + at;
+  }
+  step.tokens = std::span(run_tokens_).first(batch);
+  return step;
 }
 
 std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> slots,
                                                  std::span<const std::int32_t> positions,
                                                  std::span<const std::int32_t> token_ids, int num_steps,
                                                  std::span<const kernels::SamplingRow> rows) {
-  start_run(slots, positions, token_ids, rows);
+  start_run(run_sequences(slots, positions, token_ids, rows));
   std::vector<std::int32_t> tokens;
   tokens.reserve(static_cast<std::size_t>(std::max(num_steps, 0)) * slots.size());
-  for (int i = 0; i < num_steps; ++i) {
-    launch_run_step_async();
+  for (int i = 0; i <= num_steps; ++i) {
+    if (i < num_steps) launch_run_step_async();
     if (i == 0) continue;
-    const std::span<const std::int32_t> step = read_run_step();
-    tokens.insert(tokens.end(), step.begin(), step.end());
-  }
-  if (num_steps > 0) {
-    const std::span<const std::int32_t> step = read_run_step();
+    const std::span<const std::int32_t> step = read_run_step().tokens;
     tokens.insert(tokens.end(), step.begin(), step.end());
   }
   return tokens;
@@ -96,7 +124,7 @@ std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> s
 std::vector<float> Decoder::time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                                      std::span<const std::int32_t> token_ids, int num_steps,
                                      std::span<const kernels::SamplingRow> rows) {
-  start_run(slots, positions, token_ids, rows);
+  start_run(run_sequences(slots, positions, token_ids, rows));
   std::vector<float> times;
   guarded([&] {
     std::vector<Event> marks;

@@ -181,6 +181,7 @@ int Decoder::verify_tree(int slot, int position, std::span<const std::int32_t> t
   }
   return guarded([&] {
     if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
+    run_limit_ = run_launched_;                     // and cannot go on without them
     inputs_used_ = 0;
     verify_async(slot, position, token_ids, parents, 0);
     stream_.wait();

@@ -19,6 +19,7 @@
 #include "edgellm/kernels/sampling.hpp"
 #include "edgellm/kv_cache.hpp"
 #include "edgellm/memory.hpp"
+#include "edgellm/run.hpp"
 #include "edgellm/stream.hpp"
 #include "edgellm/verify_inputs.hpp"
 #include "edgellm/weights.hpp"
@@ -35,9 +36,10 @@ struct SequenceStep {
 
 // What ends a decode step.
 enum class StepTail : std::uint8_t {
-  kLogits,  // begins with the embedding of given tokens; logits for the host
-  kGreedy,  // begins where the last step ended; the most likely token is embedded for the next
-  kSample,  // the same with a drawn token
+  kLogits,            // begins with the embedding of given tokens; logits for the host
+  kGreedy,            // begins where the last step ended; the most likely token is embedded for the next
+  kSample,            // the same with a token drawn by temperature, top-k, top-p and min-p
+  kSampleEverything,  // the same with penalties, bias, masks and log-probabilities too
   // Nodes of one draft instead of sequences, all with logits: any tree, or a chain with the bits of single steps.
   kVerify,
   kVerifyExactly,
@@ -90,15 +92,18 @@ class Decoder {
   // Milliseconds on the device of each of `num_steps` verifications of a chain, without the copy of its logits.
   std::vector<float> time_verify(int slot, int position, int num_tokens, int num_steps);
 
-  // The fast path: starts a run in which every sampled token feeds the next step on the device. rows: one a sequence,
-  // or empty for greedy. At most kMaxBatch sequences.
-  void start_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
-                 std::span<const std::int32_t> token_ids, std::span<const kernels::SamplingRow> rows);
+  // The fast path: starts a run in which every sampled token feeds the next step on the device. At most kMaxBatch
+  // sequences. A step() or verify_tree() ends it: what was launched can still be read, and no more be launched.
+  void start_run(std::span<const RunSequence> sequences);
   // Launches one more step; never waits, except when the host is kHistoryLength steps behind.
   void launch_run_step_async();
-  // Waits for the oldest step that was launched and not yet read, and returns its tokens (batch).
-  std::span<const std::int32_t> read_run_step();
-  // start_run, then num_steps steps, reading one behind: tokens[step * batch + sequence].
+  // Waits for the oldest step that was launched and not yet read.
+  RunStep read_run_step();
+  // Which tokens sequence `index` of the run may draw from the next launch on: bit i of (vocab + 31) / 32 words. Only
+  // for a sequence whose row has use_mask, and when every step launched was read. All are allowed until the first call.
+  void set_run_mask_async(int index, std::span<const std::uint32_t> words);
+  // start_run, then num_steps steps, reading one behind: tokens[step * batch + sequence]. rows: one a sequence, or
+  // empty for greedy; their penalties start from nothing.
   std::vector<std::int32_t> decode_tokens(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                                           std::span<const std::int32_t> token_ids, int num_steps,
                                           std::span<const kernels::SamplingRow> rows);
@@ -130,6 +135,13 @@ class Decoder {
   void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
   void run_step_async(const StepKey& key);
   const Graph& graph(const StepKey& key);
+
+  // What the rows of a run need at a step's end; throws std::invalid_argument for what the run cannot draw.
+  StepTail sampling_class(std::span<const RunSequence> sequences) const;
+  void reserve_sampling();  // pinned memory, at load
+  void clear_sampling_async();
+  void upload_sampling_async(std::span<const RunSequence> sequences, StepTail tail);
+  void record_sampling_async(int batch, bool everything, const kernels::DecodeState& state, bool pdl);
 
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
   // Whether a step of several tokens verifies a draft: it asks for every token's logits, and is short.
@@ -184,6 +196,11 @@ class Decoder {
   int num_logit_rows_ = 0;
   PinnedBuffer host_history_;  // (batch, kHistoryLength), written by the device
   PinnedBuffer host_sampling_rows_;
+  PinnedBuffer host_seen_;      // (kMaxBatch, capacity) prompt and answer of sequences with a penalty
+  PinnedBuffer host_bias_;      // (kMaxBatch, kMaxBias) ids, then as many values
+  PinnedBuffer host_mask_;      // (kMaxBatch, words)
+  PinnedBuffer host_logprobs_;  // (kMaxBatch, kHistoryLength), written by the device
+  std::array<kernels::SamplingRow, kMaxBatch> run_rows_{};
   std::array<std::int32_t, kMaxBatch> run_tokens_{};  // of the step read last
   std::vector<Event> run_events_;                     // one a history entry
   StepKey run_key_;
