@@ -7,9 +7,9 @@ import logging
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import UnsupportedError
-from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.executors.base import DecodeRun, Executor, ExecutorInfo, RunSequence, RunStep, SequenceStep
 
-__all__ = ["Executor", "ExecutorInfo", "SequenceStep", "create_executor"]
+__all__ = ["DecodeRun", "Executor", "ExecutorInfo", "RunSequence", "RunStep", "SequenceStep", "create_executor"]
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""The contract of an executor: token ids and positions in, logits out, over a linear KV cache of fixed slots."""
+"""The contract of an executor: token ids and positions in, logits out, over a linear KV cache of fixed slots.
+
+One that can also draw tokens has a `DecodeRun`, which decodes without a trip to the host between two tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from edgellm_ros.core import SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,63 @@ class SequenceStep:
     num_logits: int = 1
 
 
+@dataclass(frozen=True)
+class RunSequence:
+    """One sequence of a run: where it stands, and how its tokens are drawn from here on."""
+
+    slot: int
+    position: int  # of the last token drawn, which the run's first step computes
+    answer_ids: Sequence[int]  # drawn so far, that token the last; at least one; read by `start` only
+    prompt_ids: npt.NDArray[np.int32]  # (num_prompt,), for the repetition penalty
+    sampling: SamplingParams
+    seed: int  # in use, also where the request left it open; the n-th token of the answer is draw n - 1 of it
+    masked: bool = False  # set_mask may be called for it
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """What one step of a run gave, a token for each of its sequences in their order."""
+
+    token_ids: Sequence[int]  # -1: the logits were not finite
+    logprobs: Sequence[TokenLogprob | None]  # None where the sequence did not ask for them
+
+
+class DecodeRun(abc.ABC):
+    """Decodes some sequences of an executor, each token feeding the next step, while the host reads one step behind.
+
+    `start` begins a run and forgets the one before; `launch` computes one more token of every sequence and returns at
+    once; `read` waits for the oldest step launched and not yet read. Every other call to the executor ends the run:
+    steps not read by then are lost, and another `start` is due. Tokens do not depend on what else is in the run, and
+    are those that the host draws from the same logits. A failure is a DeviceError, as the executor's.
+    """
+
+    max_sequences: int  # in one run
+
+    @abc.abstractmethod
+    def can_sample(self, params: SamplingParams) -> bool:
+        """Whether tokens can be drawn with `params`; otherwise the host draws them from `Executor.step`'s logits."""
+
+    @abc.abstractmethod
+    def start(self, sequences: Sequence[RunSequence]) -> None:
+        """Begin a run of 1 to `max_sequences` sequences, all of which `can_sample`."""
+
+    @abc.abstractmethod
+    def launch(self) -> None:
+        """Compute the last token of every sequence and draw the next. None may be past its slot's last position."""
+
+    @abc.abstractmethod
+    def set_mask(self, index: int, mask: npt.NDArray[np.bool_]) -> None:
+        """Allow sequence `index` of the run the tokens of `mask` (vocab,) only, from the next launch on.
+
+        Only for a sequence started as `masked`, and when every step launched was read: a mask depends on the last
+        token. Until the first call all tokens are allowed.
+        """
+
+    @abc.abstractmethod
+    def read(self) -> RunStep:
+        """Wait for the oldest step that was launched and not yet read."""
+
+
 class Executor(abc.ABC):
     """Runs a decoder. Not thread-safe: one thread makes all calls.
 
@@ -50,6 +112,7 @@ class Executor(abc.ABC):
     """
 
     info: ExecutorInfo
+    run: DecodeRun | None = None  # None: tokens are drawn by the host
 
     @abc.abstractmethod
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:

@@ -24,6 +24,7 @@ from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.executors.cuda_run import CudaRun
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class CudaExecutor(Executor):
         self._decoder.finish_load()
         self.memory_plan = plan
         major, minor = info["compute_capability"]
+        self.run = CudaRun(self._open, settings.vocab_size)
         self.info = ExecutorInfo(
             name="cuda",
             device=f"{info['name']}, compute capability {major}.{minor}",

@@ -1,7 +1,8 @@
 """The loop that serves every request: one thread makes all calls to the executor, and sleeps when there is no work.
 
 Each turn ends what was cancelled or is late, admits what waits, computes at most one chunk of one prompt, and then one
-token of every sequence that decodes, together in one step.
+token of every sequence that decodes, together in one step. Where the executor draws the tokens itself (DecodeRun), the
+next step is under way while this thread works on the tokens of the last one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import atexit
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -24,11 +27,11 @@ from edgellm_ros.errors import (
     ShuttingDownError,
 )
 from edgellm_ros.executors.base import Executor, SequenceStep
+from edgellm_ros.runtime.device_run import DeviceRun
 from edgellm_ros.runtime.generation import Generation
 from edgellm_ros.runtime.kv_cache import SlotTable
 from edgellm_ros.runtime.metrics import Metrics, MetricsSnapshot
 from edgellm_ros.runtime.prefix_cache import PinnedStore, reuse_prefix
-from edgellm_ros.runtime.sampling import Floats
 from edgellm_ros.runtime.scheduler import Scheduler
 from edgellm_ros.runtime.sequence import Job, Sequence
 from edgellm_ros.tokenizer import Tokenizer
@@ -54,12 +57,13 @@ class Engine:
         self._pinned = PinnedStore(config.pinned_tokens) if pinned is None else pinned
         self._slots = SlotTable(self._info.num_slots, self._info.capacity)
         self._scheduler = Scheduler(config, self._info.num_slots)
+        self._run = DeviceRun(executor.run)
         self._metrics = Metrics()
         self._changed = threading.Condition()  # guards the waiting list, who has which slot, and what follows
         self._num_submitted = 0
         self._closing = False
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="edgellm-engine", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="edgellm-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -127,7 +131,7 @@ class Engine:
             if token >= vocab:
                 raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
 
-    def _run(self) -> None:
+    def _serve(self) -> None:
         try:
             while self._wait():
                 self._turn()
@@ -159,8 +163,11 @@ class Engine:
         self._admit()
         sequence = self._scheduler.next_prefill()
         if sequence is not None:
+            self._drain()
             self._prefill(sequence)
         self._decode()
+        if not self._scheduler.active:
+            self._drain()
 
     def _reap(self) -> None:
         """End what was cancelled or is late."""
@@ -208,30 +215,79 @@ class Engine:
         self._metrics.count_prefill(len(tokens), time.monotonic() - started)
         self._pin(sequence)
         if last:
-            self._accept(sequence, logits[0])
+            self._accept(sequence, partial(sequence.accept_logits, logits[0]))
 
     def _decode(self) -> None:
-        """Compute one more token of every sequence that has drawn one."""
-        started = time.monotonic()
+        """Bring every sequence that has drawn a token one token further."""
+        on_device, on_host = self._decoding()
+        if self._run.sequences and (on_host or on_device != self._run.sequences):
+            self._drain()
+            on_device, on_host = self._decoding()
+        if on_host:
+            self._step(on_host)
+        groups = self._run.groups(on_device)
+        # A step further ahead is of no use when something else is due before it would be read.
+        alone = not on_host and len(groups) == 1 and self._scheduler.next_prefill() is None
+        for group in groups:
+            if self._run.sequences != group:
+                self._drain()
+                self._run.start(group)
+            self._advance(2 if alone else 1)
+
+    def _decoding(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The sequences with a drawn token to compute: those whose next one the device draws, and the others."""
         batch = self._scheduler.decoding()
-        if not batch:
-            return
+        on_device = [sequence for sequence in batch if self._run.takes(sequence)]
+        return on_device, [sequence for sequence in batch if not self._run.takes(sequence)]
+
+    def _step(self, batch: list[Sequence]) -> None:
+        """Compute one token of each, and draw the next on the host."""
+        started = time.monotonic()
         tokens = np.array([sequence.token_ids[-1] for sequence in batch], np.int32)
         logits = self._executor.step(
             [SequenceStep(s.slot, tokens[i : i + 1], s.num_computed) for i, s in enumerate(batch)]
         )
-        for i, sequence in enumerate(batch):
-            self._slots.append(sequence.slot, sequence.token_ids[-1])
-            sequence.num_computed += 1
-            self._accept(sequence, logits[i])
+        for sequence, row in zip(batch, logits, strict=True):
+            self._computed(sequence)
+            self._accept(sequence, partial(sequence.accept_logits, row))
         self._metrics.count_decode(len(batch), time.monotonic() - started)
 
-    def _accept(self, sequence: Sequence, logits: Floats) -> None:
-        """Draw a token; what goes wrong here ends this sequence only."""
+    def _advance(self, num_ahead: int) -> None:
+        """Launch steps of the run until `num_ahead` are under way, and read one unless it is the only one."""
+        started = time.monotonic()
+        while self._run.num_unread < num_ahead and self._run.can_launch():
+            self._run.launch()
+        if self._run.num_unread > 1 or not self._run.can_launch():
+            count = self._read_step()
+            self._metrics.count_decode(count, time.monotonic() - started)
+
+    def _drain(self) -> None:
+        """End the run: every token that is under way is taken. Due before any other call to the executor."""
+        while self._run.num_unread:
+            started = time.monotonic()
+            count = self._read_step()
+            self._metrics.count_decode(count, time.monotonic() - started)
+        self._run.stop()
+
+    def _read_step(self) -> int:
+        """Take the tokens of the run's oldest step; returns how many there were."""
+        entries = self._run.read()
+        for sequence, token, logprob in entries:
+            self._computed(sequence)
+            self._accept(sequence, partial(sequence.accept, token, logprob))
+        return len(entries)
+
+    def _computed(self, sequence: Sequence) -> None:
+        """Note that the last token drawn is in the slot now."""
+        self._slots.append(sequence.slot, sequence.token_ids[-1])
+        sequence.num_computed += 1
+
+    def _accept(self, sequence: Sequence, accept: Callable[[], FinishReason | None]) -> None:
+        """Take the next token; what goes wrong here ends this sequence only."""
         reason = sequence.due(time.monotonic())
         if reason is None:
             try:
-                reason = sequence.accept(logits)
+                reason = accept()
             except Exception as error:
                 _log.exception("a generation failed")
                 self._end(sequence, FinishReason.ERROR, error)
@@ -250,6 +306,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         with self._changed:
+            sequence.ended = True
             self._scheduler.remove(sequence)
             if sequence.slot >= 0:
                 self._slots.release(sequence.slot, keep=reason is not FinishReason.ERROR)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.core import Completion, Delta, FinishReason, Phase, SamplingParams, TokenLogprob, Usage
+from edgellm_ros.errors import DeviceError
 from edgellm_ros.runtime.detokenize import Detokenizer
 from edgellm_ros.runtime.generation import Channel
 from edgellm_ros.runtime.sampling import Floats, Sampler, logprob_of
@@ -57,6 +58,8 @@ class Sequence:
         self.token_ids: list[int] = []
         self.max_tokens = min(job.sampling.max_tokens, capacity - len(self.prompt))
         self.slot = -1
+        self.ended = False
+        self.on_device: bool | None = None  # where tokens after the first are drawn; None: not yet decided
         self.prefill_started = False
         self.num_computed = 0  # tokens whose keys and values are in the slot
         self.num_cached = 0  # of the prompt, found and not computed
@@ -94,20 +97,30 @@ class Sequence:
             return FinishReason.CANCELLED
         return FinishReason.DEADLINE if now >= self.expires_at else None
 
-    def accept(self, logits: Floats) -> FinishReason | None:
-        """Draw the next token from `logits` (vocab,), show its text, and say whether the answer ends with it.
+    @property
+    def seed(self) -> int:
+        """The seed of the draws, also where the request left it open."""
+        return self._sampler.seed
 
-        A final delta is not sent: `finish` is.
-        """
+    def accept_logits(self, logits: Floats) -> FinishReason | None:
+        """Draw the next token from `logits` (vocab,) and `accept` it."""
         token = self._sampler.draw(logits)
+        num_top = self.job.sampling.logprobs
+        return self.accept(token, None if num_top is None else logprob_of(logits, token, num_top))
+
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
+        """Take the next token, show its text, and say whether the answer ends with it.
+
+        A final delta is not sent: `finish` is. A token of -1 stands for logits that were not finite: DeviceError.
+        """
+        if token < 0:
+            raise DeviceError("the model's logits are not finite")
         self._last_token_at = time.monotonic()
         if not self.token_ids:
             self._first_token_at = self._last_token_at
         self.token_ids.append(token)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if self.job.sampling.logprobs is not None:
-            logprobs = (logprob_of(logits, token, self.job.sampling.logprobs),)
-            self._logprobs += logprobs
+        logprobs = () if logprob is None else (logprob,)
+        self._logprobs += logprobs
         reason: FinishReason | None = None
         text = reasoning = ""
         if token in self.job.stop_ids:

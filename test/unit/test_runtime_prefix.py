@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from run_double import RunFakeExecutor
 
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, SamplingParams
@@ -27,8 +28,10 @@ SYSTEM = "You are a careful robot that speaks little. "
 class Rig:
     """An engine over a fake executor, and what it computed."""
 
+    executor_type: type[FakeExecutor] = FakeExecutor
+
     def __init__(self, num_slots: int = 2, pinned: PinnedStore | None = None, **settings: Any) -> None:
-        self.executor = FakeExecutor(num_slots=num_slots, allowed=128)
+        self.executor = self.executor_type(num_slots=num_slots, allowed=128)
         self.engine = Engine(self.executor, TOKENIZER, EngineConfig(**settings), pinned)
 
     def job(self, text: str, max_tokens: int = 4, **fields: Any) -> Job:
@@ -40,8 +43,9 @@ class Rig:
         return result
 
 
-@pytest.fixture
-def rigs() -> Iterator[list[Rig]]:
+@pytest.fixture(params=[FakeExecutor, RunFakeExecutor])
+def rigs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rig]]:
+    monkeypatch.setattr(Rig, "executor_type", request.param)
     made: list[Rig] = []
     yield made
     for rig in made:

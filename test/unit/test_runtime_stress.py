@@ -10,6 +10,7 @@ from collections.abc import Sequence as Steps
 
 import pytest
 from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from run_double import RunFakeExecutor
 
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, Phase, SamplingParams
@@ -26,8 +27,9 @@ def job(text: str, max_tokens: int, **fields: object) -> Job:
     return Job(tuple(text.encode()), SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("executor_type", [FakeExecutor, RunFakeExecutor])
 @pytest.mark.parametrize("ending", ["close", "failure"])
-def test_every_request_of_many_threads_ends_exactly_once(ending: str) -> None:
+def test_every_request_of_many_threads_ends_exactly_once(ending: str, executor_type: type[FakeExecutor]) -> None:
     steps = 0
 
     def count(batch: Steps[SequenceStep]) -> None:
@@ -36,7 +38,10 @@ def test_every_request_of_many_threads_ends_exactly_once(ending: str) -> None:
         if ending == "failure" and steps > 300:
             raise DeviceError("lost")
 
-    engine = Engine(FakeExecutor(num_slots=3, allowed=128, before_step=count), TOKENIZER, EngineConfig(max_queue=5))
+    executor = executor_type(num_slots=3, allowed=128, before_step=count)
+    if isinstance(executor, RunFakeExecutor):
+        executor.run.hook = lambda event: count([])
+    engine = Engine(executor, TOKENIZER, EngineConfig(max_queue=5))
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -85,8 +90,9 @@ def test_every_request_of_many_threads_ends_exactly_once(ending: str) -> None:
     assert sum(state.finished.values()) == state.submitted == outcomes.total()
 
 
-def test_an_engine_keeps_nothing_of_requests_that_have_ended() -> None:
-    engine = Engine(FakeExecutor(num_slots=2, allowed=128), TOKENIZER, EngineConfig(max_queue=50))
+@pytest.mark.parametrize("executor_type", [FakeExecutor, RunFakeExecutor])
+def test_an_engine_keeps_nothing_of_requests_that_have_ended(executor_type: type[FakeExecutor]) -> None:
+    engine = Engine(executor_type(num_slots=2, allowed=128), TOKENIZER, EngineConfig(max_queue=50))
     for round_ in range(3):
         for generation in [engine.submit(job(f"{round_} {i}", 2, session_id=f"kept {i}")) for i in range(40)]:
             generation.result(WAIT_S)
@@ -98,8 +104,9 @@ def test_an_engine_keeps_nothing_of_requests_that_have_ended() -> None:
     engine.close()
 
 
-def test_what_the_metrics_say_adds_up() -> None:
-    engine = Engine(FakeExecutor(num_slots=2, allowed=128), TOKENIZER, EngineConfig(max_queue=50))
+@pytest.mark.parametrize("executor_type", [FakeExecutor, RunFakeExecutor])
+def test_what_the_metrics_say_adds_up(executor_type: type[FakeExecutor]) -> None:
+    engine = Engine(executor_type(num_slots=2, allowed=128), TOKENIZER, EngineConfig(max_queue=50))
     results = [engine.submit(job(f"request number {i % 3} of a few", 5)) for i in range(9)]
     usages = [generation.result(WAIT_S).usage for generation in results]
     engine.close()
