@@ -57,35 +57,49 @@ int list_choices(const GemvArgs& args, Choice* out) {
 }
 constexpr int kMaxChoices = kNumFmaConfigs16 + kNumFmaConfigs8 + kNumInt4Configs + kNumMmaConfigs;
 
-// Higher is better. The measured preferences of GPU.md: enough blocks to fill the GPU first, then many bytes in flight
-// a thread and few idle lanes.
-float score(const GemvArgs& args, const Choice& choice, int num_sms) {
+// Higher is better. The preferences are measured (bench/bench_gemv.py; 1B, 4B and 8B shapes on an H100).
+float score_int4(const GemvArgs& args, const Int4Config& c, int num_sms) {
+  const int blocks = ceil_div(args.weight.cols, 64), share = ceil_div(blocks, c.warps);
+  const float tiles_per_sm = static_cast<float>(gemv_blocks(args, kMmaRows)) / static_cast<float>(num_sms);
+  if (tiles_per_sm >= 6.0f) {  // enough for two tiles a block, which share the staged x
+    if (c.once || c.tiles != 2) return 0.0f;
+    const bool even_share = ceil_div(blocks, 8) % 2 == 0;
+    return c.warps == (even_share ? 8 : 4) ? 2.0f : 1.0f;
+  }
+  if (c.tiles != 1) return 0.0f;
+  // All of a warp's share in flight at once, by as many warps as that takes; few tiles spread over more warps.
+  const int warps = blocks > 64 || (tiles_per_sm < 1.25f && blocks > 16) ? 16 : 8;
+  if (c.warps != warps) return c.warps < warps ? 0.5f : 0.4f;
+  if (blocks > 128) return c.once ? 0.5f : 2.0f - 0.01f * static_cast<float>(c.depth);
+  return c.once ? 2.0f - 0.01f * static_cast<float>(c.depth - share) : 1.0f;
+}
+
+float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   const WeightView& w = args.weight;
-  const int blocks = gemv_blocks(args, choice.tile.rows_per_block);
+  const FmaConfig c = fma_config(tile.config, is_8bit(w));
+  const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(tile.threads * c.chunks);
+  const float fill = static_cast<float>(gemv_blocks(args, tile.rows_per_block)) / static_cast<float>(2 * num_sms);
+  const int in_flight = c.chunks * c.rows;  // loads a thread
+  float preference = tile.threads < 96 ? 0.5f : 1.0f;
+  if (is_8bit(w)) {
+    preference *= in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : 0.97f;
+    if (c.max_threads == 512) preference *= 1.01f;
+  } else {
+    preference *= in_flight == 4 ? 0.9f : in_flight == 16 && fill > 2.0f ? 1.02f : 1.0f;
+  }
+  return used * (preference - 0.005f * static_cast<float>(c.chunks)) * (fill < 1.0f ? fill : 1.0f);
+}
+
+float score(const GemvArgs& args, const Choice& choice, int num_sms) {
   switch (choice.family) {
-    case Family::int4: {
-      const Int4Config& c = kInt4Configs[choice.tile.config];
-      const float per_warp = static_cast<float>(ceil_div(w.cols, 64)) / static_cast<float>(c.warps);
-      // A warp whose share is in flight as a whole, and no more warps than that needs.
-      const float fit = per_warp <= static_cast<float>(c.depth) ? per_warp / static_cast<float>(c.depth)
-                                                                : static_cast<float>(c.depth) / per_warp;
-      return 10.0f + fit + (c.depth == 8 ? 0.2f : 0.0f);
+    case Family::int4:
+      return 10.0f + score_int4(args, kInt4Configs[choice.tile.config], num_sms);
+    case Family::fma:
+      return 10.0f + score_fma(args, choice.tile, num_sms);
+    default: {
+      const bool many_rows = gemv_blocks(args, choice.tile.rows_per_block) >= 4 * num_sms;
+      return (kMmaConfigs[choice.tile.config] == 2) == many_rows ? 2.0f : 1.0f;
     }
-    case Family::fma: {
-      const FmaConfig c = fma_config(choice.tile.config, is_8bit(w));
-      const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(choice.tile.threads * c.chunks);
-      const float fill = static_cast<float>(blocks) / static_cast<float>(2 * num_sms);
-      const int in_flight = c.chunks * c.rows;  // loads a thread: 4, 8 or 16
-      const bool deep = in_flight == 16 && fill > 2.0f && (c.chunks == 2 || !is_8bit(w));
-      const float preference = (choice.tile.threads < 96 ? 0.5f : 1.0f) * (in_flight == 4 ? 0.9f
-                                                                           : deep         ? 1.02f
-                                                                                          : 1.0f) -
-                               0.005f * static_cast<float>(c.chunks);
-      return 10.0f + used * preference * (fill < 1.0f ? fill : 1.0f);
-    }
-    default:
-      return blocks >= 4 * num_sms ? (kMmaConfigs[choice.tile.config] == 2 ? 2.0f : 1.0f)
-                                   : (kMmaConfigs[choice.tile.config] == 2 ? 1.0f : 2.0f);
   }
 }
 
