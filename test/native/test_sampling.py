@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from draws import agrees
 from kernel_case import AWKWARD, K, make_weight, needs_gpu, random_bf16, stream, torch
 
 from edgellm_ros.core import SamplingParams
-from edgellm_ros.runtime.sampling import Sampler, logprob_of, uniform
+from edgellm_ros.runtime.sampling import Sampler, logprob_of
 
 pytestmark = needs_gpu
 MAX_BIAS = 8
@@ -76,15 +77,6 @@ class Device:
         floats, num_top = words.view(np.float32), int(words[1])
         ids, values = words[2 : 2 + num_top].tolist(), floats[22 : 22 + num_top].tolist()
         return float(floats[0]), list(zip(ids, values, strict=True))
-
-
-def agrees(sampler: Sampler, index: int, logits: npt.NDArray[np.float32], token: int, mask: Any = None) -> bool:
-    """Whether `token` lies where the draw falls, give or take the rounding of the weights."""
-    probabilities = sampler.distribution(logits, mask)
-    if sampler.params.greedy:
-        return token == int(probabilities.argmax())
-    share, sums = uniform(sampler.seed, index), np.cumsum(probabilities)
-    return bool(probabilities[token] > 0 and sums[token] - probabilities[token] - 2e-5 <= share <= sums[token] + 2e-5)
 
 
 def random_logits(rng: np.random.Generator, batch: int, vocab: int, spread: float = 3.0) -> npt.NDArray[np.float32]:
