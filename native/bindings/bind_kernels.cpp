@@ -12,6 +12,7 @@ void bind_kernels(pybind11::module_& module) {
   bind_attention_decode(kernels);
   bind_attention_prefill(kernels);
   bind_attention_tree(kernels);
+  bind_draft_acceptance(kernels);
   bind_elementwise(kernels);
   bind_kv_compact(kernels);
   bind_sampling(kernels);

@@ -14,6 +14,7 @@ void bind_tensor(pybind11::module_& module);
 void bind_attention_decode(pybind11::module_& module);
 void bind_attention_prefill(pybind11::module_& module);
 void bind_attention_tree(pybind11::module_& module);
+void bind_draft_acceptance(pybind11::module_& module);
 void bind_elementwise(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_gemv(pybind11::module_& module);

@@ -108,6 +108,7 @@ __device__ __forceinline__ void tree_load_matrices_transposed(uint32_t* r, const
 __device__ __forceinline__ void tree_barrier(int cluster_size) {
 #if __CUDA_ARCH__ >= 900
   if (cluster_size > 1) {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
     return;
   }

@@ -67,6 +67,11 @@ struct Exchange {
   uint64 block_values[8];  // one entry an exchange, never reused, so that slow blocks may still read it
 };
 
+__device__ __forceinline__ float key_value(uint64 key) {
+  const uint32_t bits = static_cast<uint32_t>(key >> 32);
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
 __device__ __forceinline__ uint64 warp_sum64(uint64 v) {
 #pragma unroll
   for (int s = 16; s >= 1; s >>= 1) v += __shfl_xor_sync(kAllLanes, v, s);

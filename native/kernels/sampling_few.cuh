@@ -38,7 +38,7 @@ __device__ __forceinline__ int few_wanted(const SamplingRow& row, int vocab) {
 }
 
 // The upper end of the bin in which the `wanted`-th best of the threads' best scores lies. By the whole cluster.
-__device__ uint32_t coarse_limit(FewShared& shared, const Cluster& cluster, uint32_t best_rank, int wanted) {
+__device__ inline uint32_t coarse_limit(FewShared& shared, const Cluster& cluster, uint32_t best_rank, int wanted) {
   for (int i = threadIdx.x; i < kBins; i += kSamplingThreads) shared.bins[i] = 0;
   if (threadIdx.x == 0) shared.own_mass = shared.num_own = 0;
   __syncthreads();
@@ -76,9 +76,9 @@ __device__ uint32_t coarse_limit(FewShared& shared, const Cluster& cluster, uint
 
 // Draws as `select` and `draw` of sampling_select.cuh do, and leaves the token likewise: -1 in every block but one.
 // False, in the whole cluster, when the few do not decide it; then nothing was drawn. `best_score` is the thread's own.
-__device__ bool draw_among_few(FewShared& shared, Exchange& exchange, const Cluster& cluster, const Scores& scores,
-                               const SamplingRow& row, int vocab, float best_score, uint64 min_mass,
-                               const double& share, int* token) {
+__device__ inline bool draw_among_few(FewShared& shared, Exchange& exchange, const Cluster& cluster,
+                                      const Scores& scores, const SamplingRow& row, int vocab, float best_score,
+                                      uint64 min_mass, const double& share, int* token) {
   const int wanted = few_wanted(row, vocab);
   if (wanted == 0) return false;
   const bool has_top_k = row.top_k > 0 && row.top_k < vocab, has_top_p = row.top_p < 1.0f;

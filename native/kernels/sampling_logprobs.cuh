@@ -9,11 +9,6 @@ struct LogprobsShared {
   uint64 keys[kMaxTopLogprobs];  // the block's largest logits, falling, as max_key; 0: no more
 };
 
-__device__ __forceinline__ float key_value(uint64 key) {
-  const uint32_t bits = static_cast<uint32_t>(key >> 32);
-  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
-
 // The largest key below `bound` among the thread's share of `logits` (count).
 __device__ __forceinline__ uint64 largest_below(const float* logits, int count, int first_id, uint64 bound) {
   uint64 key = 0;
@@ -26,8 +21,9 @@ __device__ __forceinline__ uint64 largest_below(const float* logits, int count, 
 
 // Fills `record` (in the history) but for the drawn token's own logprob; returns the log-sum-exp of all logits. By the
 // whole cluster.
-__device__ float write_top_logprobs(LogprobsShared& shared, Exchange& exchange, const Cluster& cluster,
-                                    const float* logits, int count, int first_id, int num_top, TokenLogprobs* record) {
+__device__ inline float write_top_logprobs(LogprobsShared& shared, Exchange& exchange, const Cluster& cluster,
+                                           const float* logits, int count, int first_id, int num_top,
+                                           TokenLogprobs* record) {
   uint64 own = largest_below(logits, count, first_id, ~0ull);
   const float largest = key_value(cluster_combine<Combine::max>(exchange, cluster, own, 5));
   uint64 mass = 0;

@@ -106,8 +106,8 @@ struct Candidacy {
 };
 
 // Top-k, then top-p, as the row has them.
-__device__ Candidacy select(SelectionShared& shared, Exchange& exchange, const Cluster& cluster, const Scores& scores,
-                            const SamplingRow& row, int vocab, uint64 min_mass) {
+__device__ inline Candidacy select(SelectionShared& shared, Exchange& exchange, const Cluster& cluster,
+                                   const Scores& scores, const SamplingRow& row, int vocab, uint64 min_mass) {
   Candidacy candidacy = {kFarRank, false, 0, min_mass};
   int pass = 0;
   if (row.top_k > 0 && row.top_k < vocab) {
@@ -130,8 +130,8 @@ __device__ Candidacy select(SelectionShared& shared, Exchange& exchange, const C
 
 // The token at `share` of the candidates' mass, in the order of ids; -1 in every block but the one that has it.
 // `token` is in shared memory.
-__device__ void draw(SelectionShared& shared, Exchange& exchange, const Cluster& cluster, const Scores& scores,
-                     const Candidacy& candidacy, const double& share, int* token) {
+__device__ inline void draw(SelectionShared& shared, Exchange& exchange, const Cluster& cluster, const Scores& scores,
+                            const Candidacy& candidacy, const double& share, int* token) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int segment = ceil_div(ceil_div(scores.count, kSamplingWarps), 32) * 32;  // consecutive scores of a warp
   const int begin = min(scores.count, warp * segment), end = min(scores.count, begin + segment);
