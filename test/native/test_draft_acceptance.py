@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from kernel_case import K, needs_gpu, stream, torch
-from test_sampling import row_bytes
 
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.runtime.sampling import Sampler
@@ -22,6 +21,16 @@ Floats = npt.NDArray[np.float32]
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams(temperature=0.9, top_k=0, top_p=1.0, min_p=0.0)
 FILTERED = SamplingParams(temperature=0.7, top_k=12, top_p=0.9, min_p=0.02)
+
+
+def row_bytes(params: SamplingParams, draw_index: int) -> bytes:
+    """The C struct SamplingRow, of what counts here."""
+    data = struct.pack(
+        "<Q6f6i", params.seed or 0, params.temperature, params.top_p, params.min_p, 1.0, 0.0, 0.0, params.top_k,
+        draw_index, 0, 0, -1, 0,
+    )  # fmt: skip
+    assert len(data) == K.SAMPLING_ROW_BYTES
+    return data
 
 
 def seeded(params: SamplingParams, seed: int) -> SamplingParams:
