@@ -33,20 +33,28 @@ int fma_threads(const WeightView& w, const FmaConfig& c) { return ceil_div(ceil_
 
 bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c) <= c.max_threads; }
 
-constexpr int kMaxStagedCols = 20 * 1024;
+// Beyond, int4 products are faster on the other kind of tile.
+constexpr int kMostInt4Tokens = 8;
 
-// All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles.
+// Whether the integer kernels can run `args`. A token's bits are theirs whatever else is computed.
+bool int4_fits(const GemvArgs& args) {
+  return args.weight.format == WeightFormat::int4 && int4_tokens_at_once(args.weight.cols) >= 1 &&
+         (args.num_tokens <= kMostInt4Tokens || args.batch_invariant);
+}
+
+// All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles. With
+// batch_invariant only those that give a token the same bits whatever their number.
 int list_choices(const GemvArgs& args, Choice* out) {
   int count = 0;
-  if (args.num_tokens == 1 && args.weight.format == WeightFormat::int4) {
-    // The staged x must fit the shared memory that every block may have.
+  if (int4_fits(args)) {
     const int configs = args.weight.group >= 64 ? kNumInt4Configs : kNumInt4SmallGroupConfigs;
-    for (int i = 0; i < configs && args.weight.cols <= kMaxStagedCols; i++) {
+    for (int i = 0; i < configs; i++) {
       const Int4Config& c = kInt4Configs[i];
       if (c.once && ceil_div(args.weight.cols, 64) > c.warps * c.depth) continue;
       out[count++] = {Family::int4, {i, kMmaRows, c.warps * 32}};
     }
-  } else if (args.num_tokens == 1) {
+    if (args.batch_invariant) return count;
+  } else if (args.num_tokens == 1 && args.weight.format != WeightFormat::int4 && !args.batch_invariant) {
     for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {
       const FmaConfig c = fma_config(i, is_8bit(args.weight));
       if (fma_fits(args.weight, c)) out[count++] = {Family::fma, {i, c.rows, fma_threads(args.weight, c)}};

@@ -13,6 +13,7 @@ namespace edgellm::kernels {
 struct DeviceTraits {
   int device = -1;
   int num_sms = 0;
+  std::size_t max_shared_bytes = 0;   // a block, statically allocated ones included
   bool has_dependent_launch = false;  // also thread block clusters: both came with compute capability 9.0
 };
 
@@ -24,11 +25,17 @@ inline const DeviceTraits& device_traits() {
     int major = 0;
     EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&traits.num_sms, cudaDevAttrMultiProcessorCount, device));
+    int shared_bytes = 0;
+    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    traits.max_shared_bytes = static_cast<std::size_t>(shared_bytes);
     traits.has_dependent_launch = major >= 9;
     traits.device = device;
   }
   return traits;
 }
+
+// Dynamic shared memory that a kernel may have without asking for more, less what it has statically.
+constexpr std::size_t kPlainSharedBytes = 38 * 1024;
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,

@@ -119,14 +119,7 @@ GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int n
   args.norm_eps = config_.rms_norm_eps;
   const auto tile = tiles_.find({product, num_tokens});
   if (tile != tiles_.end()) args.tile = tile->second;
-  if (config_.batch_invariant && num_tokens == 1) {
-    // The tiles for several tokens come last; all of them sum in the same order, one token's or sixteen's.
-    GemvArgs several = args;
-    several.num_tokens = 2;
-    const int first = kernels::gemv_num_tiles(args) - kernels::gemv_num_tiles(several);
-    const bool many_rows = linear.weight.rows >= 64 * num_sms_;  // enough for two tiles of 16 rows a block
-    if (args.tile < first) args.tile = first + (many_rows ? 1 : 0);
-  }
+  args.batch_invariant = config_.batch_invariant;
   return args;
 }
 

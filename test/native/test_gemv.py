@@ -146,6 +146,39 @@ def test_a_chain_with_dependent_launch_gives_what_one_without_gives(form: str) -
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("rows", "cols", "group"), [(99, 576, 64), (3072, 2048, 128), (99, 96, 32), (35, 14336, 64)])
+def test_a_batch_invariant_token_has_the_same_bits_alone_and_among_others(
+    form: str, rows: int, cols: int, group: int
+) -> None:
+    weight, gain, x = make_weight(form, rows, cols, group), random_bf16(cols), random_bf16(16, cols)
+    options: dict[str, Any] = {"gain": gain, "batch_invariant": True, "stream": stream()}
+    alone = poisoned(16, rows, dtype=torch.float32)
+    for i in range(16):
+        K.gemv(weight.view, x[i : i + 1], alone[i : i + 1], **options)
+    for tokens in (2, 3, 4, 5, 8, 9, 16):
+        for first in (0, 16 - tokens):
+            out = poisoned(tokens, rows, dtype=torch.float32)
+            K.gemv(weight.view, x[first : first + tokens], out, **options)
+            assert torch.equal(out, alone[first : first + tokens]), (tokens, first)
+    seen, wanted = reference(weight, x, gain)
+    assert bool(((alone.double() - wanted).abs() <= allowed(weight, seen, True)).all())
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_is_not_finite_shows_in_the_result(form: str, bad: float, normed: bool) -> None:
+    weight, x = make_weight(form, 99, 576), random_bf16(3, 576)
+    x[1, 77] = bad
+    for tokens in (slice(1, 2), slice(0, 3)):
+        out = poisoned(len(x[tokens]), 99, dtype=torch.float32)
+        gain = torch.ones(576, dtype=torch.bfloat16, device="cuda") if normed else None
+        K.gemv(weight.view, x[tokens].contiguous(), out, gain=gain, stream=stream())
+        finite = torch.isfinite(out).all(dim=1).tolist()
+        assert finite == ([False] if len(finite) == 1 else [True, False, True])
+
+
 def test_arrays_that_do_not_fit_are_refused_by_name() -> None:
     weight, x, out = make_weight("bf16", 19, 64), random_bf16(1, 64), torch.empty((1, 19), device="cuda")
     with pytest.raises(ValueError, match=r"x has shape \[1, 48\], not \[any, 64\]"):

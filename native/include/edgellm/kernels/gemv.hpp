@@ -26,7 +26,10 @@ struct GemvArgs {
   float* out_f32 = nullptr;                 // (num_tokens, rows)
   __nv_bfloat16* out_bf16 = nullptr;        // (num_tokens, rows) or (num_tokens, rows / 2)
   unsigned long long* block_max = nullptr;  // (num_tokens, gemv_num_blocks), or null; see sampling.hpp
-  int tile = -1;                            // a tile configuration below gemv_num_tiles(args), or -1: by shape
+  // A token gets the same bits alone and among others: of the kernels that sum in another order for a single token, the
+  // slower one.
+  bool batch_invariant = false;
+  int tile = -1;  // a tile configuration below gemv_num_tiles(args), or -1: by shape
 };
 
 void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl);
