@@ -1,0 +1,44 @@
+"""The wheel has the native module where it can be built, and without it is made all the same and says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("setuptools")
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--quiet", "--name"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def fake_nvcc(directory: Path, release: str) -> str:
+    """PATH with an nvcc of that release in front."""
+    nvcc = directory / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    nvcc.chmod(0o755)
+    return f"{directory}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_the_native_module_can_be_left_out_and_the_build_says_so() -> None:
+    result = setup(EDGELLM_NATIVE="0")
+    assert result.returncode == 0 and "edgellm_ros" in result.stdout
+    assert "without the native CUDA module: EDGELLM_NATIVE is 0" in result.stderr
+
+
+def test_a_toolkit_that_is_too_old_makes_a_pure_wheel(tmp_path: Path) -> None:
+    result = setup(PATH=fake_nvcc(tmp_path, "11.4"))
+    assert result.returncode == 0 and "is not of CUDA 12 or newer" in result.stderr
+
+
+def test_pybind11_that_is_missing_makes_a_pure_wheel(tmp_path: Path) -> None:
+    (tmp_path / "pybind11.py").write_text("raise ImportError")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = setup(PATH=fake_nvcc(tmp_path, "13.0"), PYTHONPATH=path)
+    assert result.returncode == 0 and "pip install pybind11" in result.stderr
