@@ -98,9 +98,16 @@ void DecoderConfig::check() const {
   require(!tied_head || head_format == embedding_format, "a tied head has the embedding's format");
   require(layer_format != WeightFormat::int4 || intermediate_size % 8 == 0, "int4 needs a multiple of 8 as MLP width");
   require(sliding_windows.empty() || static_cast<int>(sliding_windows.size()) == num_layers,
-          "sliding_windows must have one entry a layer");
-  require(num_slots > 0 && capacity > 0 && capacity <= num_positions, "capacity must be 1 to num_positions");
-  require(max_tokens >= kernels::kMaxGemvTokens && min_gemm_tokens >= 2, "max_tokens is too small");
+          "sliding_windows has " + std::to_string(sliding_windows.size()) +
+              " entries; it must have one for each of the " + std::to_string(num_layers) + " layers, or none");
+  require(num_slots > 0, "num_slots is " + std::to_string(num_slots) + "; it must be at least 1");
+  require(
+      capacity > 0 && capacity <= num_positions,
+      "capacity is " + std::to_string(capacity) + "; it must be 1 to num_positions, " + std::to_string(num_positions));
+  require(max_tokens >= kernels::kMaxGemvTokens, "max_tokens is " + std::to_string(max_tokens) +
+                                                     "; it must be at least " +
+                                                     std::to_string(kernels::kMaxGemvTokens));
+  require(min_gemm_tokens >= 2, "min_gemm_tokens is " + std::to_string(min_gemm_tokens) + "; it must be at least 2");
   require(max_verify_tokens == 0 || (max_verify_tokens >= 2 && max_verify_tokens <= kMaxVerifyTokens),
           "max_verify_tokens is " + std::to_string(max_verify_tokens) + "; it must be 0 (off) or 2 to " +
               std::to_string(kMaxVerifyTokens));

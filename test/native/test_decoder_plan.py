@@ -87,8 +87,11 @@ def test_the_total_is_the_sum_of_the_purposes() -> None:
         ({"head_dim": 72}, "head_dim is 72; the kernels take 64, 80, 96 and 128"),
         ({"num_kv_heads": 5}, "32 heads do not divide into 5 groups"),
         ({"hidden_size": 2040}, "a layer is 2040 wide; the kernels take multiples of 16"),
-        ({"sliding_windows": [16]}, "sliding_windows must have one entry a layer"),
-        ({"capacity": CONTEXT + 1}, "capacity must be 1 to num_positions"),
+        ({"sliding_windows": [16]}, "sliding_windows has 1 entries; it must have one for each of the 16 layers, or none"),
+        ({"capacity": CONTEXT + 1}, "capacity is 4097; it must be 1 to num_positions, 4096"),
+        ({"num_slots": 0}, "num_slots is 0; it must be at least 1"),
+        ({"max_tokens": 4}, "max_tokens is 4; it must be at least 16"),
+        ({"min_gemm_tokens": 1}, "min_gemm_tokens is 1; it must be at least 2"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused_by_name_before_memory_is_planned(

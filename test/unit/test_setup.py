@@ -1,7 +1,8 @@
-"""The wheel has the native module where it can be built, and without it is made all the same and says why."""
+"""The wheel, and `make test`, have the native module where it can be built, and go without it, saying why, where not."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -42,3 +43,17 @@ def test_pybind11_that_is_missing_makes_a_pure_wheel(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = setup(PATH=fake_nvcc(tmp_path, "13.0"), PYTHONPATH=path)
     assert result.returncode == 0 and "pip install pybind11" in result.stderr
+
+
+def test_make_test_leaves_native_out_where_there_is_no_nvcc_and_make_native_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    build_native = importlib.import_module("build_native")
+    monkeypatch.setattr(build_native, "find_nvcc", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["build_native.py", "--check"])
+    assert build_native.main() == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["build_native.py"])
+    assert build_native.main() == 1
+    assert "install the CUDA toolkit" in capsys.readouterr().err
