@@ -167,7 +167,7 @@ __device__ __forceinline__ void mma_fp16(float* d, const uint32_t* a, uint32_t b
 
 // A key ordered as the value, then by falling index; the largest key is the first largest value. Never 0.
 __device__ __forceinline__ unsigned long long max_key(float value, uint32_t index) {
-  uint32_t bits = __float_as_uint(value);
+  uint32_t bits = __float_as_uint(value + 0.0f);  // -0 is 0
   bits = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
   return (static_cast<unsigned long long>(bits) << 32) | (0xffffffffu - index);
 }

@@ -29,7 +29,8 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def single_steps(executor: CudaExecutor, slot: int, ids: np.ndarray, position: int) -> np.ndarray:
-    return np.concatenate([executor.step([step(slot, ids[i : i + 1], position + i)]) for i in range(len(ids))])
+    # Copies: a step's array is valid until the next one.
+    return np.concatenate([executor.step([step(slot, ids[i : i + 1], position + i)]).copy() for i in range(len(ids))])
 
 
 def path_to(parents: list[int], node: int) -> list[int]:
