@@ -55,7 +55,8 @@ def export(gguf: Path, weights: str) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     CACHE.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", str(gguf), "-o", str(partial)]
-    subprocess.run([*command, "--weights", weights], check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    command += ["--weights", weights, "--name", "SmolLM2-135M-Instruct"]  # the file's own names a training run
+    subprocess.run(command, check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     partial.rename(bundle)
     stamp.write_text(key, encoding="utf-8")
     return bundle
@@ -64,7 +65,8 @@ def export(gguf: Path, weights: str) -> Path:
 def sources_hash() -> str:
     """Of all that decides what a bundle holds."""
     digest = hashlib.sha256()
-    for path in [*sorted(ROOT.glob("edgellm_ros/toolchain/**/*.py")), ROOT / "edgellm_ros" / "bundle.py"]:
+    sources = [*sorted(ROOT.glob("edgellm_ros/toolchain/**/*.py")), ROOT / "edgellm_ros" / "bundle.py", Path(__file__)]
+    for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -84,8 +84,9 @@ def execute(args: argparse.Namespace) -> int:
     _check_counts(args)
     if args.plot is not None:
         check_plot(args.plot)
-    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no directory {Path(args.json).parent}; make it first")
+        _check_target("--plot", args.plot)
+    if args.json not in (None, "-"):
+        _check_target("--json", Path(args.json))
     executors = _executors(args)
     bundle, source = _open(args, executors)
     plan = _plan(args, executors, bundle)
@@ -126,6 +127,14 @@ def _measure(benchmark: Benchmark, plan: Plan) -> None:
             begun += 1
 
         benchmark.measure(show)
+
+
+def _check_target(option: str, path: Path) -> None:
+    """Refuse now what could not be written after minutes of measuring."""
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
 
 
 def _check_counts(args: argparse.Namespace) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
 from edgellm_ros.bundle import TOKENIZER, Bundle, ModelSpec
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.core import SamplingParams
+from edgellm_ros.core import FinishReason, SamplingParams
 from edgellm_ros.errors import ConfigError, DeviceError
 from edgellm_ros.llm import LLM
 from edgellm_ros.tokenizer import Tokenizer
@@ -245,6 +247,26 @@ def test_the_engines_time_is_that_of_its_steps_however_many_sequences_share_them
         assert 9 <= len(full) <= 10 + batch  # all sequences in one step, most of the time
         assert 5.0 <= ms < 1000.0
         assert engine_path.time_first_token(llm, [7] * 30, sampling) >= 5.0
+
+
+def test_ctrl_c_ends_the_sequences_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def interrupt(batch: Any) -> None:
+        steps.append(len(batch))
+        time.sleep(0.002)
+        if len(steps) == 20:
+            os.kill(os.getpid(), signal.SIGINT)  # which Python handles in the main thread, the one that waits
+
+    serve_with_fakes(monkeypatch, before_step=interrupt)
+    sampling = SamplingParams(ignore_eos=True, seed=0)
+    prompts = [[20] * 40, [30] * 40]
+    with LLM.open(write_bundle(tmp_path / "bundle"), EngineConfig(max_slots=2)) as llm:
+        engine_path.cache_prompts(llm, prompts, sampling)
+        with pytest.raises(KeyboardInterrupt):
+            engine_path.time_decode(llm, prompts, 200, sampling)
+        assert llm.metrics().active == 0 and len(steps) < 200
+        assert llm.metrics().finished[FinishReason.CANCELLED] == 2
 
 
 def test_a_sequence_that_fails_is_an_error_and_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

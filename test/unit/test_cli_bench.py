@@ -215,6 +215,7 @@ def test_ctrl_c_before_anything_was_measured_is_just_the_exit_code(
         (("--plot", "speed.pdf"), "the name must end in .svg or .png"),
         (("--plot", "no/such/speed.svg"), "there is no directory no/such"),
         (("--json", "no/such/report.json"), "there is no directory no/such"),
+        (("--json", "."), "--json . is a directory; name a file in it"),
         (("--executor", "tensorrt"), "executor is 'tensorrt'"),
         (("--num-threads", "-1"), "num_threads is -1"),
         (("--temperature", "-1"), "temperature is -1"),
