@@ -96,7 +96,8 @@ class Run:
     info: ExecutorInfo
     batch: int
     load_s: float  # hashes and self-test included, as LLM.open does it
-    resident_bytes: int = 0  # of the process, after the engine's part
+    interleaved: bool = False  # rounds of the engine and of the executor alone in turns, with two copies loaded
+    resident_bytes: int = 0  # of the process with one copy, all contexts computed once
     peak_bytes: int = 0
     device_bytes: int | None = None  # taken from the GPU; None on a CPU
     read: ReadBandwidth | None = None
@@ -113,6 +114,7 @@ class Run:
             "batch": self.batch,
             "capacity": info.capacity,
             "load_s": self.load_s,
+            "interleaved": self.interleaved,
             "memory": {
                 "planned_bytes": info.memory_bytes,
                 "resident_bytes": self.resident_bytes,

@@ -1,4 +1,7 @@
-"""In which order a benchmark runs: for each executor and batch size the engine first, as users load it, then alone.
+"""In which order a benchmark runs: for each executor and batch size the engine and the executor alone, in turns.
+
+That takes two copies of the model, so that a slow moment of the machine meets both; where only one fits into the
+memory, the engine comes first and the executor alone after it.
 
 What is measured is put into `Benchmark.runs` at once, so that an interrupted benchmark still has something to show.
 """
@@ -23,7 +26,8 @@ from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError
-from edgellm_ros.executors.base import Executor
+from edgellm_ros.executors.base import Executor, ExecutorInfo
+from edgellm_ros.executors.memory import available_memory
 from edgellm_ros.llm import LLM
 
 
@@ -68,7 +72,7 @@ class Benchmark:
         """Measure everything; `progress` gets a few words before each of `Plan.num_units` pieces of work."""
         for executor in self._plan.executors:
             read: ReadBandwidth | None = None
-            for index, batch in enumerate(self._plan.batches):
+            for batch in self._plan.batches:
                 config = replace(
                     self._plan.config,
                     executor=executor,
@@ -76,74 +80,95 @@ class Benchmark:
                     max_queue=batch,
                     max_context=self._capacity,
                 )
-                run = self._measure_engine(config, index == 0, progress)
-                if read is None:
-                    progress("read bandwidth of the memory")
-                    read = measure_read_bandwidth(run.info.name, config.num_threads)
-                run.read = read
-                self._measure_executor(config, run, progress)
+                read = self._measure_run(config, read, progress)
 
-    def _measure_engine(self, config: EngineConfig, with_prefill: bool, progress: Callable[[str], object]) -> Run:
-        plan, model = self._plan, self._model
+    def _measure_run(
+        self, config: EngineConfig, read: ReadBandwidth | None, progress: Callable[[str], object]
+    ) -> ReadBandwidth:
+        """One executor and batch size; `read` is None in an executor's first run, which measures it, and prompts."""
         free = free_device_bytes()
-        progress(f"loading {model.name}")
+        progress(f"loading {self._model.name}")
         with LLM.open(self._source, config) as llm:
-            info, batch = llm.info, config.max_slots
-            run = Run(info, batch, llm.load_s)
+            run = self._begin_run(llm, config.max_slots, with_prefill=read is None)
             self.runs.append(run)
-            if info.name == "cuda" and free is not None:
-                run.device_bytes = free - (free_device_bytes() or 0)
-            weights = decode_bytes(model, self._bundle.manifest.quantization, info.name)
-            if with_prefill:
-                for length in plan.prompt_tokens:
-                    figure = Prefill(length, prefill_flops(model, length))
-                    run.prefill.append(figure)
-                    for i in range(plan.rounds + 1):
-                        progress(f"{info.name}: first token after {length} tokens")
-                        ids = self._random_ids((length,), length, i).tolist()
-                        ms = engine_path.time_first_token(llm, ids, plan.sampling)
-                        if i:  # the first one warms up
-                            figure.first_token_ms.append(ms)
-            prompts = self._prompts(batch)
-            for context in plan.contexts:
-                cache = batch * kv_bytes(model, info.kv_bytes_per_token, context + plan.new_tokens / 2)
-                decode = Decode(batch, context, plan.new_tokens, weights + cache)
-                run.decode.append(decode)
-                started = [ids[:context].tolist() for ids in prompts]
-                for i in range(plan.rounds + 1):
-                    progress(f"{info.name}: decoding {batch} x {plan.new_tokens} tokens after {context}, engine")
-                    if not i:
-                        engine_path.cache_prompts(llm, started, plan.sampling)
-                    ms = engine_path.time_decode(llm, started, plan.new_tokens, plan.sampling)
-                    if i:
-                        decode.engine_ms.append(ms)
+            # Touches all memory that will be used.
+            engine_path.cache_prompts(llm, self._prompts(run.batch).tolist(), self._plan.sampling)
             run.resident_bytes, run.peak_bytes = resident_bytes()
+            if run.info.name == "cuda" and free is not None:
+                run.device_bytes = free - (free_device_bytes() or 0)
+            if read is None:
+                progress("read bandwidth of the memory")
+                read = measure_read_bandwidth(run.info.name, config.num_threads)
+            run.read = read
+            run.interleaved = fits_twice(run.info)
+            if run.interleaved:
+                with self._executor(config, progress) as executor:
+                    self._measure_figures(run, llm, executor, progress)
+            else:
+                self._measure_figures(run, llm, None, progress)
+        if not run.interleaved:
+            with self._executor(config, progress) as executor:
+                self._measure_figures(run, None, executor, progress)
+        return read
+
+    def _begin_run(self, llm: LLM, batch: int, with_prefill: bool) -> Run:
+        """The run's figures without any measurement."""
+        plan, model, info = self._plan, self._model, llm.info
+        weights = decode_bytes(model, self._bundle.manifest.quantization, info.name)
+        run = Run(info, batch, llm.load_s)
+        for length in plan.prompt_tokens if with_prefill else ():
+            run.prefill.append(Prefill(length, prefill_flops(model, length)))
+        for context in plan.contexts:
+            cache = batch * kv_bytes(model, info.kv_bytes_per_token, context + plan.new_tokens / 2)
+            run.decode.append(Decode(batch, context, plan.new_tokens, weights + cache))
         return run
 
-    def _measure_executor(self, config: EngineConfig, run: Run, progress: Callable[[str], object]) -> None:
-        plan = self._plan
-        progress(f"loading {self._model.name} again, without the engine")
-        with _executor(self._bundle, config) as executor:
-            for figure in run.prefill:
-                ids = self._random_ids((figure.prompt_tokens,), figure.prompt_tokens)
-                for i in range(plan.rounds + 1):
-                    progress(f"{run.info.name}: prompt of {figure.prompt_tokens} tokens")
-                    ms = executor_path.time_prompt(executor, ids, config.prefill_chunk)
-                    if i:
-                        figure.executor_ms.append(ms)
-            computed = 0
-            prompts = self._prompts(run.batch)
-            for decode in run.decode:
-                for i in range(plan.rounds + 1):
-                    progress(f"{run.info.name}: decoding {run.batch} x {plan.new_tokens} tokens after {decode.context}")
+    def _measure_figures(
+        self, run: Run, llm: LLM | None, executor: Executor | None, progress: Callable[[str], object]
+    ) -> None:
+        """All rounds with the engine, the executor, or both in turns; the first round of each figure warms up."""
+        plan, name, chunk = self._plan, run.info.name, self._plan.config.prefill_chunk
+        for prefill in run.prefill:
+            length = prefill.prompt_tokens
+            for i in range(plan.rounds + 1):
+                ids = self._random_ids((length,), length, i)
+                if llm is not None:
+                    progress(f"{name}: first token after {length} tokens")
+                    ms = engine_path.time_first_token(llm, ids.tolist(), plan.sampling)
+                    prefill.first_token_ms += [ms] if i else []
+                if executor is not None:
+                    progress(f"{name}: prompt of {length} tokens, executor")
+                    ms = executor_path.time_prompt(executor, ids, chunk)
+                    prefill.executor_ms += [ms] if i else []
+        computed = 0
+        for decode in run.decode:
+            prompts = self._prompts(run.batch)[:, : decode.context]
+            words = f"{name}: decoding {run.batch} x {plan.new_tokens} tokens after {decode.context}"
+            for i in range(plan.rounds + 1):
+                if llm is not None:
+                    progress(f"{words}, engine")
+                    if not i:
+                        engine_path.cache_prompts(llm, prompts.tolist(), plan.sampling)
+                    ms = engine_path.time_decode(llm, prompts.tolist(), plan.new_tokens, plan.sampling)
+                    decode.engine_ms += [ms] if i else []
+                if executor is not None:
+                    progress(f"{words}, executor")
                     if not i:  # what the shorter context left is the start of this one
                         for slot, ids in enumerate(prompts):
-                            prompt = ids[: decode.context]
-                            executor_path.compute_prompt(executor, slot, prompt, computed, config.prefill_chunk)
+                            executor_path.compute_prompt(executor, slot, ids, computed, chunk)
                         computed = decode.context
                     ms = executor_path.time_decode(executor, run.batch, decode.context, plan.new_tokens)
-                    if i:
-                        decode.executor_ms.append(ms)
+                    decode.executor_ms += [ms] if i else []
+
+    @contextlib.contextmanager
+    def _executor(self, config: EngineConfig, progress: Callable[[str], object]) -> Iterator[Executor]:
+        """The model without the engine."""
+        progress(f"loading {self._model.name} again, without the engine")
+        executor = executors.create_executor(self._bundle, config)
+        try:
+            yield executor
+        finally:
+            executor.close()
 
     def _plan_capacity(self) -> int:
         plan, limit = self._plan, self._model.max_context
@@ -178,10 +203,7 @@ def check_batches(batches: tuple[int, ...], executor: str) -> None:
         raise ConfigError(f"--batch {max(batches)} is more than the cuda executor decodes at once, {module.MAX_BATCH}")
 
 
-@contextlib.contextmanager
-def _executor(bundle: Bundle, config: EngineConfig) -> Iterator[Executor]:
-    executor = executors.create_executor(bundle, config)
-    try:
-        yield executor
-    finally:
-        executor.close()
+def fits_twice(info: ExecutorInfo) -> bool:
+    """Whether what `info` describes, which is loaded, fits once more into the memory that is free now."""
+    free = (free_device_bytes() or 0) if info.name == "cuda" else available_memory()
+    return 1.25 * info.memory_bytes < free

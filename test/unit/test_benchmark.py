@@ -23,6 +23,7 @@ from edgellm_ros.bundle import TOKENIZER, Bundle, ModelSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, SamplingParams
 from edgellm_ros.errors import ConfigError, DeviceError
+from edgellm_ros.executors import ExecutorInfo
 from edgellm_ros.llm import LLM
 from edgellm_ros.tokenizer import Tokenizer
 
@@ -198,9 +199,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
         measure.Benchmark(bundle, bundle.path, plan(**changes))
 
 
+@pytest.mark.parametrize("fits", [True, False])
 def test_every_figure_has_its_rounds_and_progress_is_told_as_often_as_planned(
-    tiny_bundle: Callable[[str, str], Bundle],
+    fits: bool, tiny_bundle: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(measure, "fits_twice", lambda info: fits)
     bundle = tiny_bundle("mistral", "int8")
     wanted = plan(
         batches=(1, 3), prompt_tokens=(5, 40), new_tokens=64, sampling=SamplingParams(ignore_eos=True, seed=0)
@@ -209,8 +212,11 @@ def test_every_figure_has_its_rounds_and_progress_is_told_as_often_as_planned(
     told: list[str] = []
     benchmark.measure(told.append)
     assert len(told) == wanted.num_units
+    kinds = [words.rpartition(" ")[2] for words in told if "decoding 1 x 64 tokens after 32" in words]
+    assert kinds == (["engine", "executor"] * 3 if fits else ["engine"] * 3 + ["executor"] * 3)
     assert [(run.batch, len(run.prefill), len(run.decode)) for run in benchmark.runs] == [(1, 2, 2), (3, 0, 2)]
     for run in benchmark.runs:
+        assert run.interleaved is fits
         assert run.read is benchmark.runs[0].read and run.read is not None
         for decode in run.decode:
             assert len(decode.executor_ms) == len(decode.engine_ms) == 2
@@ -218,6 +224,18 @@ def test_every_figure_has_its_rounds_and_progress_is_told_as_often_as_planned(
             assert len(prefill.executor_ms) == len(prefill.first_token_ms) == 2
     # A window of 16 tokens in all layers: a longer context reads no more cache.
     assert benchmark.runs[0].decode[0].bytes_per_step == benchmark.runs[0].decode[1].bytes_per_step
+
+
+def test_a_second_copy_is_loaded_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(name: str) -> ExecutorInfo:
+        return ExecutorInfo(name, "", "", 1, 1, 1, 1, memory_bytes=1000)
+
+    monkeypatch.setattr(measure, "available_memory", lambda: 2000)
+    monkeypatch.setattr(measure, "free_device_bytes", lambda: 1100)
+    assert measure.fits_twice(info("onnxruntime")) and not measure.fits_twice(info("cuda"))
+    monkeypatch.setattr(measure, "available_memory", lambda: 1200)
+    monkeypatch.setattr(measure, "free_device_bytes", lambda: 1300)
+    assert measure.fits_twice(info("cuda")) and not measure.fits_twice(info("onnxruntime"))
 
 
 def test_a_batch_that_the_gpu_cannot_decode_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
