@@ -6,7 +6,7 @@ One that can also draw tokens has a `DecodeRun`, which decodes without a trip to
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,23 @@ class SequenceStep:
     `token_ids` are computed at positions `position` to `position + len - 1` of `slot` and their keys and values are
     written there; everything before `position` must already be in the slot. Writing at an earlier position than the
     last one is allowed: it overwrites (that is how a rejected draft or a shorter prefix is undone).
-    `num_logits` asks for the logits of that many last tokens; 0 asks for none.
+    `num_logits` asks for the logits of that many last tokens; 0 asks for none. `adapter` is the index of a loaded LoRA
+    adapter (`Executor.adapters`), 0 for none; what an adapter computed must not be continued with another one.
     """
 
     slot: int
     token_ids: npt.NDArray[np.int32]  # (num_tokens,), num_tokens >= 1
     position: int
     num_logits: int = 1
+    adapter: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """A LoRA adapter that steps can name. `fingerprint` tells its contents apart, whatever its name and index."""
+
+    index: int  # 1 and up, for SequenceStep.adapter
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class RunSequence:
     sampling: SamplingParams
     seed: int  # in use, also where the request left it open; the n-th token of the answer is draw n - 1 of it
     masked: bool = False  # set_mask may be called for it
+    adapter: int = 0  # as SequenceStep's
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,11 @@ class Executor(abc.ABC):
 
     info: ExecutorInfo
     run: DecodeRun | None = None  # None: tokens are drawn by the host
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded LoRA adapters by name; none where an executor cannot load any."""
+        return {}
 
     @abc.abstractmethod
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:

@@ -89,12 +89,17 @@ class CudaExecutor(Executor):
             assert 0 <= item.slot < self.info.num_slots and item.position >= 0 and end <= self.info.capacity, item
             assert 0 <= item.num_logits <= len(item.token_ids), item
         rows: npt.NDArray[np.float32] = self._open().step(
-            [(item.slot, item.token_ids, item.position, item.num_logits) for item in batch]
+            [(item.slot, item.token_ids, item.position, item.num_logits, item.adapter) for item in batch]
         )
         return rows
 
     def verify_tree(
-        self, slot: int, position: int, token_ids: npt.NDArray[np.int32], parents: npt.NDArray[np.int32]
+        self,
+        slot: int,
+        position: int,
+        token_ids: npt.NDArray[np.int32],
+        parents: npt.NDArray[np.int32],
+        adapter: int = 0,
     ) -> npt.NDArray[np.float32]:
         """Compute a draft tree behind the `position` tokens of `slot` and return every node's logits.
 
@@ -105,7 +110,7 @@ class CudaExecutor(Executor):
         the slot and num_nodes to be at most 16; raises ValueError otherwise, DeviceError when the device fails.
         """
         assert len(token_ids) == len(parents), (len(token_ids), len(parents))
-        rows: npt.NDArray[np.float32] = self._open().verify_tree(slot, position, token_ids, parents)
+        rows: npt.NDArray[np.float32] = self._open().verify_tree(slot, position, token_ids, parents, adapter)
         return rows
 
     def accept_path(self, slot: int, position: int, nodes: Sequence[int]) -> None:

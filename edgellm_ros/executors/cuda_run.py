@@ -81,4 +81,5 @@ class CudaRun(DecodeRun):
             np.asarray(sequence.answer_ids, np.int32),
             np.fromiter(bias, np.int32, num_bias) if num_bias else _NO_IDS,
             np.fromiter(bias.values(), np.float32, num_bias) if num_bias else _NO_VALUES,
+            sequence.adapter,
         )

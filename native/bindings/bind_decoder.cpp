@@ -48,13 +48,26 @@ void load_linear(Decoder& decoder, const std::string& stem, const py::array& wei
   decoder.load_linear(stem, host, scale.is_none() ? nullptr : &host_scale);
 }
 
-// batch: (slot, token_ids, position, num_logits) a sequence. The rows live in the decoder until its next step.
-py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, int, int>>& batch) {
+// tensors: (layer, target, A (rank, in), B (out, rank), scale) a projection of one layer.
+void load_adapter(Decoder& decoder, int index,
+                  const std::vector<std::tuple<int, std::string, py::array, py::array, float>>& tensors) {
+  std::vector<AdapterTensors> adapter;
+  adapter.reserve(tensors.size());
+  for (const auto& [layer, target, a, b, scale] : tensors) {
+    const std::string name = "layers." + std::to_string(layer) + "." + target;
+    adapter.push_back({layer, target, host_tensor(name + ".lora_A", a), host_tensor(name + ".lora_B", b), scale});
+  }
+  const py::gil_scoped_release release;
+  decoder.load_adapter(index, adapter);
+}
+
+// batch: (slot, token_ids, position, num_logits, adapter) a sequence. The rows live in the decoder until its next step.
+py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, int, int, int>>& batch) {
   auto& decoder = self.cast<Decoder&>();
   std::vector<SequenceStep> steps;
   steps.reserve(batch.size());
-  for (const auto& [slot, token_ids, position, num_logits] : batch) {
-    steps.push_back({slot, span_of(token_ids), position, num_logits});
+  for (const auto& [slot, token_ids, position, num_logits, adapter] : batch) {
+    steps.push_back({slot, span_of(token_ids), position, num_logits, adapter});
   }
   int rows = 0;
   {
@@ -100,6 +113,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("batch_invariant", &DecoderConfig::batch_invariant)
       .def_readwrite("row_invariant", &DecoderConfig::row_invariant)
       .def_readwrite("fp8_prefill", &DecoderConfig::fp8_prefill)
+      .def_readwrite("max_adapters", &DecoderConfig::max_adapters)
+      .def_readwrite("max_lora_rank", &DecoderConfig::max_lora_rank)
       .def_readwrite("pdl", &DecoderConfig::pdl)
       .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
       .def("check", &DecoderConfig::check, "ValueError that names what the kernels cannot do.");
@@ -129,20 +144,22 @@ void bind_decoder(py::module_& module) {
           },
           py::arg("name"), py::arg("values"))
       .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
+      .def("load_adapter", &load_adapter, py::arg("index"), py::arg("tensors"))
+      .def("unload_adapter", &Decoder::unload_adapter, py::arg("index"), py::call_guard<py::gil_scoped_release>())
       .def("step", &step, py::arg("batch"))
       .def(
           "verify_tree",
-          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents) {
+          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
             auto& decoder = self.cast<Decoder&>();
             int rows = 0;
             {
               const py::gil_scoped_release release;
-              rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents));
+              rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents), adapter);
             }
             return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().vocab_size}}, decoder.logits(),
                                       self);
           },
-          py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"))
+          py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"), py::arg("adapter") = 0)
       .def(
           "accept_path",
           [](Decoder& decoder, int slot, int position, const Ints& nodes) {

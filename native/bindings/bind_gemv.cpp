@@ -12,7 +12,7 @@ using kernels::Epilogue;
 
 kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue,
                             const py::object& gain, float norm_eps, const py::object& bias, const py::object& out_bf16,
-                            const py::object& block_max, int tile, bool batch_invariant) {
+                            const py::object& block_max, int tile, bool batch_invariant, const py::object& lora) {
   kernels::GemvArgs args;
   args.weight = WeightTuple(weight).view;
   const std::int64_t rows = args.weight.rows, cols = args.weight.cols;
@@ -30,6 +30,7 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
   args.bias = optional<const float>(bias, "bias", {rows});
   args.tile = tile;
   args.batch_invariant = batch_invariant;
+  if (!lora.is_none()) args.lora = lora_view(lora.cast<py::tuple>(), tokens);
   if (tile >= kernels::gemv_num_tiles(args)) throw std::invalid_argument("tile is not below gemv_num_tiles");
   if (epilogue == Epilogue::swiglu || epilogue == Epilogue::store_bf16) {
     args.out_bf16 = required<__nv_bfloat16>(out, "out", {tokens, epilogue == Epilogue::swiglu ? rows / 2 : rows});
@@ -55,15 +56,15 @@ void bind_gemv(py::module_& module) {
       "gemv",
       [](const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue, const py::object& gain,
          float norm_eps, const py::object& bias, const py::object& out_bf16, const py::object& block_max, int tile,
-         std::uintptr_t stream, bool pdl, bool batch_invariant) {
+         std::uintptr_t stream, bool pdl, bool batch_invariant, const py::object& lora) {
         const auto args =
-            gemv_args(weight, x, out, epilogue, gain, norm_eps, bias, out_bf16, block_max, tile, batch_invariant);
+            gemv_args(weight, x, out, epilogue, gain, norm_eps, bias, out_bf16, block_max, tile, batch_invariant, lora);
         kernels::gemv_async(args, to_stream(stream), pdl);
       },
       py::arg("weight"), py::arg("x"), py::arg("out"), py::arg("epilogue") = Epilogue::store_f32,
       py::arg("gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("bias") = py::none(),
       py::arg("out_bf16") = py::none(), py::arg("block_max") = py::none(), py::arg("tile") = -1, py::arg("stream") = 0,
-      py::arg("pdl") = false, py::arg("batch_invariant") = false);
+      py::arg("pdl") = false, py::arg("batch_invariant") = false, py::arg("lora") = py::none());
   const auto shape_only = [](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile) {
     kernels::GemvArgs args;
     args.weight = WeightTuple(weight).view;

@@ -8,6 +8,7 @@ void bind_kernels(pybind11::module_& module) {
   bind_quantized(kernels);
   bind_products(kernels);
   bind_gemv(kernels);
+  bind_lora(kernels);
   bind_embedding(kernels);
   bind_attention_decode(kernels);
   bind_attention_prefill(kernels);

@@ -41,15 +41,15 @@ SamplingRow sampling_row(std::uint64_t seed, float temperature, int top_k, float
   return row;
 }
 
-// (slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values)
-using SequenceTuple = std::tuple<int, int, std::int32_t, SamplingRow, Ints, Ints, Ints, Floats>;
+// (slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter)
+using SequenceTuple = std::tuple<int, int, std::int32_t, SamplingRow, Ints, Ints, Ints, Floats, int>;
 
 void start_run(Decoder& decoder, const std::vector<SequenceTuple>& sequences) {
   std::vector<RunSequence> run;
   run.reserve(sequences.size());
-  for (const auto& [slot, position, token, row, prompt, answer, bias_ids, bias_values] : sequences) {
-    run.push_back(
-        {slot, position, token, row, span_of(prompt), span_of(answer), span_of(bias_ids), span_of(bias_values)});
+  for (const auto& [slot, position, token, row, prompt, answer, bias_ids, bias_values, adapter] : sequences) {
+    run.push_back({slot, position, token, row, span_of(prompt), span_of(answer), span_of(bias_ids),
+                   span_of(bias_values), adapter});
   }
   const py::gil_scoped_release release;
   decoder.start_run(run);
@@ -99,7 +99,7 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
            py::arg("frequency_penalty") = 0.0F, py::arg("num_top") = -1, py::arg("use_mask") = false);
   decoder
       .def("start_run", &start_run, py::arg("sequences"),
-           "(slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values) a sequence.")
+           "(slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter) a sequence.")
       .def("launch_run_step_async", &Decoder::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
       .def("read_run_step", &read_run_step,
            "(tokens, logprobs), one a sequence: a token is -1 where the logits were not finite; logprobs are None or "
@@ -111,26 +111,29 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
       .def(
           "decode_tokens",
           [](Decoder& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
-             const std::vector<SamplingRow>& rows) {
+             const std::vector<SamplingRow>& rows, const Ints& adapters) {
             std::vector<std::int32_t> tokens;
             {
               const py::gil_scoped_release release;
-              tokens = self.decode_tokens(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
+              tokens = self.decode_tokens(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows,
+                                          span_of(adapters));
             }
             return to_array(tokens).reshape({static_cast<py::ssize_t>(num_steps), slots.size()});
           },
           py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
-          py::arg("sampling") = std::vector<SamplingRow>(),
+          py::arg("sampling") = std::vector<SamplingRow>(), py::arg("adapters") = Ints(0),
           "(num_steps, batch) tokens, each fed to the next step on the device; greedy without sampling rows.")
       .def(
           "time_run",
           [](Decoder& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
-             const std::vector<SamplingRow>& rows) {
+             const std::vector<SamplingRow>& rows, const Ints& adapters) {
             const py::gil_scoped_release release;
-            return self.time_run(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows);
+            return self.time_run(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows,
+                                 span_of(adapters));
           },
           py::arg("slots"), py::arg("positions"), py::arg("token_ids"), py::arg("num_steps"),
-          py::arg("sampling") = std::vector<SamplingRow>(), "Milliseconds of each step, on the device.");
+          py::arg("sampling") = std::vector<SamplingRow>(), py::arg("adapters") = Ints(0),
+          "Milliseconds of each step, on the device.");
 }
 
 }  // namespace edgellm

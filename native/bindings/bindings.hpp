@@ -20,6 +20,7 @@ void bind_embedding(pybind11::module_& module);
 void bind_gemv(pybind11::module_& module);
 void bind_kv_compact(pybind11::module_& module);
 void bind_products(pybind11::module_& module);
+void bind_lora(pybind11::module_& module);
 void bind_quantized(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "device_array.hpp"
+#include "edgellm/kernels/lora.hpp"
 #include "edgellm/kernels/quantized.hpp"
 #include "edgellm/kernels/types.hpp"
 
@@ -69,6 +70,20 @@ inline kernels::ProductScales product_scales(const pybind11::object& rows, const
   scales.rows = optional<const float>(rows, "row_scales", {num_tokens});
   scales.columns = optional<const float>(columns, "column_scales", {width});
   return scales;
+}
+
+// (linears uint8 (adapters, 48) of lora_linear's bytes, adapters int32 (num_tokens), h float32 (num_tokens, stride)).
+inline kernels::LoraView lora_view(const pybind11::tuple& t, std::int64_t num_tokens) {
+  if (t.size() != 3) throw std::invalid_argument("lora is (linears, adapters, h)");
+  kernels::LoraView view;
+  view.linears = reinterpret_cast<const kernels::LoraLinear*>(
+      required<const std::uint8_t>(t[0], "linears", {-1, sizeof(kernels::LoraLinear)}));
+  view.adapters = required<const std::int32_t>(t[1], "adapters", {num_tokens});
+  const DeviceArray h(t[2], "h");
+  view.h = h.as<float>({num_tokens, -1});
+  view.h_stride = static_cast<int>(h.size(1));
+  if (view.h_stride % 4 != 0) h.fail("must have a multiple of 4 columns");
+  return view;
 }
 
 // (slots, 2, kv_heads, capacity, head_dim): bfloat16, or uint8 that holds E4M3.

@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 #include "edgellm/kernels/gemv.hpp"
+#include "lora.cuh"
 
 namespace edgellm::kernels {
 
@@ -23,6 +24,7 @@ struct GemvParams {
   float inverse_cols;  // 1 / cols
   float norm_eps;
   Epilogue epilogue;
+  LoraView lora;
 };
 
 // Row r of block `block`'s R rows. With SwiGLU the first half are gate rows, the others the up rows that go with them.
@@ -78,11 +80,13 @@ struct RowConstants {
   __device__ __forceinline__ float apply(float sum) const { return fmaf(sum, scale, bias); }
 };
 
-// One warp finishes one token's R <= 32 rows of block `block`: lane r < R has row r's sum.
+// One warp finishes one token's R <= 32 rows of block `block`: lane r < R has row r's sum, and every lane l has the
+// `row` of l % R.
 template <int R>
 __device__ __forceinline__ void finish_rows(const GemvParams& p, float y, int lane, int token, int block, int row,
                                             float old_residual) {
   const bool valid = lane < R && row_is_valid<R>(p, block, lane);
+  if (p.lora.linears) y += lora_sum<R>(p.lora, token, row, lane);
   if (p.epilogue == Epilogue::swiglu) {
     const float up = __shfl_down_sync(kAllLanes, y, R / 2);
     if (valid && lane < R / 2) {
@@ -139,7 +143,8 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
           gemv_blocks(args, rows_per_block),
           1.0f / static_cast<float>(args.weight.cols),
           args.norm_eps,
-          args.epilogue};
+          args.epilogue,
+          args.lora};
 }
 
 // One translation unit a format, so that they compile side by side.

@@ -24,6 +24,7 @@ void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t s
     part.x += offset * args.weight.cols;
     if (part.out_f32) part.out_f32 += offset * width;
     if (part.out_bf16) part.out_bf16 += offset * width;
+    if (part.lora.linears) part.lora = args.lora.from_token(first);
     if (part.block_max) part.block_max += offset * gemv_blocks(args, kMmaRows);
     const bool part_pdl = pdl || first > 0;
     if (args.weight.group < 64) {

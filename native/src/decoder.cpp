@@ -41,10 +41,11 @@ Decoder::Decoder(DecoderConfig config)
       splits_(attention_splits(config_, num_sms_)),
       arena_(plan_memory(config_)),
       weights_(arena_, config_),
-      cache_(arena_.get<std::byte>("kv"), config_) {
+      cache_(arena_.get<std::byte>("kv"), config_),
+      adapters_(arena_, config_) {
   // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
   host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
-                               static_cast<std::size_t>(3 * (config_.num_slots + kMaxBatch))) *
+                               static_cast<std::size_t>(4 * (config_.num_slots + kMaxBatch))) *
                                   sizeof(std::int32_t) +
                               4 * sizeof(VerifyInputs));
   host_history_ = PinnedBuffer(static_cast<std::size_t>(kHistoryLength * kMaxBatch) * sizeof(std::int32_t));
@@ -86,6 +87,7 @@ void Decoder::finish_load() {
   const std::vector<std::string> missing = weights_.missing();
   if (!missing.empty()) throw std::invalid_argument("never loaded: " + missing.front());
   guarded([&] {
+    warm_up_adapters();
     for (int batch = 1; batch <= std::min(config_.num_slots, kMaxBatch); ++batch) {
       // Distinct slots: the warm-up writes keys there. Greedy only ever sees the row's default.
       std::int32_t* inputs = take_inputs(3 * kMaxBatch);
@@ -134,6 +136,10 @@ void Decoder::record_step_async(const StepKey& key) {
   auto* qkv = arena_.get<float>("qkv");
   auto* tokens = arena_.get<std::int32_t>("decode_inputs");  // then positions, then slots
   const bool verify = tail == StepTail::kVerify || tail == StepTail::kVerifyExactly;
+  const auto adapt = [&](GemvArgs& args, int layer, Linear linear) {
+    if ((key.adapted & linear_bit(linear)) == 0) return;
+    args.lora = adapters_.view(layer, linear, arena_.get<std::int32_t>("lora.decode_adapters"));
+  };
   bool pdl = false;  // the first kernel follows something else
   if (tail == StepTail::kLogits || verify) {
     const std::int32_t* given = verify ? arena_.get<VerifyInputs>("verify_inputs")->token_ids : tokens;
@@ -149,6 +155,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.gain = layer.input_norm;
     args.epilogue = Epilogue::store_f32;
     args.out_f32 = qkv;
+    adapt(args, index, Linear::kQkv);
     decode_product_async(args, pdl);
     pdl = pdl_;
 
@@ -176,6 +183,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.epilogue = Epilogue::residual;
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
+    adapt(args, index, Linear::kO);
     decode_product_async(args, pdl);
 
     args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
@@ -183,6 +191,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.gain = layer.post_norm;
     args.epilogue = Epilogue::swiglu;
     args.out_bf16 = activated;
+    adapt(args, index, Linear::kGateUp);
     decode_product_async(args, pdl);
 
     args = gemv_args(layer.down, "mlp.down", batch);
@@ -190,6 +199,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.epilogue = Epilogue::residual;
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
+    adapt(args, index, Linear::kDown);
     decode_product_async(args, pdl);
   }
   record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
@@ -262,6 +272,7 @@ int Decoder::step(std::span<const SequenceStep> batch) {
           item.position + length > config_.capacity || item.num_logits < 0 || item.num_logits > length) {
         throw std::invalid_argument("a step does not fit its slot");
       }
+      adapters_.check(item.adapter);
       first_rows.push_back(num_rows);
       num_rows += item.num_logits;
       if (length == 1) singles.push_back(static_cast<int>(i));
@@ -276,7 +287,7 @@ int Decoder::step(std::span<const SequenceStep> batch) {
     }
     for (std::size_t i = 0; i < batch.size(); ++i) {
       if (verifies(batch[i])) {
-        verify_async(batch[i].slot, batch[i].position, batch[i].token_ids, {}, first_rows[i]);
+        verify_async(batch[i].slot, batch[i].position, batch[i].token_ids, {}, first_rows[i], batch[i].adapter);
       } else if (batch[i].token_ids.size() > 1) {
         prefill_async(batch[i], first_rows[i]);
       }
@@ -297,7 +308,11 @@ void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const 
   }
   EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
                                    3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
-  run_step_async({static_cast<int>(members.size()), StepTail::kLogits});
+  std::array<std::int32_t, kMaxBatch> adapters{};
+  for (std::size_t i = 0; i < members.size(); ++i) adapters[i] = batch[static_cast<std::size_t>(members[i])].adapter;
+  const unsigned adapted = adapted_linears(adapters);
+  if (adapted != 0) upload_adapters_async(adapters);
+  run_step_async({static_cast<int>(members.size()), StepTail::kLogits, adapted});
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   // Rows that lie together on both sides, the usual case, are one copy.
   for (std::size_t i = 0; i < members.size();) {

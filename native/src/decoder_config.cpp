@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "edgellm/adapters.hpp"
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_tree.hpp"
@@ -108,6 +109,11 @@ void DecoderConfig::check() const {
                                                      "; it must be at least " +
                                                      std::to_string(kernels::kMaxGemvTokens));
   require(min_gemm_tokens >= 2, "min_gemm_tokens is " + std::to_string(min_gemm_tokens) + "; it must be at least 2");
+  require(max_adapters >= 0 && max_adapters <= 64,
+          "max_adapters is " + std::to_string(max_adapters) + "; allowed are 0 to 64");
+  require(max_lora_rank >= 0 && max_lora_rank <= kernels::kMaxLoraRank,
+          "max_lora_rank is " + std::to_string(max_lora_rank) + "; the kernels take 0 to " +
+              std::to_string(kernels::kMaxLoraRank));
   require(max_verify_tokens == 0 || (max_verify_tokens >= 2 && max_verify_tokens <= kMaxVerifyTokens),
           "max_verify_tokens is " + std::to_string(max_verify_tokens) + "; it must be 0 (off) or 2 to " +
               std::to_string(kMaxVerifyTokens));
@@ -204,6 +210,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("logits", "bias_values", std::size_t{kMaxBatch} * kMaxBias * sizeof(float));
   plan.add("logits", "seen_ids",
            std::size_t{kMaxBatch} * static_cast<std::size_t>(config.capacity) * sizeof(std::int32_t));
+  plan_adapters(plan, config);
   return plan;
 }
 

@@ -27,14 +27,14 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
     const int wanted = std::min(count, std::max(0, end - (length - item.num_logits)));
     prefill_chunk_async(item.slot,
                         item.token_ids.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(count)),
-                        item.position + start, wanted, row, products);
+                        item.position + start, wanted, row, products, item.adapter);
     row += wanted;
     start = end;
   }
 }
 
 void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                                  int first_row, bool products) {
+                                  int first_row, bool products, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
   cudaStream_t stream = stream_.get();
   // tokens, slots, positions, then what attention and the gathering of logit rows read.
@@ -53,14 +53,22 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
   EDGELLM_CUDA_TRY(
       cudaMemcpyAsync(device_inputs, inputs, num_inputs * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
 
+  if (adapter != 0 && !products) {  // for the decode kernels, which look up each token's
+    std::int32_t* adapters = take_inputs(kernels::kMaxGemvTokens);
+    std::fill_n(adapters, kernels::kMaxGemvTokens, adapter);
+    EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("lora.prefill_adapters"), adapters,
+                                     kernels::kMaxGemvTokens * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
+  }
+
   auto* residual = arena_.get<float>("residual");
   auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
   kernels::embedding_async(weights_.embedding(), device_inputs, count, config_.embed_scale, residual, residual_bf16,
                            stream, false);
   kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
-  if (products && fp8_products_) quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
-  for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products);
+  if (products && fp8_products_ && adapter == 0)
+    quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
+  for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products, adapter);
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
@@ -75,7 +83,7 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
   }
 }
 
-void Decoder::prefill_layer_async(int index, int count, bool products) {
+void Decoder::prefill_layer_async(int index, int count, bool products, int adapter) {
   const LayerWeights& layer = weights_.layer(index);
   cudaStream_t stream = stream_.get();
   auto* normed = arena_.get<__nv_bfloat16>("normed");
@@ -87,7 +95,8 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
   const auto* inputs = arena_.get<std::int32_t>("prefill_inputs");
   const int hidden = config_.hidden_size;
   // Then a product's input is x_fp8 with x_scales, and its output lacks the scales, which its reader applies.
-  const bool fp8 = products && fp8_products_;
+  // With an adapter a prompt goes through bf16: what is added must not need the scales, nor x its rounding.
+  const bool fp8 = products && fp8_products_ && adapter == 0;
   auto* x_fp8 = fp8 ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
   auto* x_scales = fp8 ? arena_.get<float>("x_scales") : nullptr;
   const auto scales = [&](const LinearView& linear) {
@@ -99,8 +108,10 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
     fp8_product_async(layer.qkv, qkv, count);
   } else if (products) {
     product_async(layer.qkv, false, normed, qkv, count);
+    adapt_product_async(adapter, index, Linear::kQkv, normed, qkv, count);
   } else {
-    gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16);
+    gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16, index, Linear::kQkv,
+                    adapter);
   }
   kernels::RopeKvWriteArgs rope;
   rope.qkv = qkv;
@@ -134,8 +145,9 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
     fp8_product_async(layer.o, delta, count);
   } else if (products) {
     product_async(layer.o, false, attended, delta, count);
+    adapt_product_async(adapter, index, Linear::kO, attended, delta, count);
   } else {
-    gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16);
+    gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16, index, Linear::kO, adapter);
   }
   kernels::ResidualNormArgs residual;
   residual.delta = delta;
@@ -165,16 +177,19 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
       fp8_product_async(layer.gate_up, arena_.get<__nv_bfloat16>("gate_up"), count);
     } else {
       product_async(layer.gate_up, true, normed, arena_.get<__nv_bfloat16>("gate_up"), count);
+      adapt_product_async(adapter, index, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"), count);
     }
     kernels::swiglu_async(swiglu, stream, pdl_);
     if (fp8) {
       fp8_product_async(layer.down, delta, count);
     } else {
       product_async(layer.down, false, activated, delta, count);
+      adapt_product_async(adapter, index, Linear::kDown, activated, delta, count);
     }
   } else {
-    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu);
-    gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16);
+    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu, index,
+                    Linear::kGateUp, adapter);
+    gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16, index, Linear::kDown, adapter);
   }
   const bool last = index + 1 == config_.num_layers;
   residual.scales = scales(layer.down);
@@ -185,13 +200,19 @@ void Decoder::prefill_layer_async(int index, int count, bool products) {
 }
 
 void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
-                              int out_width, Epilogue epilogue) {
+                              int out_width, Epilogue epilogue, int layer, Linear which, int adapter) {
   for (int first = 0; first < count; first += kernels::kMaxGemvTokens) {
     GemvArgs args = gemv_args(linear, "", std::min(kernels::kMaxGemvTokens, count - first));
     args.x = x + static_cast<std::size_t>(first) * static_cast<std::size_t>(linear.weight.cols);
     args.epilogue = epilogue;
     args.out_bf16 = y + static_cast<std::size_t>(first) * static_cast<std::size_t>(out_width);
-    kernels::gemv_async(args, stream_.get(), first > 0 && pdl_);
+    bool pdl = first > 0 && pdl_;
+    if (adapter != 0 && adapters_.part(adapter, layer, which).num_a_rows > 0) {
+      args.lora = adapters_.view(layer, which, arena_.get<std::int32_t>("lora.prefill_adapters"));
+      adapt_async(args, pdl);
+      pdl = pdl_;
+    }
+    kernels::gemv_async(args, stream_.get(), pdl);
   }
 }
 

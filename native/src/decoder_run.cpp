@@ -14,16 +14,19 @@ namespace {
 // A run of rows alone: penalties start from nothing.
 std::vector<RunSequence> run_sequences(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                                        std::span<const std::int32_t> token_ids,
-                                       std::span<const kernels::SamplingRow> rows) {
+                                       std::span<const kernels::SamplingRow> rows,
+                                       std::span<const std::int32_t> adapters) {
   const std::size_t batch = slots.size();
-  if (positions.size() != batch || token_ids.size() != batch || (!rows.empty() && rows.size() != batch)) {
-    throw std::invalid_argument("a run needs a position, a token and, unless it is greedy, a row for each slot");
+  if (positions.size() != batch || token_ids.size() != batch || (!rows.empty() && rows.size() != batch) ||
+      (!adapters.empty() && adapters.size() != batch)) {
+    throw std::invalid_argument("a run needs a position, a token and, where given, a row and an adapter for each slot");
   }
   std::vector<RunSequence> sequences(batch);
   for (std::size_t i = 0; i < batch; ++i) {
     sequences[i].slot = slots[i];
     sequences[i].position = positions[i];
     sequences[i].token_id = token_ids[i];
+    sequences[i].adapter = adapters.empty() ? 0 : adapters[i];
     sequences[i].row = rows.empty() ? kernels::SamplingRow{} : rows[i];
     if (rows.empty()) sequences[i].row.num_top = -1, sequences[i].row.repetition_penalty = 1.0F;
   }
@@ -47,6 +50,9 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
     limit = std::min<std::int64_t>(limit, config_.capacity - sequence.position);
   }
   const StepTail tail = sampling_class(sequences);  // checks the rest
+  std::array<std::int32_t, kMaxBatch> adapters{};
+  for (std::size_t i = 0; i < batch; ++i) adapters[i] = sequences[i].adapter;
+  const unsigned adapted = adapted_linears(adapters);
   guarded([&] {
     cudaStream_t stream = stream_.get();
     stream_.wait();  // the pinned inputs of an earlier run may still be read
@@ -61,6 +67,7 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
     auto* device_inputs = arena_.get<std::int32_t>("decode_inputs");
     EDGELLM_CUDA_TRY(
         cudaMemcpyAsync(device_inputs, inputs, 3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
+    if (adapted != 0) upload_adapters_async(adapters);
     EDGELLM_CUDA_TRY(
         cudaMemsetAsync(arena_.get<std::int32_t>("step_counts"), 0, kMaxBatch * sizeof(std::int32_t), stream));
     if (tail != StepTail::kGreedy) upload_sampling_async(sequences, tail);
@@ -68,7 +75,7 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
                              arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream, false);
   });
   for (std::size_t i = 0; i < batch; ++i) run_rows_[i] = sequences[i].row;
-  run_key_ = {static_cast<int>(batch), tail};
+  run_key_ = {static_cast<int>(batch), tail, adapted};
   run_limit_ = limit;
   run_launched_ = 0;
   run_read_ = 0;
@@ -108,8 +115,9 @@ RunStep Decoder::read_run_step() {
 std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> slots,
                                                  std::span<const std::int32_t> positions,
                                                  std::span<const std::int32_t> token_ids, int num_steps,
-                                                 std::span<const kernels::SamplingRow> rows) {
-  start_run(run_sequences(slots, positions, token_ids, rows));
+                                                 std::span<const kernels::SamplingRow> rows,
+                                                 std::span<const std::int32_t> adapters) {
+  start_run(run_sequences(slots, positions, token_ids, rows, adapters));
   std::vector<std::int32_t> tokens;
   tokens.reserve(static_cast<std::size_t>(std::max(num_steps, 0)) * slots.size());
   for (int i = 0; i <= num_steps; ++i) {
@@ -123,8 +131,9 @@ std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> s
 
 std::vector<float> Decoder::time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                                      std::span<const std::int32_t> token_ids, int num_steps,
-                                     std::span<const kernels::SamplingRow> rows) {
-  start_run(run_sequences(slots, positions, token_ids, rows));
+                                     std::span<const kernels::SamplingRow> rows,
+                                     std::span<const std::int32_t> adapters) {
+  start_run(run_sequences(slots, positions, token_ids, rows, adapters));
   std::vector<float> times;
   guarded([&] {
     std::vector<Event> marks;

@@ -1,6 +1,7 @@
 // Verifying a draft: a chain's or a tree's nodes through the decode kernels as one graph, logits of every node, and
 // the accepted path made linear.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -44,7 +45,7 @@ void Decoder::upload_verify_inputs_async(const VerifyInputs& inputs) {
 }
 
 StepKey Decoder::prepare_verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
-                                      std::span<const std::int32_t> parents) {
+                                      std::span<const std::int32_t> parents, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
   VerifyInputs inputs{};
   std::fill_n(inputs.positions, kMaxVerifyTokens, -1);
@@ -60,13 +61,17 @@ StepKey Decoder::prepare_verify_async(int slot, int position, std::span<const st
   inputs.slot = slot;
   inputs.position = position;
   upload_verify_inputs_async(inputs);
+  std::array<std::int32_t, kMaxVerifyTokens> adapters;
+  adapters.fill(adapter);
+  const unsigned adapted = adapted_linears(adapters);
+  if (adapted != 0) upload_adapters_async(adapters);
   const bool exact = config_.batch_invariant && count <= kernels::kMaxGemvTokens && is_chain(parents);
-  return {verify_class(count), exact ? StepTail::kVerifyExactly : StepTail::kVerify};
+  return {verify_class(count), exact ? StepTail::kVerifyExactly : StepTail::kVerify, adapted};
 }
 
 void Decoder::verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
-                           std::span<const std::int32_t> parents, int first_row) {
-  run_step_async(prepare_verify_async(slot, position, token_ids, parents));
+                           std::span<const std::int32_t> parents, int first_row, int adapter) {
+  run_step_async(prepare_verify_async(slot, position, token_ids, parents, adapter));
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(first_row) * vocab,
                                    arena_.get<float>("logits"), token_ids.size() * vocab * sizeof(float),
@@ -129,12 +134,17 @@ void Decoder::decode_product_async(kernels::GemvArgs args, bool pdl) {
       static_cast<std::size_t>(args.epilogue == kernels::Epilogue::swiglu ? args.weight.rows / 2 : args.weight.rows);
   for (int left = args.num_tokens; left > 0; left -= kernels::kMaxGemvTokens) {
     args.num_tokens = std::min(left, kernels::kMaxGemvTokens);
+    if (args.lora.linears != nullptr) {
+      adapt_async(args, pdl);
+      pdl = pdl_;
+    }
     kernels::gemv_async(args, stream_.get(), pdl);
     pdl = pdl_;
     const auto done = static_cast<std::size_t>(args.num_tokens);
     args.x += done * cols;
     if (args.out_f32 != nullptr) args.out_f32 += done * width;
     if (args.out_bf16 != nullptr) args.out_bf16 += done * width;
+    if (args.lora.linears != nullptr) args.lora.adapters += done;
   }
 }
 
@@ -150,7 +160,7 @@ void Decoder::warm_up_verify() {
       std::vector<std::int32_t> star(nodes.begin(), nodes.end());
       star[0] = -1;
       const StepKey key = prepare_verify_async(
-          0, 0, nodes, chain ? std::span<const std::int32_t>() : std::span<const std::int32_t>(star));
+          0, 0, nodes, chain ? std::span<const std::int32_t>() : std::span<const std::int32_t>(star), 0);
       record_step_async(key);  // first without a graph: CUDA must not load code inside a capture
       stream_.wait();
       inputs_used_ = 0;
@@ -160,7 +170,7 @@ void Decoder::warm_up_verify() {
 }
 
 int Decoder::verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
-                         std::span<const std::int32_t> parents) {
+                         std::span<const std::int32_t> parents, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
   if (count < 1 || count > config_.max_verify_tokens) {
     throw std::invalid_argument("a draft of " + std::to_string(count) + " nodes exceeds max_verify_tokens " +
@@ -179,11 +189,12 @@ int Decoder::verify_tree(int slot, int position, std::span<const std::int32_t> t
                                   "; parents come before their children, and a root has -1");
     }
   }
+  adapters_.check(adapter);
   return guarded([&] {
     if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
     run_limit_ = run_launched_;                     // and cannot go on without them
     inputs_used_ = 0;
-    verify_async(slot, position, token_ids, parents, 0);
+    verify_async(slot, position, token_ids, parents, 0, adapter);
     stream_.wait();
     return count;
   });
@@ -242,7 +253,7 @@ std::vector<float> Decoder::time_verify(int slot, int position, int num_tokens, 
     stream_.wait();
     inputs_used_ = 0;
     const std::vector<std::int32_t> tokens(static_cast<std::size_t>(num_tokens), 7);
-    const StepKey key = prepare_verify_async(slot, position, tokens, {});
+    const StepKey key = prepare_verify_async(slot, position, tokens, {}, 0);
     std::vector<Event> marks;
     for (int i = 0; i <= num_steps; ++i) marks.emplace_back(true);
     marks.front().record(stream_.get());

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "edgellm/adapters.hpp"
 #include "edgellm/arena.hpp"
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/decoder_config.hpp"
@@ -32,6 +33,7 @@ struct SequenceStep {
   std::span<const std::int32_t> token_ids;
   int position = 0;
   int num_logits = 1;
+  int adapter = 0;  // 0: none
 };
 
 // What ends a decode step.
@@ -49,6 +51,7 @@ enum class StepTail : std::uint8_t {
 struct StepKey {
   int batch = 1;  // sequences, or the draft's class of nodes
   StepTail tail = StepTail::kLogits;
+  unsigned adapted = 0;  // linear_bit of the linear layers that look for each sequence's adapter; 0: no adapter in use
 
   auto operator<=>(const StepKey&) const = default;
 };
@@ -74,6 +77,11 @@ class Decoder {
   // Checks that every weight is there, runs every kind of step once and captures its graph.
   void finish_load();
 
+  // Puts an adapter into place `index` of 1 to max_adapters, over what was there; its tensors are on the host. Between
+  // steps, also of running sequences. Throws std::invalid_argument, and changes nothing, for what does not fit.
+  void load_adapter(int index, std::span<const AdapterTensors> tensors);
+  void unload_adapter(int index);
+
   // Computes all sequences; returns how many rows of logits() are theirs, in the batch's order. Waits.
   int step(std::span<const SequenceStep> batch);
   // (num_logit_rows, vocab) fp32 in pinned host memory; the address changes only when a step needs more rows than any
@@ -85,7 +93,7 @@ class Decoder {
   // no parents: a chain). Node i's key and value are at cache position `position` + i until accept_path, and its row of
   // logits() sees the prefix, its ancestors and itself. At most max_verify_tokens nodes; returns their number. Waits.
   int verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
-                  std::span<const std::int32_t> parents);
+                  std::span<const std::int32_t> parents, int adapter = 0);
   // Keeps a path of the draft just verified, as node indices from a root down: their keys and values move to positions
   // `position`, `position` + 1, … and the slot is linear again.
   void accept_path(int slot, int position, std::span<const std::int32_t> nodes);
@@ -103,14 +111,15 @@ class Decoder {
   // for a sequence whose row has use_mask, and when every step launched was read. All are allowed until the first call.
   void set_run_mask_async(int index, std::span<const std::uint32_t> words);
   // start_run, then num_steps steps, reading one behind: tokens[step * batch + sequence]. rows: one a sequence, or
-  // empty for greedy; their penalties start from nothing.
+  // empty for greedy; their penalties start from nothing. adapters: one a sequence, or empty for none.
   std::vector<std::int32_t> decode_tokens(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                                           std::span<const std::int32_t> token_ids, int num_steps,
-                                          std::span<const kernels::SamplingRow> rows);
+                                          std::span<const kernels::SamplingRow> rows,
+                                          std::span<const std::int32_t> adapters = {});
   // Milliseconds of each of `num_steps` greedy steps at the given state, measured on the device.
   std::vector<float> time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
                               std::span<const std::int32_t> token_ids, int num_steps,
-                              std::span<const kernels::SamplingRow> rows);
+                              std::span<const kernels::SamplingRow> rows, std::span<const std::int32_t> adapters = {});
 
   void copy_prefix(int source, int target, int length);
   void save_prefix(int slot, int length, std::byte* host);
@@ -143,23 +152,37 @@ class Decoder {
   void upload_sampling_async(std::span<const RunSequence> sequences, StepTail tail);
   void record_sampling_async(int batch, bool everything, const kernels::DecodeState& state, bool pdl);
 
+  // Which linear layers of a step look for adapters, when its sequences have these. Throws for one that is not loaded.
+  unsigned adapted_linears(std::span<const std::int32_t> adapters) const;
+  // Brings the adapters of a decode step's sequences, or of a draft's nodes, to the device.
+  void upload_adapters_async(std::span<const std::int32_t> adapters);
+  // Computes A x, to which a linear layer's call with args.lora will apply B.
+  void adapt_async(const kernels::GemvArgs& args, bool pdl);
+  // y += B (A x) after a prefill product, unless the adapter has nothing for this linear layer.
+  void adapt_product_async(int adapter, int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y,
+                           int num_tokens);
+  // The loaded adapters may be for other linear layers than before: captures the graphs that look for those.
+  void capture_adapted();
+  void warm_up_adapters();
+
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
   // Whether a step of several tokens verifies a draft: it asks for every token's logits, and is short.
   bool verifies(const SequenceStep& item) const;
   void upload_verify_inputs_async(const VerifyInputs& inputs);
   StepKey prepare_verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
-                               std::span<const std::int32_t> parents);
+                               std::span<const std::int32_t> parents, int adapter);
   void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
-                    std::span<const std::int32_t> parents, int first_row);
+                    std::span<const std::int32_t> parents, int first_row, int adapter);
   void record_verify_attention_async(int layer, const StepKey& key, bool pdl);
   void record_exact_chain_attention_async(int layer, int count, bool pdl);
-  // A product of a decode step, cut where it has more tokens than one kernel takes.
+  // A product of a decode step, cut where it has more tokens than one kernel takes; with its adapters if it has
+  // args.lora.
   void decode_product_async(kernels::GemvArgs args, bool pdl);
   void warm_up_verify();
   void prefill_async(const SequenceStep& item, int first_row);
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                           int first_row, bool products);
-  void prefill_layer_async(int layer, int num_tokens, bool products);
+                           int first_row, bool products, int adapter);
+  void prefill_layer_async(int layer, int num_tokens, bool products, int adapter);
   // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
   void prepare_products();
   void product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
@@ -167,7 +190,7 @@ class Decoder {
   void quantize_x_async(const __nv_bfloat16* x, int num_tokens, int width);
   void fp8_product_async(const LinearView& linear, __nv_bfloat16* y, int num_tokens);
   void gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,
-                       int out_width, kernels::Epilogue epilogue);
+                       int out_width, kernels::Epilogue epilogue, int layer, Linear which, int adapter);
 
   // Room for `count` ints in the pinned inputs; waits for the stream when it is full.
   std::int32_t* take_inputs(std::size_t count);
@@ -181,6 +204,7 @@ class Decoder {
   Stream stream_;
   Weights weights_;
   KvCache cache_;
+  Adapters adapters_;
   std::unique_ptr<MatrixProducts> products_;
   std::string products_reason_;
   bool fp8_products_ = false;

@@ -42,7 +42,9 @@ struct DecoderConfig {
   bool row_invariant = true;
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
-  bool pdl = true;  // programmatic dependent launch, where the GPU has it
+  int max_adapters = 0;   // LoRA adapters that may be loaded; 0 takes no memory
+  int max_lora_rank = 0;  // of one adapter, 0 to 64
+  bool pdl = true;        // programmatic dependent launch, where the GPU has it
 
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int q_width() const { return num_heads * head_dim; }

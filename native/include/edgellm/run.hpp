@@ -22,6 +22,7 @@ struct RunSequence {
   std::span<const std::int32_t> answer_ids;  // and what the answer has so far, token_id included
   std::span<const std::int32_t> bias_ids;    // at most kMaxBias
   std::span<const float> bias_values;        // one a bias_ids
+  int adapter = 0;                           // of LoRA, 0: none
 };
 
 // What a step of a run gave. Valid until the next one is read.

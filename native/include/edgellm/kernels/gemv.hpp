@@ -1,6 +1,7 @@
 // y = W x for 1 to 16 tokens: the decode step's matrix products, each with its prologue and epilogue fused.
 #pragma once
 
+#include "edgellm/kernels/lora.hpp"
 #include "edgellm/kernels/types.hpp"
 
 namespace edgellm::kernels {
@@ -26,6 +27,7 @@ struct GemvArgs {
   float* out_f32 = nullptr;                 // (num_tokens, rows)
   __nv_bfloat16* out_bf16 = nullptr;        // (num_tokens, rows) or (num_tokens, rows / 2)
   unsigned long long* block_max = nullptr;  // (num_tokens, gemv_num_blocks), or null; see sampling.hpp
+  LoraView lora;                            // of a layer with adapters, whose h is computed; else empty
   // A token gets the same bits alone and among others: of the kernels that sum in another order for a single token, the
   // slower one.
   bool batch_invariant = false;
