@@ -150,6 +150,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     session_id: str = ""  # keeps this conversation's KV cache resident in preference to others'
+    lora: str = ""  # name of a loaded LoRA adapter; empty: the model as it is
     pin_system_prompt: bool = False  # keep the system prompt's KV cache past eviction
 
     def __post_init__(self) -> None:

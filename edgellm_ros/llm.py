@@ -191,6 +191,7 @@ class LLM:
             splitter,
             notify,
             submitted_at,
+            request.lora,
         )
 
     def _stop_ids(self, request: Request) -> frozenset[int]:

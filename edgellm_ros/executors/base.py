@@ -52,8 +52,11 @@ class SequenceStep:
 class LoadedAdapter:
     """A LoRA adapter that steps can name. `fingerprint` tells its contents apart, whatever its name and index."""
 
-    index: int  # 1 and up, for SequenceStep.adapter
+    index: int  # 1 and up, for SequenceStep.adapter; 0 is none
     fingerprint: str
+
+
+NO_ADAPTER = LoadedAdapter(0, "")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ A step of 2 to 16 tokens that asks for the logits of all of them verifies a draf
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ import numpy.typing as npt
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import ConfigError, DeviceError, UnsupportedError
-from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
+from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.cuda_run import CudaRun
+from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class CudaExecutor(Executor):
             _log.warning("prompts are read slowly: no cuBLASLt (%s); pip install nvidia-cublas", reason)
         _upload(self._decoder, bundle)
         self._decoder.finish_load()
+        self._max_loras = settings.max_adapters
+        self._adapters: dict[str, LoadedAdapter] = {}
         self.memory_plan = plan
         major, minor = info["compute_capability"]
         self.run = CudaRun(self._open, settings.vocab_size)
@@ -82,12 +86,53 @@ class CudaExecutor(Executor):
             rounding=_FP8_ROUNDING if self._decoder.has_fp8_products else _ROUNDING,
         )
 
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """See Executor.adapters."""
+        return dict(self._adapters)
+
+    def load_adapter(self, name: str, source: str | Path | LoraAdapter) -> LoadedAdapter:
+        """Load a LoRA adapter, from a PEFT directory or one already read, between steps; waits for the device.
+
+        Raises RequestError, and changes nothing, for a name that is taken, when max_loras are loaded, and for an
+        adapter that is damaged, of a larger rank than max_lora_rank or made for another model; UnsupportedError for
+        what of it cannot be honoured.
+        """
+        if not name or name in self._adapters:
+            raise RequestError(
+                f"the adapter cannot be named {name!r}; the name must be new: loaded are {self._names()}"
+            )
+        used = {loaded.index for loaded in self._adapters.values()}
+        index = next((i for i in range(1, self._max_loras + 1) if i not in used), 0)
+        if not index:
+            raise RequestError(
+                f"adapter {name!r} has no place: max_loras is {self._max_loras}, loaded are {self._names()}; unload "
+                "one, or load the model with a larger max_loras"
+            )
+        adapter = source if isinstance(source, LoraAdapter) else read_adapter(source)
+        try:
+            self._open().load_adapter(index, [(t.layer, t.target, t.a, t.b, t.scale) for t in adapter.tensors])
+        except ValueError as error:
+            raise RequestError(f"adapter {name!r}: {error}") from error
+        self._adapters[name] = LoadedAdapter(index, adapter.fingerprint)
+        return self._adapters[name]
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's place. No sequence may continue with it. Raises RequestError for an unknown name."""
+        if name not in self._adapters:
+            raise RequestError(f"no adapter is named {name!r}; loaded are {self._names()}")
+        self._open().unload_adapter(self._adapters.pop(name).index)
+
+    def _names(self) -> str:
+        return ", ".join(sorted(self._adapters)) or "none"
+
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each."""
         for item in batch:
             end = item.position + len(item.token_ids)
             assert 0 <= item.slot < self.info.num_slots and item.position >= 0 and end <= self.info.capacity, item
             assert 0 <= item.num_logits <= len(item.token_ids), item
+            assert 0 <= item.adapter <= self._max_loras, item
         rows: npt.NDArray[np.float32] = self._open().step(
             [(item.slot, item.token_ids, item.position, item.num_logits, item.adapter) for item in batch]
         )
@@ -128,15 +173,17 @@ class CudaExecutor(Executor):
         first_tokens: Sequence[int],
         num_steps: int,
         sampling: Sequence[Any] = (),
+        adapters: Sequence[int] = (),
     ) -> npt.NDArray[np.int32]:
         """Generate on the device: each token feeds the next step, and the host reads one step behind.
 
         The sequences' first tokens are computed at `positions` of `slots`. `sampling` holds one `_native.SamplingRow` a
-        sequence; none is greedy. Returns (num_steps, num_sequences) tokens.
+        sequence; none is greedy. `adapters` holds the index of each sequence's adapter, 0 for none; empty: nobody's.
+        Returns (num_steps, num_sequences) tokens.
         """
         assert max(positions) + num_steps <= self.info.capacity, (positions, num_steps)
         tokens: npt.NDArray[np.int32] = self._open().decode_tokens(
-            slots, positions, first_tokens, num_steps, list(sampling)
+            slots, positions, first_tokens, num_steps, list(sampling), list(adapters)
         )
         return tokens
 
@@ -197,6 +244,8 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     ]
     settings.num_slots = config.max_slots
     settings.capacity = capacity
+    settings.max_adapters = config.max_loras
+    settings.max_lora_rank = config.max_lora_rank
     settings.max_tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
     settings.batch_invariant = config.decode_batching == "exact" and config.max_slots > 1
     settings.row_invariant = config.decode_batching == "exact"
@@ -212,11 +261,15 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
 def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> None:
     if plan["total"] <= info["free_bytes"]:
         return
+    adapters, remedy = "", "max_slots, max_context or prefill_chunk"
+    if "adapters" in plan:
+        adapters = f", {plan['adapters'] / 1e6:.0f} MB for {settings.max_adapters} adapters"
+        remedy = f"{remedy}, max_loras or max_lora_rank"
     raise ConfigError(
         f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({plan['weights'] / 1e6:.0f} MB weights, max_slots "
         f"{settings.num_slots} x max_context {settings.capacity} x {settings.kv_bytes_per_token} bytes of KV cache, "
-        f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}) but "
-        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower max_slots, max_context or prefill_chunk"
+        f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}{adapters}) but "
+        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}"
     )
 
 

@@ -74,4 +74,5 @@ def _run_sequence(sequence: Sequence) -> RunSequence:
         sequence.prompt,
         sequence.job.sampling,
         sequence.seed,
+        adapter=sequence.adapter.index,
     )

@@ -26,7 +26,7 @@ from edgellm_ros.errors import (
     RequestError,
     ShuttingDownError,
 )
-from edgellm_ros.executors.base import Executor, SequenceStep
+from edgellm_ros.executors.base import NO_ADAPTER, Executor, LoadedAdapter, SequenceStep
 from edgellm_ros.runtime.device_run import DeviceRun
 from edgellm_ros.runtime.generation import Generation
 from edgellm_ros.runtime.kv_cache import SlotTable
@@ -70,15 +70,17 @@ class Engine:
     def submit(self, job: Job) -> Generation:
         """Accept a job and return at once.
 
-        Raises, before any work: RequestError for token ids that the model does not have, ContextOverflowError for a
+        Raises, before any work: RequestError for token ids that the model does not have or an adapter that is not
+        loaded, ContextOverflowError for a
         prompt that leaves no room for one token, QueueFullError, ShuttingDownError after `close`, and DeviceError
         after the executor has failed. An answer longer than the rest of the context ends with FinishReason.LENGTH.
         """
         self._check(job)
+        adapter = self._adapter(job.lora)
         with self._changed:
             self._num_submitted += 1
             order = self._num_submitted
-        sequence = Sequence(job, order, self._tokenizer, self._info.vocab_size, self._info.capacity)
+        sequence = Sequence(job, order, self._tokenizer, self._info.vocab_size, self._info.capacity, adapter)
         with self._changed:
             if self._failure is not None:
                 raise DeviceError(f"the executor failed earlier and must be loaded again: {self._failure}")
@@ -130,6 +132,14 @@ class Engine:
         for token in job.sampling.logit_bias:
             if token >= vocab:
                 raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
+
+    def _adapter(self, name: str) -> LoadedAdapter:
+        if not name:
+            return NO_ADAPTER
+        loaded = self._executor.adapters
+        if name not in loaded:
+            raise RequestError(f"lora is {name!r}; loaded are: {', '.join(sorted(loaded)) or 'none'}")
+        return loaded[name]
 
     def _serve(self) -> None:
         try:
@@ -184,7 +194,7 @@ class Engine:
         with self._changed:
             while self._scheduler.can_admit():
                 sequence = self._scheduler.admit()
-                slot = self._slots.choose(sequence.prompt, sequence.job.session_id)
+                slot = self._slots.choose(sequence.prompt, sequence.job.session_id, sequence.adapter.fingerprint)
                 assert slot is not None, "a running sequence has a slot"
                 self._slots.acquire(slot, sequence.job.session_id)
                 admitted.append((sequence, slot))
@@ -201,15 +211,16 @@ class Engine:
         if not sequence.prefill_started:
             sequence.prefill_started = True
             if self._config.prefix_cache:
-                count = reuse_prefix(self._executor, self._slots, self._pinned, slot, sequence.prompt)
+                adapter = sequence.adapter.fingerprint
+                count = reuse_prefix(self._executor, self._slots, self._pinned, slot, sequence.prompt, adapter)
                 sequence.num_computed = sequence.num_cached = count
             else:
-                self._slots.truncate(slot, 0)
+                self._slots.restart(slot, sequence.adapter.fingerprint)
         start = sequence.num_computed
         end = start + self._scheduler.chunk(sequence)
         last = end == len(sequence.prompt)
         tokens = sequence.prompt[start:end]
-        logits = self._executor.step([SequenceStep(slot, tokens, start, int(last))])
+        logits = self._executor.step([SequenceStep(slot, tokens, start, int(last), sequence.adapter.index)])
         self._slots.extend(slot, tokens)
         sequence.num_computed = end
         self._metrics.count_prefill(len(tokens), time.monotonic() - started)
@@ -245,7 +256,10 @@ class Engine:
         started = time.monotonic()
         tokens = np.array([sequence.token_ids[-1] for sequence in batch], np.int32)
         logits = self._executor.step(
-            [SequenceStep(s.slot, tokens[i : i + 1], s.num_computed) for i, s in enumerate(batch)]
+            [
+                SequenceStep(s.slot, tokens[i : i + 1], s.num_computed, adapter=s.adapter.index)
+                for i, s in enumerate(batch)
+            ]
         )
         for sequence, row in zip(batch, logits, strict=True):
             self._computed(sequence)
@@ -300,9 +314,9 @@ class Engine:
         length = sequence.job.pin_length
         if not length or sequence.num_computed < length:
             return
-        tokens = sequence.prompt[:length]
-        if self._pinned.fits(tokens) and not self._pinned.touch(tokens):
-            self._pinned.add(tokens, self._executor.save_prefix(sequence.slot, length))
+        tokens, adapter = sequence.prompt[:length], sequence.adapter.fingerprint
+        if self._pinned.fits(tokens) and not self._pinned.touch(tokens, adapter):
+            self._pinned.add(tokens, self._executor.save_prefix(sequence.slot, length), adapter)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         with self._changed:

@@ -14,7 +14,11 @@ MIN_REUSE = 16  # tokens; a shorter common prefix is no reason to choose a slot 
 
 
 class SlotTable:
-    """Bookkeeping of an executor's slots. A free slot's tokens stay resident until a new sequence overwrites them."""
+    """Bookkeeping of an executor's slots. A free slot's tokens stay resident until a new sequence overwrites them.
+
+    A LoRA adapter changes keys and values: tokens are only shared between sequences of the same adapter, which is named
+    by its fingerprint (empty: none).
+    """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         self.num_slots = num_slots
@@ -22,6 +26,7 @@ class SlotTable:
         self._tokens = np.zeros((num_slots, capacity), np.int32)
         self._lengths = [0] * num_slots
         self._sessions = [""] * num_slots
+        self._adapters = [""] * num_slots
         self._busy = [False] * num_slots
         self._forgotten = [False] * num_slots  # while busy: forget the tokens at release
         self._released_at = [0] * num_slots
@@ -35,11 +40,11 @@ class SlotTable:
         """The tokens resident in a slot (a view)."""
         return self._tokens[slot, : self._lengths[slot]]
 
-    def common_prefix(self, slot: int, prompt: Tokens) -> int:
-        """Length of the longest common prefix of a slot's tokens and `prompt`."""
-        return common_prefix(self.resident(slot), prompt)
+    def common_prefix(self, slot: int, prompt: Tokens, adapter: str = "") -> int:
+        """Length of the longest common prefix of a slot's tokens and `prompt`; 0 when another adapter computed them."""
+        return common_prefix(self.resident(slot), prompt) if self._adapters[slot] == adapter else 0
 
-    def choose(self, prompt: Tokens, session_id: str) -> int | None:
+    def choose(self, prompt: Tokens, session_id: str, adapter: str = "") -> int | None:
         """The slot that a new sequence should get, or None when all are busy.
 
         In this order: the session's own; the one with the longest common prefix; one beside the busy ones, so that
@@ -56,16 +61,18 @@ class SlotTable:
         unclaimed = [slot for slot in free if not self._sessions[slot]]
         if not unclaimed:
             return min(free, key=self._released_at.__getitem__)
-        best = max(unclaimed, key=lambda slot: self.common_prefix(slot, prompt))
-        if self.common_prefix(best, prompt) >= MIN_REUSE:
+        best = max(unclaimed, key=lambda slot: self.common_prefix(slot, prompt, adapter))
+        if self.common_prefix(best, prompt, adapter) >= MIN_REUSE:
             return best
         return min(
             unclaimed, key=lambda slot: (self._gap(slot), self._lengths[slot] > 0, self._released_at[slot], slot)
         )
 
-    def donor(self, target: int, prompt: Tokens) -> tuple[int, int]:
+    def donor(self, target: int, prompt: Tokens, adapter: str = "") -> tuple[int, int]:
         """The slot other than `target` with the longest common prefix, busy or not, and that length."""
-        others = [(self.common_prefix(slot, prompt), -slot) for slot in range(self.num_slots) if slot != target]
+        others = [
+            (self.common_prefix(slot, prompt, adapter), -slot) for slot in range(self.num_slots) if slot != target
+        ]
         length, slot = max(others, default=(0, 0))
         return -slot, length
 
@@ -74,6 +81,11 @@ class SlotTable:
         assert not self._busy[slot]
         self._busy[slot] = True
         self._sessions[slot] = session_id
+
+    def restart(self, slot: int, adapter: str = "") -> None:
+        """Forget all of a slot's tokens; those that follow are computed with `adapter`."""
+        self._lengths[slot] = 0
+        self._adapters[slot] = adapter
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget a slot's tokens from `length` on."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgellm_ros.core import Completion, Delta, FinishReason, Phase, SamplingParams, TokenLogprob, Usage
 from edgellm_ros.errors import DeviceError
+from edgellm_ros.executors.base import NO_ADAPTER, LoadedAdapter
 from edgellm_ros.runtime.detokenize import Detokenizer
 from edgellm_ros.runtime.generation import Channel
 from edgellm_ros.runtime.sampling import Floats, Sampler, logprob_of
@@ -43,13 +44,23 @@ class Job:
     splitter: Splitter | None = None
     notify: Callable[[], object] | None = None
     submitted_at: float = field(default_factory=time.monotonic)  # when its caller asked: rendering and encoding count
+    lora: str = ""  # name of a loaded adapter; empty is none
 
 
 class Sequence:
     """A job's state. Made by the submitting thread, then touched by the engine's thread only (but for the channel)."""
 
-    def __init__(self, job: Job, order: int, tokenizer: Tokenizer, vocab_size: int, capacity: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        order: int,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        capacity: int,
+        adapter: LoadedAdapter = NO_ADAPTER,
+    ) -> None:
         self.job = job
+        self.adapter = adapter
         self.channel = Channel(job.notify)
         self.submitted_at = job.submitted_at
         self.expires_at = self.submitted_at + job.deadline_s if job.deadline_s is not None else float("inf")

@@ -7,18 +7,19 @@ wrong token anywhere in a slot changes all logits after it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.tokenizer import Tokenizer
 
 BYTE_VOCAB = 260  # 256 bytes, <eos>, <user>, <assistant>, <system>
 EOS = 256
+ADAPTED = 1 << 20  # times the adapter's index: added to the tokens in the cache, so that adapters are told apart
 
 
 def fake_logits(token_ids: Sequence[int], vocab: int) -> npt.NDArray[np.float32]:
@@ -29,11 +30,13 @@ def fake_logits(token_ids: Sequence[int], vocab: int) -> npt.NDArray[np.float32]
     return np.random.default_rng(state).standard_normal(vocab).astype(np.float32)
 
 
-def reference_greedy(prompt: Sequence[int], count: int, vocab: int, allowed: int | None = None) -> list[int]:
+def reference_greedy(
+    prompt: Sequence[int], count: int, vocab: int, allowed: int | None = None, adapter: int = 0
+) -> list[int]:
     """What greedy decoding gives without any cache; `allowed` limits it to the first ids."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(fake_logits(ids, vocab)[:allowed].argmax()))
+        ids.append(int(fake_logits([i + ADAPTED * adapter for i in ids], vocab)[:allowed].argmax()))
     return ids[len(prompt) :]
 
 
@@ -47,6 +50,7 @@ class FakeExecutor(Executor):
         vocab: int = BYTE_VOCAB,
         allowed: int | None = None,
         before_step: Callable[[Sequence[SequenceStep]], None] | None = None,
+        adapters: Mapping[str, LoadedAdapter] | None = None,
     ) -> None:
         self.info = ExecutorInfo("fake", "none", "exact", num_slots, capacity, vocab, 4, 0)
         self.calls: list[list[SequenceStep]] = []
@@ -56,9 +60,14 @@ class FakeExecutor(Executor):
         self.threads: set[int] = set()
         self.closed = 0
         self.before_step = before_step
+        self._adapters = dict(adapters or {})
         self._cache = np.full((num_slots, capacity), -1, np.int32)
         self._allowed = allowed
         self._valid = [0] * num_slots
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        return self._adapters
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         self.threads.add(threading.get_ident())
@@ -72,7 +81,7 @@ class FakeExecutor(Executor):
             end = s.position + len(s.token_ids)
             assert len(s.token_ids) > 0 and end <= self.info.capacity, "a step outside the slot"
             assert s.position <= self._valid[s.slot], "a step after tokens that were not computed"
-            self._cache[s.slot, s.position : end] = s.token_ids
+            self._cache[s.slot, s.position : end] = s.token_ids + ADAPTED * s.adapter
             self._valid[s.slot] = end
             for last in range(end - s.num_logits + 1, end + 1):
                 row = fake_logits(self._cache[s.slot, :last].tolist(), self.info.vocab_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from doubles import FakeExecutor, fake_logits
+from doubles import ADAPTED, FakeExecutor, fake_logits
 
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import DeviceError
@@ -61,7 +61,7 @@ class FakeRun(DecodeRun):
         assert len(self.unread) < 2
         tokens, logprobs = [], []
         for index, (s, sampler, at) in enumerate(self._state):
-            logits = self._executor.compute(s.slot, at[0], at[1])
+            logits = self._executor.compute(s.slot, at[0], at[1] + ADAPTED * s.adapter)
             self.num_computed += 1
             try:
                 token = sampler.draw(logits, self._masks.get(index))
@@ -111,7 +111,7 @@ class RunFakeExecutor(FakeExecutor):
         self.poisoned: dict[int, int] = {}
 
     def compute(self, slot: int, position: int, token: int) -> npt.NDArray[np.float32]:
-        """One token of a run."""
+        """One token of a run, as the cache has it."""
         assert position < self.info.capacity, "a step outside the slot"
         assert position <= self._valid[slot], "a step after tokens that were not computed"
         self._cache[slot, position] = token

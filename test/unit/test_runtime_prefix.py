@@ -15,6 +15,8 @@ from run_double import RunFakeExecutor
 
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, SamplingParams
+from edgellm_ros.errors import RequestError
+from edgellm_ros.executors.base import LoadedAdapter
 from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.kv_cache import ROW_ALIGN, SlotTable, common_prefix
 from edgellm_ros.runtime.prefix_cache import PinnedStore
@@ -22,6 +24,7 @@ from edgellm_ros.runtime.sequence import Job
 
 WAIT_S = 20.0
 TOKENIZER = byte_tokenizer()
+ADAPTERS = {"red": LoadedAdapter(1, "fingerprint of red"), "blue": LoadedAdapter(2, "fingerprint of blue")}
 SYSTEM = "You are a careful robot that speaks little. "
 
 
@@ -31,7 +34,7 @@ class Rig:
     executor_type: type[FakeExecutor] = FakeExecutor
 
     def __init__(self, num_slots: int = 2, pinned: PinnedStore | None = None, **settings: Any) -> None:
-        self.executor = self.executor_type(num_slots=num_slots, allowed=128)
+        self.executor = self.executor_type(num_slots=num_slots, allowed=128, adapters=ADAPTERS)
         self.engine = Engine(self.executor, TOKENIZER, EngineConfig(**settings), pinned)
 
     def job(self, text: str, max_tokens: int = 4, **fields: Any) -> Job:
@@ -39,7 +42,8 @@ class Rig:
 
     def run(self, text: str, max_tokens: int = 4, **fields: Any) -> Completion:
         result = self.engine.submit(self.job(text, max_tokens, **fields)).result(WAIT_S)
-        assert list(result.token_ids) == reference_greedy(text.encode(), max_tokens, BYTE_VOCAB, 128)
+        adapter = ADAPTERS[fields["lora"]].index if "lora" in fields else 0
+        assert list(result.token_ids) == reference_greedy(text.encode(), max_tokens, BYTE_VOCAB, 128, adapter)
         return result
 
 
@@ -221,6 +225,59 @@ def test_active_slots_are_contiguous_and_idle_ones_are_used_in_turn() -> None:
     for slot in range(3):
         table.acquire(slot, "")
     assert table.choose(nothing, "") is None
+
+
+def test_adapters_share_no_prefix_with_each_other_or_the_plain_model(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 4)
+    cached = []
+    for lora in ("", "red", "blue"):
+        fields = {"lora": lora} if lora else {}
+        cached.append(rig.run(SYSTEM + "Hello", **fields).usage.cached_tokens)
+        cached.append(rig.run(SYSTEM + "Hello there", **fields).usage.cached_tokens)
+    same = _aligned(len(SYSTEM + "Hello"))
+    assert cached == [0, same, 0, same, 0, same]
+
+
+def test_a_session_that_changes_its_adapter_starts_anew_in_its_slot(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 1)
+    for lora in ("red", "blue", "red"):
+        assert rig.run(SYSTEM + "Hello", session_id="s", lora=lora).usage.cached_tokens == 0
+    assert rig.run(SYSTEM + "Hello", session_id="s", lora="red").usage.cached_tokens > 0
+
+
+def test_without_the_prefix_cache_each_sequence_keeps_its_adapter(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 2, prefix_cache=False)
+    for lora in ("red", "blue"):
+        assert rig.run(SYSTEM + "Hello", 8, lora=lora).usage.cached_tokens == 0
+
+
+def test_a_prefix_is_copied_only_from_a_busy_slot_of_the_same_adapter(rigs: list[Rig]) -> None:
+    rig, ready = rig_of(rigs, 3), threading.Event()
+    rig.executor.before_step = lambda batch: _check(ready.wait(WAIT_S))
+    running = [rig.engine.submit(rig.job(SYSTEM + name, 20, lora=name)) for name in ("red", "blue")]
+    plain = rig.engine.submit(rig.job(SYSTEM + "plain", 20))
+    ready.set()
+    for name, index, generation in (("red", 1, running[0]), ("blue", 2, running[1]), ("plain", 0, plain)):
+        tokens = list(generation.result(WAIT_S).token_ids)
+        assert tokens == reference_greedy((SYSTEM + name).encode(), len(tokens), BYTE_VOCAB, 128, index)
+    assert rig.executor.copies == []
+
+
+def test_a_pinned_prefix_belongs_to_its_adapter_also_on_disk(rigs: list[Rig], tmp_path: Path) -> None:
+    first = rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model"))
+    first.run(SYSTEM + "one", pin_length=len(SYSTEM), lora="red")
+    first.run(SYSTEM + "one", pin_length=len(SYSTEM))
+    assert len(list(tmp_path.iterdir())) == 2 and len(first.executor.saves) == 2
+    again = rig_of(rigs, 1, PinnedStore(1000, tmp_path, "model"))
+    assert again.run(SYSTEM + "two", lora="blue").usage.cached_tokens == 0
+    assert again.run(SYSTEM + "two", lora="red").usage.cached_tokens == _aligned(len(SYSTEM))
+    assert again.run(SYSTEM + "two").usage.cached_tokens == _aligned(len(SYSTEM))
+    assert len(again.executor.loads) == 2
+
+
+def test_an_adapter_that_is_not_loaded_is_refused_with_those_that_are(rigs: list[Rig]) -> None:
+    with pytest.raises(RequestError, match="lora is 'green'; loaded are: blue, red"):
+        rig_of(rigs).engine.submit(rigs[0].job("Hello", lora="green"))
 
 
 @pytest.mark.parametrize(

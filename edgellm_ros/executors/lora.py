@@ -1,0 +1,177 @@
+"""What a PEFT adapter directory holds: which projections it changes, by which matrices, and how strongly.
+
+Read without torch. The format is that of Hugging Face PEFT: `adapter_config.json` beside `adapter_model.safetensors`,
+a pair `...layers.N.self_attn.q_proj.lora_A.weight` (r, in) and `lora_B.weight` (out, r) for each changed projection,
+which adds alpha / r * B A to its weight (alpha / sqrt(r) with use_rslora).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from edgellm_ros.errors import RequestError, UnsupportedError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# A vision tower has layers of the same names, so what may stand before `layers` is spelt out.
+_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>(?:model\.|language_model\.)*layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\."
+    r"(?P<target>" + "|".join(TARGETS) + r"))\.lora_(?P<part>[AB])(?:\.default)?\.weight"
+)
+# Keys of adapter_config.json that change what an adapter computes, and the values that mean "not used".
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+}
+
+
+@dataclass(frozen=True)
+class LoraTensors:
+    """One projection of one layer: its weight W acts as W + scale * B A."""
+
+    layer: int
+    target: str  # one of TARGETS
+    a: npt.NDArray[np.float32]  # (rank, in)
+    b: npt.NDArray[np.float32]  # (out, rank)
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter in host memory; `fingerprint` is a hash of its files or tensors."""
+
+    tensors: tuple[LoraTensors, ...]
+    fingerprint: str
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its projections."""
+        return max((len(item.a) for item in self.tensors), default=0)
+
+
+def make_adapter(tensors: tuple[LoraTensors, ...]) -> LoraAdapter:
+    """An adapter of tensors that did not come from a directory."""
+    digest = hashlib.sha256()
+    for item in tensors:
+        digest.update(repr((item.layer, item.target, item.scale, item.a.shape, item.b.shape)).encode())
+        digest.update(item.a.tobytes())
+        digest.update(item.b.tobytes())
+    return LoraAdapter(tensors, digest.hexdigest())
+
+
+def read_adapter(path: str | Path) -> LoraAdapter:
+    """Read a PEFT adapter directory.
+
+    Raises RequestError when a file is missing, damaged or contradicts the other, and UnsupportedError that names what
+    of the adapter cannot be honoured (DoRA, biases, changed embeddings or heads, other projections).
+    """
+    root = Path(path)
+    try:
+        config_bytes = (root / CONFIG).read_bytes()
+        weight_bytes = (root / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"{root} is no LoRA adapter: {error}; it must be a directory with {CONFIG} and {WEIGHTS}, as PEFT saves it"
+        ) from error
+    try:
+        config = json.loads(config_bytes)
+        config["r"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{root / CONFIG} cannot be read: {error!r}; it must have r and lora_alpha") from error
+    _check_config(root / CONFIG, config)
+    try:
+        stored = safetensors.deserialize(weight_bytes)
+    except safetensors.SafetensorError as error:
+        raise RequestError(f"{root / WEIGHTS} is damaged: {error}; copy the adapter again") from error
+    digest = hashlib.sha256(config_bytes)
+    digest.update(weight_bytes)
+    return LoraAdapter(_pair(root / WEIGHTS, dict(stored), config), digest.hexdigest())
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
+    for key, unused in _UNUSED.items():
+        if key in config and config[key] not in unused:
+            raise UnsupportedError(f"{path}: {key} is {config[key]!r}; adapters with it are not supported")
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, (list, tuple)) else ():
+        if str(target).rpartition(".")[2] not in TARGETS:
+            raise UnsupportedError(f"{path}: target_modules has {target!r}; supported are {', '.join(TARGETS)}")
+
+
+def _pair(path: Path, stored: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> tuple[LoraTensors, ...]:
+    found: dict[tuple[int, str], dict[str, npt.NDArray[np.float32]]] = {}
+    modules: dict[tuple[int, str], str] = {}
+    for name, tensor in stored.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise UnsupportedError(
+                f"{path}: {name} is not supported; an adapter may have lora_A and lora_B weights of "
+                f"{', '.join(TARGETS)}"
+            )
+        key = int(match["layer"]), match["target"]
+        modules[key] = match["module"]
+        found.setdefault(key, {})[match["part"]] = _values(path, name, tensor)
+    if not found:
+        raise RequestError(f"{path} has no tensors; the adapter was not saved as a whole")
+    tensors = []
+    for key in sorted(found):
+        module, parts = modules[key], found[key]
+        if len(parts) != 2:
+            raise RequestError(f"{path}: {module} lacks lora_{'B' if 'A' in parts else 'A'}; copy the adapter again")
+        a, b = parts["A"], parts["B"]
+        rank = int(_of_module(config.get("rank_pattern"), module, config["r"]))
+        alpha = float(_of_module(config.get("alpha_pattern"), module, config["lora_alpha"]))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            raise RequestError(
+                f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG} says rank {rank}"
+            )
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+        tensors.append(LoraTensors(*key, a, b, scale))
+    return tuple(tensors)
+
+
+def _values(path: Path, name: str, tensor: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    if tensor["dtype"] not in _DTYPES:
+        raise UnsupportedError(f"{path}: {name} is stored as {tensor['dtype']}; read are {', '.join(_DTYPES)}")
+    raw = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    values: npt.NDArray[np.float32]
+    if tensor["dtype"] == "BF16":  # the upper half of a float32
+        values = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
+    else:
+        values = raw.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise RequestError(f"{path}: {name} has values that are not finite; the adapter is damaged")
+    return values
+
+
+def _of_module(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a module's name, as PEFT looks it up."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

@@ -1,0 +1,155 @@
+"""PEFT adapter directories: what is read, how strongly each projection acts, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import RequestError, UnsupportedError
+from edgellm_ros.executors import create_executor
+from edgellm_ros.executors.lora import CONFIG, WEIGHTS, LoraTensors, make_adapter, read_adapter
+
+Q = "base_model.model.model.layers.3.self_attn.q_proj"
+UP = "base_model.model.model.layers.0.mlp.up_proj"
+
+
+def write(path: Path, tensors: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    if tensors is None:
+        tensors = {**pair(Q, 4, 32, 48), **pair(UP, 4, 32, 80)}
+    save_file(tensors, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}))
+    return path
+
+
+def pair(module: str, rank: int, cols: int, rows: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(rank + cols)
+    return {
+        f"{module}.lora_A.weight": rng.standard_normal((rank, cols)).astype(dtype),
+        f"{module}.lora_B.weight": rng.standard_normal((rows, rank)).astype(dtype),
+    }
+
+
+def test_each_projection_has_its_matrices_and_its_scale(tmp_path: Path) -> None:
+    tensors = {**pair(Q, 4, 32, 48, np.float16), **pair(UP, 4, 32, 80)}
+    adapter = read_adapter(write(tmp_path, tensors))
+    assert [(t.layer, t.target, t.scale) for t in adapter.tensors] == [(0, "up_proj", 2.0), (3, "q_proj", 2.0)]
+    assert adapter.rank == 4
+    up, q = adapter.tensors
+    assert np.array_equal(up.b, tensors[f"{UP}.lora_B.weight"]) and up.b.dtype == np.float32
+    assert np.array_equal(q.a, tensors[f"{Q}.lora_A.weight"].astype(np.float32))
+
+
+def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    write(tmp_path)
+    values = {name: torch.randn(4, 4).to(torch.bfloat16) for name in (f"{Q}.lora_A.weight", f"{Q}.lora_B.weight")}
+    save_torch(values, tmp_path / WEIGHTS)
+    (tensors,) = read_adapter(tmp_path).tensors
+    assert np.array_equal(tensors.a, values[f"{Q}.lora_A.weight"].float().numpy())
+
+
+def test_rslora_divides_by_the_root_and_patterns_name_modules(tmp_path: Path) -> None:
+    tensors = {**pair(Q, 16, 32, 48), **pair(UP, 4, 32, 80)}
+    settings = {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"layers.0.mlp.up_proj": 3}}
+    plain = read_adapter(write(tmp_path, tensors, **settings))
+    assert [t.scale for t in plain.tensors] == [3 / 4, 8 / 16]
+    rooted = read_adapter(write(tmp_path, tensors, use_rslora=True, **settings))
+    assert [t.scale for t in rooted.tensors] == [3 / math.sqrt(4), 8 / math.sqrt(16)]
+    # `proj` ends no module's name by itself: a pattern is a whole component, as PEFT has it.
+    with pytest.raises(RequestError, match=r"q_proj has lora_A \[16, 32\].* says rank 4"):
+        read_adapter(write(tmp_path, tensors, rank_pattern={"proj": 16}))
+
+
+def test_scales_and_patterns_are_pefts(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.mlp.down_proj": 6},
+        alpha_pattern={"q_proj": 5}, use_rslora=True, init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    model.save_pretrained(tmp_path)
+    for t in read_adapter(tmp_path).tensors:
+        block = model.base_model.model.model.layers[t.layer]
+        linear = getattr(block.self_attn if t.target == "q_proj" else block.mlp, t.target)
+        assert t.scale == pytest.approx(linear.scaling["default"])
+        assert np.allclose(t.scale * t.b @ t.a, linear.get_delta_weight("default").detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules has 'lm_head'"),
+        ({"target_modules": ["model.embed_tokens"]}, "target_modules has 'model.embed_tokens'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, config: dict[str, Any], what: str) -> None:
+    with pytest.raises(UnsupportedError, match=what):
+        read_adapter(write(tmp_path, **config))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        f"{Q}.lora_magnitude_vector",
+        "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
+    ],
+)
+def test_tensors_of_other_places_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedError, match=name.replace(".", r"\.")):
+        read_adapter(write(tmp_path, {**pair(Q, 4, 32, 48), name: np.ones((4, 32), np.float32)}))
+
+
+def test_a_directory_that_is_not_whole_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"is no LoRA adapter: .*adapter_config\.json"):
+        read_adapter(tmp_path)
+    write(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[:-10])
+    with pytest.raises(RequestError, match="is damaged"):
+        read_adapter(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    (tmp_path / CONFIG).write_text('{"lora_alpha": 8}')
+    with pytest.raises(RequestError, match="must have r and lora_alpha"):
+        read_adapter(tmp_path)
+    with pytest.raises(RequestError, match=r"layers\.3\.self_attn\.q_proj lacks lora_B"):
+        read_adapter(write(tmp_path, {f"{Q}.lora_A.weight": np.ones((4, 32), np.float32)}))
+    bad = pair(Q, 4, 32, 48)
+    bad[f"{Q}.lora_A.weight"][1, 1] = np.nan
+    with pytest.raises(RequestError, match=r"q_proj\.lora_A\.weight has values that are not finite"):
+        read_adapter(write(tmp_path, bad))
+
+
+def test_a_fingerprint_follows_the_contents(tmp_path: Path) -> None:
+    first = read_adapter(write(tmp_path / "a")).fingerprint
+    assert read_adapter(write(tmp_path / "b")).fingerprint == first
+    assert read_adapter(write(tmp_path / "b", lora_alpha=9)).fingerprint != first
+    a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
+    made = [make_adapter((LoraTensors(0, "q_proj", a, b, scale),)).fingerprint for scale in (1.0, 1.0, 2.0)]
+    assert made[0] == made[1] != made[2]
+
+
+def test_an_executor_without_adapters_refuses_room_for_them(tiny_bundle: Any) -> None:
+    with pytest.raises(UnsupportedError, match="max_loras is 2, but only the cuda executor runs LoRA adapters"):
+        create_executor(tiny_bundle("llama"), EngineConfig(executor="onnxruntime", max_loras=2))
