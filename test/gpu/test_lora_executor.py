@@ -154,8 +154,8 @@ def assert_is_merged(executor: CudaExecutor, model: Any, path: Path) -> None:
     plain, expected = logits_of(model, ids), logits_of(merged(model, path), ids)
     assert relative_error(plain, expected) > 0.2, "an adapter that changes nothing tests nothing"
     got = prefilled_and_decoded(executor, ids, 60, executor.adapters["a"].index)
-    assert relative_error(got[:60], expected[:60]) < 0.04
-    assert relative_error(got[60:], expected[60:]) < 0.04
+    assert relative_error(got[:60], expected[:60]) < 0.05
+    assert relative_error(got[60:], expected[60:]) < 0.05
     assert relative_error(prefilled_and_decoded(executor, ids, 60, 0), plain) < 0.03
 
 
@@ -189,7 +189,7 @@ def test_any_subset_of_projections_may_have_any_ranks(
     ids = prompt(60)
     expected = logits_of(merged(model, path), ids)
     got = prefilled_and_decoded(executor, ids, 40, 1)
-    assert relative_error(got, expected) < 0.04
+    assert relative_error(got, expected) < 0.05
     assert relative_error(logits_of(model, ids), expected) > 0.06
 
 
@@ -212,7 +212,7 @@ def test_a_short_prompt_through_the_decode_kernels_has_the_adapter_too(
     executor.load_adapter("a", path)
     ids = prompt(11)
     got = executor.step([step(0, ids, 0, 11, 1)])
-    assert relative_error(got, logits_of(merged(model, path), ids)) < 0.04
+    assert relative_error(got, logits_of(merged(model, path), ids)) < 0.05
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_a_freed_place_is_another_adapters(two: CudaExecutor, gpu_model: Model, 
     path = write_adapter(tmp_path / "next", model, {"o_proj": 5, "down_proj": 24}, 7)
     assert two.load_adapter("next", path).index == 1
     ids = prompt(60)
-    assert relative_error(prefilled_and_decoded(two, ids, 40, 1), logits_of(merged(model, path), ids)) < 0.04
+    assert relative_error(prefilled_and_decoded(two, ids, 40, 1), logits_of(merged(model, path), ids)) < 0.05
 
 
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(
