@@ -20,16 +20,15 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
-
-from edgellm_ros import native  # noqa: E402
-from edgellm_ros.bundle import ModelSpec  # noqa: E402
-from edgellm_ros.config import EngineConfig  # noqa: E402
-from edgellm_ros.executors import SequenceStep  # noqa: E402
-from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
-from edgellm_ros.executors.lora import LoraAdapter, LoraTensors  # noqa: E402
+from edgellm_ros import native
+from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
+from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.executors import SequenceStep
+from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
 
 CONTEXT = 512
 

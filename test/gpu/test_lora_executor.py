@@ -211,8 +211,20 @@ def test_a_short_prompt_through_the_decode_kernels_has_the_adapter_too(
     path = write_adapter(tmp_path / "a", model, dict.fromkeys(ALL, 8), 4)
     executor.load_adapter("a", path)
     ids = prompt(11)
-    got = executor.step([step(0, ids, 0, 11, 1)])
-    assert relative_error(got, logits_of(merged(model, path), ids)) < 0.05
+    expected = logits_of(merged(model, path), ids)
+    for num_logits in (5, 11):  # part of the logits is a prompt, all of them verify a draft: another graph
+        got = executor.step([step(0, ids, 0, num_logits, 1)])
+        assert relative_error(got, expected[-num_logits:]) < 0.05, num_logits
+    tree = executor.verify_tree(0, 0, ids, np.arange(-1, 10, dtype=np.int32), 1)
+    assert relative_error(tree, expected) < 0.05
+
+
+def test_an_exact_draft_has_the_bits_of_single_steps_with_its_adapter(two: CudaExecutor) -> None:
+    ids, draft = prompt(20), prompt(5)
+    for adapter in (2, 0, 1):
+        two.step([step(0, ids, 0, 1, adapter)])
+        single = np.concatenate([two.step([step(0, [t], 20 + i, 1, adapter)]).copy() for i, t in enumerate(draft)])
+        assert np.array_equal(two.step([step(0, draft, 20, 5, adapter)]), single), adapter
 
 
 @pytest.fixture
