@@ -22,7 +22,8 @@ class Adapters:
         self.rows = rows
         self.stride = 64 * len(rows)
         self.parts: list[list[tuple[Any, Any]]] = []
-        self._kept, entries = [], []
+        self._kept: list[Any] = []
+        self.entries: list[bytes] = []
         for ranks in RANKS:
             ranks = ranks[: len(rows)]
             part = [
@@ -33,8 +34,8 @@ class Adapters:
             b = torch.cat([b.flatten() for _, b in part])
             self.parts.append(part)
             self._kept += [a, b]
-            entries.append(K.lora_linear(a, b, list(rows), ranks))
-        self.table = torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).view(len(RANKS), -1).cuda()
+            self.entries.append(K.lora_linear(a, b, list(rows), ranks))
+        self.table = torch.frombuffer(bytearray(b"".join(self.entries)), dtype=torch.uint8).view(len(RANKS), -1).cuda()
 
     def view(self, adapters: list[int]) -> tuple[Any, Any, Any]:
         """What the bindings take; h is poisoned, so that reading what was not computed shows."""
@@ -188,6 +189,47 @@ def test_a_chain_with_dependent_launch_gives_what_one_without_gives(form: str) -
             x *= 2.0**-8
         results.append(residual.clone())
     assert bool(torch.isfinite(results[0]).all()) and torch.equal(*results)
+
+
+@pytest.mark.parametrize("tokens", [2, 17, 64, 99, 513])
+@pytest.mark.parametrize("cols", [16, 80, 576, 9728])
+@pytest.mark.parametrize("rows", [(8,), (64, 24, 16), (1000, 1000), (4096,)])
+def test_a_prompt_adds_its_adapter_to_every_targets_rows(tokens: int, cols: int, rows: tuple[int, ...]) -> None:
+    adapters, x = Adapters(rows, cols), random_bf16(tokens, cols)
+    before = random_bf16(tokens, sum(rows))
+    for adapter, entry in enumerate(adapters.entries, 1):
+        width = sum(RANKS[adapter - 1][: len(rows)])
+        if not width:
+            continue
+        y = poisoned(tokens, sum(rows), dtype=torch.bfloat16)
+        y.copy_(before)
+        h = poisoned(tokens, width, dtype=torch.bfloat16)
+        K.lora_prefill(entry, list(rows), x, h, y, stream=stream())
+        parts = adapters.parts[adapter - 1]
+        delta = torch.cat([(x.double() @ a.double().T) @ b.double().T for a, b in parts], 1)
+        wanted = before.double() + delta
+        # h is rounded to 2^-9 of itself, its errors add up as independent ones do; then y is rounded.
+        squares = [((x.double() @ a.double().T) ** 2) @ (b.double() ** 2).T for a, b in parts]
+        spread = torch.cat(squares, 1).sqrt() * 2.0**-9 * 6
+        limit = spread + wanted.abs() * 2.0**-8 + 1e-3
+        assert bool(((y.double() - wanted).abs() <= limit).all()), (adapter, float((y.double() - wanted).abs().max()))
+        assert_untouched(y)
+        assert_untouched(h)
+        untouched = [i for i, rank in enumerate(RANKS[adapter - 1][: len(rows)]) if not rank]
+        for i in untouched:
+            start = sum(rows[:i])
+            assert torch.equal(y[:, start : start + rows[i]], before[:, start : start + rows[i]])
+
+
+def test_a_prompts_tokens_get_the_same_bits_however_it_is_cut() -> None:
+    rows = (320, 128, 64)
+    adapters, x, before = Adapters(rows, 576), random_bf16(200, 576), random_bf16(200, 512)
+    whole, cut = before.clone(), before.clone()
+    for y, cuts in ((whole, [(0, 200)]), (cut, [(0, 64), (64, 67), (67, 200)])):
+        for start, end in cuts:
+            h = poisoned(end - start, 192, dtype=torch.bfloat16)
+            K.lora_prefill(adapters.entries[1], list(rows), x[start:end], h, y[start:end], stream=stream())
+    assert torch.equal(whole, cut) and not torch.equal(whole, before)
 
 
 def test_arrays_that_do_not_fit_are_refused_by_name() -> None:
