@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.benchmark.report import machine_line, model_line
+from edgellm_ros.benchmark.report import busy_line, machine_line, model_line
 from edgellm_ros.errors import ConfigError
 
 SUFFIXES = (".svg", ".png")
@@ -72,6 +72,8 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
             f"{report['date'][:10]}, edgellm_ros {report['versions']['edgellm_ros']}; {settings['new_tokens']} tokens, "
             f"median and range of {settings['rounds']} rounds"
         )
+        if busy_line(report):
+            note += f"; on a busy machine (load average {report['machine']['load_average']})"
         figure.supxlabel(note, fontsize=8, color="#777777", x=0.01, ha="left")
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(path, dpi=160, metadata=metadata)
