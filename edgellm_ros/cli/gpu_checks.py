@@ -64,12 +64,13 @@ def survey_cuda_python() -> Survey | None:
     try:
         version = _version(_ask(driver.cuDriverGetVersion))
         _ask(driver.cuInit, 0)
-        gpus = tuple(_gpu(driver, runtime, index) for index in range(_ask(driver.cuDeviceGetCount)))
+        # The first card last: asking for free memory makes a card the current one, which the native module is asked of.
+        gpus = [_gpu(driver, runtime, index) for index in reversed(range(_ask(driver.cuDeviceGetCount)))]
     except (OSError, RuntimeError) as error:  # RuntimeError: cuda-python found no libcuda
         if version == (0, 0):
             return Survey((), version, "no NVIDIA driver")
         return Survey((), version, f"the driver fails: {error}", "nvidia-smi should list the GPU; reload the driver")
-    return Survey(gpus, version)
+    return Survey(tuple(reversed(gpus)), version)
 
 
 def survey_native(module: Any) -> Survey | None:

@@ -47,7 +47,13 @@ def install_cuda_python(
     driver.cuDeviceGetName = lambda length, index: (Status.OK, gpus[index][0].encode().ljust(length, b"\0"))
     driver.cuDeviceGetAttribute = lambda what, index: (Status.OK, gpus[index][1][what.value])
     driver.cuDeviceTotalMem = lambda index: (Status.OK, 8 * GIB)
-    runtime.cudaSetDevice = lambda index: (Status.OK if runtime_works else Status.FAILED,)
+    runtime.current = 0
+
+    def set_device(index: int) -> tuple[Any, ...]:
+        runtime.current = index
+        return (Status.OK if runtime_works else Status.FAILED,)
+
+    runtime.cudaSetDevice = set_device
     runtime.cudaMemGetInfo = lambda: (Status.OK, 6 * GIB, 8 * GIB)
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -112,10 +118,15 @@ def test_one_gpu_with_fitting_kernels_is_used(monkeypatch: pytest.MonkeyPatch) -
     assert not any(check.remedy for check in found.values())
 
 
-def test_every_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_cuda_python(monkeypatch, [("First", (8, 6)), ("Second", (12, 0))], runtime_works=False)
+@pytest.mark.parametrize("runtime_works", [True, False])
+def test_every_gpu_is_listed_and_the_first_stays_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, runtime_works: bool
+) -> None:
+    install_cuda_python(monkeypatch, [("First", (8, 6)), ("Second", (12, 0))], runtime_works=runtime_works)
     cards = [check.found for check in check_gpus() if check.name == "NVIDIA GPU"]
-    assert cards == ["First, compute capability 8.6, 8.0 GiB", "Second, compute capability 12.0, 8.0 GiB"]
+    memory = "6.0 GiB free of 8.0 GiB" if runtime_works else "8.0 GiB"
+    assert cards == [f"First, compute capability 8.6, {memory}", f"Second, compute capability 12.0, {memory}"]
+    assert sys.modules["cuda.bindings.runtime"].current == 0
 
 
 def test_a_gpu_that_is_too_old_is_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
