@@ -61,6 +61,7 @@ def build(nvcc: Path, check: bool) -> None:
         if cmake is None:
             raise SetupError("cmake was not found; on Debian or Ubuntu: apt install cmake, or: pip install cmake")
         directory = ROOT / "build" / ("native-check-objects" if check else "native")
+        forget_other_tools(directory, [str(nvcc), sys.executable])
         configure: list[str | Path] = [cmake, "-S", ROOT / "native", "-B", directory]
         configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
         configure += [f"-DEDGELLM_CUDA_ARCHS={archs}", f"-DEDGELLM_OUTPUT_DIR={output}"]
@@ -70,6 +71,15 @@ def build(nvcc: Path, check: bool) -> None:
             configure += ["-G", "Ninja"]
         run(configure, "native-configure")
         run([cmake, "--build", directory, "--parallel", str(os.cpu_count() or 1)], "native-build")
+
+
+def forget_other_tools(directory: Path, tools: list[str]) -> None:
+    """Remove a build of another compiler or Python: CMake keeps what it found out about them."""
+    cache = directory / "CMakeCache.txt"
+    if cache.is_file():
+        text = cache.read_text(encoding="utf-8", errors="replace")
+        if not all(f"={tool}\n" in text for tool in tools):
+            shutil.rmtree(directory)
 
 
 def find_nvcc() -> Path | None:

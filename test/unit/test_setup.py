@@ -57,3 +57,18 @@ def test_make_test_leaves_native_out_where_there_is_no_nvcc_and_make_native_fail
     monkeypatch.setattr(sys, "argv", ["build_native.py"])
     assert build_native.main() == 1
     assert "install the CUDA toolkit" in capsys.readouterr().err
+
+
+def test_a_build_of_another_python_or_compiler_is_not_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    build_native = importlib.import_module("build_native")
+    directory = tmp_path / "objects"
+    directory.mkdir()
+    (directory / "CMakeCache.txt").write_text("CMAKE_CUDA_COMPILER:UNINITIALIZED=/a/nvcc\nPython3_EXECUTABLE:FILEPATH=/b/python\n")
+    build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python"])
+    assert directory.is_dir()
+    build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
+    assert not directory.exists()
+    build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
