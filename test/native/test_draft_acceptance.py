@@ -208,6 +208,7 @@ def chi_square(counts: npt.NDArray[np.int64], expected: npt.NDArray[np.float64])
         return float("inf")
     statistic = float(((observed - wanted)[kept] ** 2 / wanted[kept]).sum())
     degrees = int(kept.sum()) - 1
+    assert degrees >= 2  # else there is nothing to compare
     return (statistic - degrees) / math.sqrt(2 * degrees)
 
 
