@@ -1,20 +1,24 @@
 // Decode attention of one head_dim: RoPE, KV write, and a softmax split over the sequence.
 //
-// A block has one sequence, one KV head (up to G of its query heads) and one split of the positions; its eight warps
-// take positions in turn, LPP lanes a position. Splits are merged through the shared memory of a cluster of eight
-// blocks, or through global memory by the block that finishes last.
+// A block has one sequence, one KV head (up to eight of its query heads) and one split of the positions; its four warps
+// take tiles of sixteen positions in turn, and each has its next tiles' loads under way while it computes one. Splits
+// are merged through the shared memory of a cluster of blocks, and beyond a cluster through global memory by the block
+// that finishes last. The order of a sequence's sums is set by its length alone: merging sixteen splits in a cluster
+// and one by one through global memory gives the same bits.
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 
+#include "attention_decode_tile.cuh"
 #include "edgellm/kernels/attention_decode.hpp"
-#include "kv_format.cuh"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
 
-constexpr int kAttentionThreads = 256;
-constexpr int kClusterSplits = 8;
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * 32;
+constexpr int kMaxCluster = 16;
 constexpr float kNoScore = -1e30f;  // not -inf: the difference of two of them must be a number
 
 struct DecodeAttentionParams {
@@ -27,14 +31,16 @@ struct DecodeAttentionParams {
   const int32_t* slots;
   const int32_t* positions;
   bf16* out;
-  float* partial_out;      // (batch, num_heads, splits, head_dim)
-  float* partial_max;      // (batch, num_heads, splits)
-  float* partial_sum;      // (batch, num_heads, splits)
-  unsigned int* num_done;  // (batch, gridDim.y), zero between calls
+  float* partial_out;      // (batch, num_heads, clusters, head_dim)
+  float* partial_max;      // (batch, num_heads, clusters)
+  float* partial_sum;      // (batch, num_heads, clusters)
+  unsigned int* num_done;  // (batch, gridDim.y, kMaxCluster), zero between calls
   int num_heads;
   int num_kv_heads;
   int capacity;
   int window;
+  int most_splits;
+  int cluster;  // blocks, along x
   float norm_eps;
   float scale;  // times log2(e)
 };
@@ -56,67 +62,145 @@ __device__ __forceinline__ float load_from_cluster(const float* p, int rank) {
   return v;
 }
 
-template <int HD, int G, KvFormat F, bool kCluster>
-__global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1)
+__device__ __forceinline__ float fast_exp2(float x) {  // 0 for what is far below
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The positions of one split.
+struct SplitRange {
+  int num_splits, start, end;
+
+  __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int split) {
+    const int length = position + 1, first = p.window > 0 ? max(0, length - p.window) : 0;
+    num_splits = min(decode_attention_splits(length - first, p.most_splits), static_cast<int>(gridDim.x));
+    const int span = ceil_div(ceil_div(length - first, num_splits), kTilePositions) * kTilePositions;
+    start = first + split * span;
+    end = min(length, start + span);
+  }
+  __device__ __forceinline__ bool contains(int position) const { return position >= start && position < end; }
+};
+
+// A row of qkv that a warp rotates: lane i has pairs i and i + 32 of (dim, dim + head_dim / 2).
+template <int HD>
+struct RopeRow {
+  static constexpr int kHalf = HD / 2;
+  static constexpr int kPairs = (kHalf + 31) / 32;
+  float low[kPairs], high[kPairs], low_gain[kPairs], high_gain[kPairs];
+
+  static __device__ __forceinline__ bool has(int j, int lane) { return lane + 32 * j < kHalf; }
+
+  __device__ __forceinline__ void load(const float* row, const bf16* gain, int lane) {
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) {
+      const int i = lane + 32 * j;
+      low[j] = high[j] = 0.0f, low_gain[j] = high_gain[j] = 1.0f;
+      if (!has(j, lane)) continue;
+      low[j] = load_l2(row + i), high[j] = load_l2(row + i + kHalf);
+      if (gain) low_gain[j] = __bfloat162float(gain[i]), high_gain[j] = __bfloat162float(gain[i + kHalf]);
+    }
+  }
+  __device__ __forceinline__ void normalise(float eps) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) squares = fmaf(low[j], low[j], fmaf(high[j], high[j], squares));
+    const float inverse = rsqrtf(warp_sum(squares) / HD + eps);
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) low[j] *= inverse * low_gain[j], high[j] *= inverse * high_gain[j];
+  }
+  __device__ __forceinline__ void rotate(const float* cos, const float* sin) {
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) {
+      const float x = low[j], y = high[j];
+      low[j] = x * cos[j] - y * sin[j], high[j] = y * cos[j] + x * sin[j];
+    }
+  }
+};
+
+// Tiles that a warp has in registers: about 28 KB of keys and values a block are under way.
+template <int HD, KvFormat F>
+constexpr int kTilesInFlight = std::clamp(112 / PositionTile<HD, F>::kRegisters, 2, 4);
+// Blocks an SM whose registers hold that, the sums and the queries.
+template <int HD, KvFormat F>
+constexpr int kBlocksPerSm = kTilesInFlight<HD, F> * PositionTile<HD, F>::kRegisters + HD / 2 <= 112 ? 3 : 2;
+
+template <int HD, KvFormat F>
+__global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     decode_attention_kernel(const DecodeAttentionParams p) {
-  using Cache = Kv<F>;
-  using Element = typename Cache::Element;
-  constexpr int LPP = HD <= 64 ? 8 : 16;  // lanes a position; those past HD idle
-  constexpr int PPW = 32 / LPP;           // positions a warp and load
-  constexpr int NI = 4;                   // loads in flight of keys, and of values
-  constexpr int kWarps = kAttentionThreads / 32;
-  constexpr int kStep = kWarps * PPW;
-  constexpr int H2 = HD / 2;
-  __shared__ __align__(16) float q_rotated[G * HD];
+  using Tile = PositionTile<HD, F>;
+  using Element = typename Tile::Element;
+  using Row = RopeRow<HD>;
+  constexpr int kTiles = kTilesInFlight<HD, F>;
+  constexpr int kStep = kAttentionWarps * kTilePositions;
+  constexpr int kRowPasses = (kTileHeads + 2 + kAttentionWarps - 1) / kAttentionWarps;
+  constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;             // heads next to each other in other banks
+  __shared__ __align__(16) uint16_t queries[2][kTileHeads][kQueryStride];  // rounded, and the rest
   __shared__ __align__(16) Element new_key[HD], new_value[HD];
-  __shared__ __align__(16) float warp_out[kWarps][G * HD];
-  __shared__ float warp_max[kWarps][G], warp_total[kWarps][G];
-  __shared__ float block_out[G * HD], block_max[G], block_total[G];
-  __shared__ float inverse_rms[G + 1];
+  __shared__ __align__(16) float warp_out[kAttentionWarps][kTileHeads * HD];
+  __shared__ float warp_max[kAttentionWarps][kTileHeads], warp_total[kAttentionWarps][kTileHeads];
+  __shared__ __align__(16) float block_out[kTileHeads * HD];
+  __shared__ float block_max[kTileHeads], block_total[kTileHeads];
   __shared__ unsigned int order;
 
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, sub = lane / LPP, d0 = (lane % LPP) * 8;
-  const bool has_dims = d0 < HD;
-  const int split = blockIdx.x, num_splits = gridDim.x, sequence = blockIdx.z;
-  const int group = p.num_heads / p.num_kv_heads, chunks = ceil_div(group, G);
-  const int kv_head = blockIdx.y / chunks, first_in_group = (blockIdx.y % chunks) * G;
-  const int first_head = kv_head * group + first_in_group, num_valid = min(G, group - first_in_group);
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const int split = blockIdx.x, sequence = blockIdx.z;
+  const int group = p.num_heads / p.num_kv_heads, chunks = ceil_div(group, kTileHeads);
+  const int heads_per_chunk = ceil_div(group, chunks);
+  const int kv_head = blockIdx.y / chunks, first_in_group = (blockIdx.y % chunks) * heads_per_chunk;
+  const int first_head = kv_head * group + first_in_group, num_valid = min(heads_per_chunk, group - first_in_group);
 
   const std::size_t head_size = static_cast<std::size_t>(p.capacity) * HD;
   const int slot = p.slots[sequence];
   Element* keys =
       static_cast<Element*>(p.cache) + (static_cast<std::size_t>(slot) * 2 * p.num_kv_heads + kv_head) * head_size;
   Element* values = keys + p.num_kv_heads * head_size;
+  const std::byte* key_bytes = reinterpret_cast<const std::byte*>(keys);
+  const std::byte* value_bytes = reinterpret_cast<const std::byte*>(values);
 
-  typename Cache::Eight k[NI], v[NI];
-  const auto range = [&](int position, int& start, int& end) {
-    const int length = position + 1, first = p.window > 0 ? max(0, length - p.window) : 0;
-    const int span = ceil_div(length - first, num_splits);
-    start = first + split * span;
-    end = min(length, start + span);
-  };
-  const auto load_tile = [&](int tile, int end, int position) {
+  Tile tiles[kTiles];
+  float cos[Row::kPairs], sin[Row::kPairs];
+  const auto load_first = [&](const SplitRange& range, int position) {
+    const int limit = min(range.end, position);  // the new token's row is not there yet
 #pragma unroll
-    for (int i = 0; i < NI; i++) {
-      const int at = tile + i * kStep + warp * PPW + sub;
-      k[i] = v[i] = Cache::zeros();
-      if (at < end && at != position && has_dims) {
-        k[i] = Cache::load(keys + static_cast<std::size_t>(at) * HD + d0);
-        v[i] = Cache::load(values + static_cast<std::size_t>(at) * HD + d0);
-      }
+    for (int r = 0; r < kTiles; r++) {
+      const int base = range.start + warp * kTilePositions + r * kStep;
+      if (base >= limit) continue;
+      tiles[r].load_keys(key_bytes, base, limit - 1, lane);
+      tiles[r].load_values(value_bytes, base, limit - 1, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < Row::kPairs; j++) {
+      const std::size_t at = static_cast<std::size_t>(position) * Row::kHalf + lane + 32 * j;
+      cos[j] = Row::has(j, lane) ? __ldg(p.cos + at) : 0.0f;
+      sin[j] = Row::has(j, lane) ? __ldg(p.sin + at) : 0.0f;
     }
   };
   // The position may still be the last step's. If it is not, everything before it was written by steps that are
   // complete, and the first keys and values can be on their way while the predecessor computes.
   const int guess = *static_cast<const volatile int32_t*>(p.positions + sequence);
-  int start = 0, end = 0;
-  if (guess >= 0 && guess < p.capacity) {
-    range(guess, start, end);
-    load_tile(start, end, guess);
+  SplitRange range(p, max(guess, 0), split);
+  if (guess >= 0 && guess < p.capacity) load_first(range, guess);
+  for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kAttentionThreads) {  // columns without a head
+    queries[0][num_valid + j / HD][j % HD] = queries[1][num_valid + j / HD][j % HD] = 0;
   }
   start_dependents();
   wait_for_predecessor();
   const int position = *static_cast<const volatile int32_t*>(p.positions + sequence);
+
+  // The queries' rows, then the new key's and value's: under way before the position is known to be as guessed.
+  const int width = (p.num_heads + 2 * p.num_kv_heads) * HD;
+  const float* qkv = p.qkv + static_cast<std::size_t>(sequence) * width;
+  Row rows[kRowPasses];
+#pragma unroll
+  for (int pass = 0; pass < kRowPasses; pass++) {
+    const int row = pass * kAttentionWarps + warp;
+    if (row >= num_valid + 2) continue;
+    const int head = row < num_valid    ? first_head + row
+                     : row == num_valid ? p.num_heads + kv_head
+                                        : p.num_heads + p.num_kv_heads + kv_head;
+    rows[pass].load(qkv + head * HD, row < num_valid ? p.q_gain : row == num_valid ? p.k_gain : nullptr, lane);
+  }
   if (position < 0 || position >= p.capacity) {  // a free place of the batch; the whole cluster leaves
     for (int j = tid; split == 0 && j < num_valid * HD; j += kAttentionThreads) {
       p.out[(static_cast<std::size_t>(sequence) * p.num_heads + first_head) * HD + j] = __float2bfloat16(0.0f);
@@ -124,228 +208,238 @@ __global__ void __launch_bounds__(kAttentionThreads, G <= 4 ? 2 : 1)
     return;
   }
   if (position != guess) {
-    range(position, start, end);
-    load_tile(start, end, position);
+    range = SplitRange(p, position, split);
+    load_first(range, position);
+  }
+  if (split >= range.num_splits) return;  // launched for a longer sequence of the batch
+  const bool owns_new = range.contains(position);
+
+#pragma unroll
+  for (int pass = 0; pass < kRowPasses; pass++) {
+    const int row = pass * kAttentionWarps + warp;
+    if (row >= num_valid + 2) continue;
+    Row& own = rows[pass];
+    if (row <= num_valid) {
+      if (row < num_valid ? p.q_gain != nullptr : p.k_gain != nullptr) own.normalise(p.norm_eps);
+      own.rotate(cos, sin);
+    } else if (!owns_new) {
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < Row::kPairs; j++) {
+      const int i = lane + 32 * j;
+      if (!Row::has(j, lane)) continue;
+      if (row < num_valid) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float x = (k ? own.high[j] : own.low[j]) * p.scale;
+          const int dim = i + k * Row::kHalf;
+          if constexpr (F == KvFormat::bf16) {
+            const bf16 rounded = __float2bfloat16(x);
+            queries[0][row][dim] = __bfloat16_as_ushort(rounded);
+            queries[1][row][dim] = __bfloat16_as_ushort(__float2bfloat16(x - __bfloat162float(rounded)));
+          } else {
+            const __half rounded = Kv<KvFormat::fp16>::from_float(x);
+            queries[0][row][dim] = __half_as_ushort(rounded);
+            queries[1][row][dim] = __half_as_ushort(Kv<KvFormat::fp16>::from_float(x - __half2float(rounded)));
+          }
+        }
+      } else if (owns_new) {
+        const Element low = Kv<F>::from_float(own.low[j]), high = Kv<F>::from_float(own.high[j]);
+        Element* shared = row == num_valid ? new_key : new_value;
+        shared[i] = low, shared[i + Row::kHalf] = high;
+        if (first_in_group == 0) {  // one of the blocks that share the KV head
+          Element* to = (row == num_valid ? keys : values) + static_cast<std::size_t>(position) * HD;
+          to[i] = low, to[i + Row::kHalf] = high;
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  uint32_t q[Tile::kSteps][4];
+#pragma unroll
+  for (int s = 0; s < Tile::kSteps; s++) {
+    const uint2 rounded = *reinterpret_cast<const uint2*>(&queries[0][g][Tile::key_dim(s, t)]);
+    const uint2 rest = *reinterpret_cast<const uint2*>(&queries[1][g][Tile::key_dim(s, t)]);
+    q[s][0] = rounded.x, q[s][1] = rest.x, q[s][2] = rounded.y, q[s][3] = rest.y;
+  }
+  float top = kNoScore;                            // of head g
+  float total[4] = {}, out[Tile::kSteps][4] = {};  // of heads 2t and 2t + 1
+  const int limit = min(range.end, position);
+  for (int first = range.start + warp * kTilePositions; first < range.end; first += kTiles * kStep) {
+#pragma unroll
+    for (int r = 0; r < kTiles; r++) {
+      const int base = first + r * kStep, next = base + kTiles * kStep;
+      if (base >= range.end) break;
+      Tile& tile = tiles[r];
+      // The new token's row in the cache may not be visible yet.
+      if (owns_new && position - base < kTilePositions) tile.insert(new_key, new_value, position - base, lane);
+      float scores[4];
+      tile.score(q, scores);
+      if (next < limit) tile.load_keys(key_bytes, next, limit - 1, lane);
+      if (base + kTilePositions > range.end) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          if (base + Tile::value_row(i, t) >= range.end) scores[i] = kNoScore;
+        }
+      }
+      float higher = fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3]));
+      if (__any_sync(kAllLanes, higher > top)) {
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 1));
+        higher = fmaxf(top, fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 2)));
+        const float shrink = fast_exp2(top - higher);
+        top = higher;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float own = __shfl_sync(kAllLanes, shrink, 4 * (2 * t + k));
+          total[k] *= own;
+#pragma unroll
+          for (int d = 0; d < Tile::kSteps; d++) out[d][k] *= own, out[d][k + 2] *= own;
+        }
+      }
+      const uint32_t b0 = tile_pack<F>(fast_exp2(scores[0] - top), fast_exp2(scores[1] - top));
+      const uint32_t b1 = tile_pack<F>(fast_exp2(scores[2] - top), fast_exp2(scores[3] - top));
+      const uint32_t one = tile_pack<F>(1.0f, 1.0f);
+      const uint32_t ones[4] = {one, one, one, one};
+      tile_mma<F>(total, ones, b0, b1);  // of the weights as they are rounded
+      tile.accumulate(b0, b1, out);
+      if (next < limit) tile.load_values(value_bytes, next, limit - 1, lane);
+    }
   }
 
-  const int width = (p.num_heads + 2 * p.num_kv_heads) * HD;
-  const float* row = p.qkv + static_cast<std::size_t>(sequence) * width;
-  const float* q = row + first_head * HD;
-  const float* key = row + (p.num_heads + kv_head) * HD;
-  const float* value = row + (p.num_heads + p.num_kv_heads + kv_head) * HD;
-  const float* cos = p.cos + static_cast<std::size_t>(position) * H2;
-  const float* sin = p.sin + static_cast<std::size_t>(position) * H2;
-  const bool owns_new = position >= start && position < end;
-  if (p.q_gain) {
-    for (int h = warp; h < G + 1; h += kWarps) {
-      const float* source = h < G ? q + min(h, num_valid - 1) * HD : key;
-      float squares = 0.0f;
-      for (int i = lane; i < HD; i += 32) {
-        const float x = load_l2(source + i);
-        squares = fmaf(x, x, squares);
-      }
-      squares = warp_sum(squares);
-      if (lane == 0) inverse_rms[h] = rsqrtf(squares / HD + p.norm_eps);
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const int head = 2 * t + k;
+    if (head >= num_valid) continue;
+#pragma unroll
+    for (int d = 0; d < Tile::kSteps; d++) {
+      float2* to = reinterpret_cast<float2*>(&warp_out[warp][head * HD + Tile::value_dim(d, g)]);
+      *to = make_float2(out[d][k] * Tile::kUnscale, out[d][k + 2] * Tile::kUnscale);
     }
+    if (g == 0) warp_total[warp][head] = total[k];
+  }
+  if (t == 0) warp_max[warp][g] = top;
+  __syncthreads();
+  for (int j = 4 * tid; j < num_valid * HD; j += 4 * kAttentionThreads) {
+    const int head = j / HD;
+    float highest = kNoScore, sum = 0.0f;
+    float4 merged = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; w++) highest = fmaxf(highest, warp_max[w][head]);
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; w++) {
+      const float e = fast_exp2(warp_max[w][head] - highest);
+      const float4 v = *reinterpret_cast<const float4*>(&warp_out[w][j]);
+      sum = fmaf(e, warp_total[w][head], sum);
+      merged.x = fmaf(e, v.x, merged.x), merged.y = fmaf(e, v.y, merged.y);
+      merged.z = fmaf(e, v.z, merged.z), merged.w = fmaf(e, v.w, merged.w);
+    }
+    *reinterpret_cast<float4*>(&block_out[j]) = merged;
+    if (j % HD == 0) block_max[head] = highest, block_total[head] = sum;
+  }
+
+  // Each block of the cluster merges a share of the outputs.
+  const int rank = split % p.cluster, clusters = ceil_div(range.num_splits, p.cluster);
+  const int num_ranks = min(p.cluster, range.num_splits);
+  const int share = ceil_div(num_valid * HD, num_ranks);
+  const int first_out = rank * share, last_out = min(num_valid * HD, first_out + share);
+  const std::size_t first_row = static_cast<std::size_t>(sequence) * p.num_heads + first_head;
+  if (p.cluster > 1) {
+    cluster_barrier();
+  } else {
     __syncthreads();
   }
-  for (int j = tid; j < G * H2; j += kAttentionThreads) {
-    const int h = j / H2, i = j % H2;
-    float x = 0.0f, y = 0.0f;
-    if (h < num_valid) x = load_l2(q + h * HD + i), y = load_l2(q + h * HD + i + H2);
-    if (p.q_gain) {
-      x *= inverse_rms[h] * __bfloat162float(p.q_gain[i]);
-      y *= inverse_rms[h] * __bfloat162float(p.q_gain[i + H2]);
-    }
-    const float c = __ldg(cos + i), s = __ldg(sin + i);
-    q_rotated[h * HD + i] = (x * c - y * s) * p.scale;
-    q_rotated[h * HD + i + H2] = (y * c + x * s) * p.scale;
-  }
-  if (owns_new) {
-    const bool writes = first_in_group == 0;  // one of the blocks that share the KV head
-    if (tid < H2) {
-      float x = load_l2(key + tid), y = load_l2(key + tid + H2);
-      if (p.k_gain) {
-        x *= inverse_rms[G] * __bfloat162float(p.k_gain[tid]);
-        y *= inverse_rms[G] * __bfloat162float(p.k_gain[tid + H2]);
-      }
-      const float c = __ldg(cos + tid), s = __ldg(sin + tid);
-      const Element low = Cache::from_float(x * c - y * s), high = Cache::from_float(y * c + x * s);
-      new_key[tid] = low, new_key[tid + H2] = high;
-      if (writes) {
-        keys[static_cast<std::size_t>(position) * HD + tid] = low;
-        keys[static_cast<std::size_t>(position) * HD + tid + H2] = high;
-      }
-    } else if (tid >= 128 && tid < 128 + HD) {
-      const int i = tid - 128;
-      const Element e = Cache::from_float(load_l2(value + i));
-      new_value[i] = e;
-      if (writes) values[static_cast<std::size_t>(position) * HD + i] = e;
-    }
-  }
-  __syncthreads();
-
-  float qs[G][8], top[G], total[G], out[G][8];
-#pragma unroll
-  for (int g = 0; g < G; g++) {
-    top[g] = kNoScore, total[g] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      qs[g][j] = has_dims ? q_rotated[g * HD + d0 + j] : 0.0f;
-      out[g][j] = 0.0f;
-    }
-  }
-  for (int tile = start; tile < end; tile += NI * kStep) {
-    if (tile != start) load_tile(tile, end, position);
-    float scores[NI][G];
-#pragma unroll
-    for (int i = 0; i < NI; i++) {
-      if (tile + i * kStep >= end) {
-#pragma unroll
-        for (int g = 0; g < G; g++) scores[i][g] = kNoScore;
-        continue;
-      }
-      const int at = tile + i * kStep + warp * PPW + sub;
-      // Its row in the cache may not be visible yet. Beyond `end` it is another block's, and new_* are not set here.
-      if (at == position && at < end && has_dims) {
-        k[i] = *reinterpret_cast<const typename Cache::Eight*>(new_key + d0);
-        v[i] = *reinterpret_cast<const typename Cache::Eight*>(new_value + d0);
-      }
-      float ks[8];
-      Cache::unpack(k[i], ks);
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        float dot = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; j++) dot = fmaf(ks[j], qs[g][j], dot);
-#pragma unroll
-        for (int s = LPP / 2; s >= 1; s >>= 1) dot += __shfl_xor_sync(kAllLanes, dot, s);
-        scores[i][g] = at < end ? dot : kNoScore;
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-      float higher = top[g];
-#pragma unroll
-      for (int i = 0; i < NI; i++) higher = fmaxf(higher, scores[i][g]);
-#pragma unroll
-      for (int s = LPP; s < 32; s <<= 1) higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, s));
-      const float shrink = exp2f(top[g] - higher);
-      top[g] = higher;
-      total[g] *= shrink;
-#pragma unroll
-      for (int j = 0; j < 8; j++) out[g][j] *= shrink;
-    }
-#pragma unroll
-    for (int i = 0; i < NI; i++) {
-      if (tile + i * kStep >= end) continue;
-      float vs[8];
-      Cache::unpack(v[i], vs);
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        const float weight = scores[i][g] > 0.5f * kNoScore ? exp2f(scores[i][g] - top[g]) : 0.0f;
-        total[g] += weight;
-#pragma unroll
-        for (int j = 0; j < 8; j++) out[g][j] = fmaf(weight, vs[j], out[g][j]);
-      }
-    }
-  }
-
-#pragma unroll
-  for (int g = 0; g < G; g++) {
-#pragma unroll
-    for (int s = LPP; s < 32; s <<= 1) {
-      total[g] += __shfl_xor_sync(kAllLanes, total[g], s);
-#pragma unroll
-      for (int j = 0; j < 8; j++) out[g][j] += __shfl_xor_sync(kAllLanes, out[g][j], s);
-    }
-    if (sub == 0 && has_dims) {
-      float4* to = reinterpret_cast<float4*>(&warp_out[warp][g * HD + d0]);
-      to[0] = make_float4(out[g][0], out[g][1], out[g][2], out[g][3]);
-      to[1] = make_float4(out[g][4], out[g][5], out[g][6], out[g][7]);
-    }
-    if (lane == 0) warp_max[warp][g] = top[g], warp_total[warp][g] = total[g];
-  }
-  __syncthreads();
-  for (int j = tid; j < G * HD; j += kAttentionThreads) {
-    const int g = j / HD;
+  for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
+    const int head = j / HD;
     float highest = kNoScore, sum = 0.0f, o = 0.0f;
+    if (p.cluster > 1) {
+      float maxima[kMaxCluster], totals[kMaxCluster], outs[kMaxCluster];
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) highest = fmaxf(highest, warp_max[w][g]);
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) {
-      const float e = exp2f(warp_max[w][g] - highest);
-      sum = fmaf(e, warp_total[w][g], sum);
-      o = fmaf(e, warp_out[w][j], o);
-    }
-    block_out[j] = o;
-    if (j % HD == 0) block_max[g] = highest, block_total[g] = sum;
-  }
-
-  bf16* to = p.out + (static_cast<std::size_t>(sequence) * p.num_heads + first_head) * HD;
-  if constexpr (kCluster) {
-    cluster_barrier();
-    constexpr int kShare = G * HD / kClusterSplits;
-    if (tid < kShare) {
-      const int j = split * kShare + tid, g = j / HD;
-      float maxima[kClusterSplits], totals[kClusterSplits], outs[kClusterSplits], highest = kNoScore;
-#pragma unroll
-      for (int r = 0; r < kClusterSplits; r++) {
-        maxima[r] = load_from_cluster(&block_max[g], r);
-        totals[r] = load_from_cluster(&block_total[g], r);
+      for (int r = 0; r < kMaxCluster; r++) {
+        maxima[r] = kNoScore, totals[r] = outs[r] = 0.0f;
+        if (r >= num_ranks) continue;
+        maxima[r] = load_from_cluster(&block_max[head], r);
+        totals[r] = load_from_cluster(&block_total[head], r);
         outs[r] = load_from_cluster(&block_out[j], r);
       }
 #pragma unroll
-      for (int r = 0; r < kClusterSplits; r++) highest = fmaxf(highest, maxima[r]);
-      float sum = 0.0f, o = 0.0f;
+      for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, maxima[r]);
 #pragma unroll
-      for (int r = 0; r < kClusterSplits; r++) {
-        const float e = exp2f(maxima[r] - highest);
+      for (int r = 0; r < kMaxCluster; r++) {
+        const float e = fast_exp2(maxima[r] - highest);
         sum = fmaf(e, totals[r], sum);
         o = fmaf(e, outs[r], o);
       }
-      if (g < num_valid) to[j] = __float2bfloat16(o / sum);
+    } else {
+      highest = block_max[head], sum = block_total[head], o = block_out[j];
     }
-    cluster_barrier();  // no block may leave while others read its shared memory
-  } else {
-    __syncthreads();
-    const std::size_t first_row = static_cast<std::size_t>(sequence) * p.num_heads + first_head;
-    for (int j = tid; j < num_valid * HD; j += kAttentionThreads) {
-      const int g = j / HD;
-      const std::size_t at = (first_row + g) * num_splits + split;
-      p.partial_out[at * HD + j % HD] = block_out[j];
-      if (j % HD == 0) p.partial_max[at] = block_max[g], p.partial_sum[at] = block_total[g];
+    if (clusters == 1) {
+      p.out[first_row * HD + j] = __float2bfloat16(o / sum);
+      continue;
     }
-    __threadfence();
-    __syncthreads();
-    unsigned int* counter = p.num_done + sequence * gridDim.y + blockIdx.y;
-    if (tid == 0) order = atomicAdd(counter, 1u);
-    __syncthreads();
-    if (order != static_cast<unsigned int>(num_splits) - 1) return;
-    __threadfence();
-    for (int j = tid; j < num_valid * HD; j += kAttentionThreads) {
-      const std::size_t at = (first_row + j / HD) * num_splits;
-      float highest = kNoScore, sum = 0.0f, o = 0.0f;
-      for (int r = 0; r < num_splits; r++) highest = fmaxf(highest, load_l2(p.partial_max + at + r));
-      for (int r = 0; r < num_splits; r++) {
-        const float e = exp2f(load_l2(p.partial_max + at + r) - highest);
-        sum = fmaf(e, load_l2(p.partial_sum + at + r), sum);
-        o = fmaf(e, load_l2(p.partial_out + (at + r) * HD + j % HD), o);
-      }
-      to[j] = __float2bfloat16(o / sum);
-    }
-    if (tid == 0) *counter = 0;  // for the next layer
+    const std::size_t at = (first_row + head) * (gridDim.x / p.cluster) + split / p.cluster;
+    p.partial_out[at * HD + j % HD] = o;
+    // Ranks that share a head write the same numbers; each must have done so before it is counted below.
+    if (j == first_out || j % HD == 0) p.partial_max[at] = highest, p.partial_sum[at] = sum;
   }
+  if (p.cluster > 1) cluster_barrier();  // no block may leave while others read its shared memory
+  if (clusters == 1) return;
+
+  __threadfence();
+  __syncthreads();
+  unsigned int* counter =
+      p.num_done + (static_cast<std::size_t>(sequence) * gridDim.y + blockIdx.y) * kMaxCluster + rank;
+  if (tid == 0) order = atomicAdd(counter, 1u);
+  __syncthreads();
+  if (order != static_cast<unsigned int>(clusters) - 1) return;
+  __threadfence();
+  for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
+    const std::size_t at = (first_row + j / HD) * (gridDim.x / p.cluster);
+    float highest = kNoScore, sum = 0.0f, o = 0.0f;
+    for (int r = 0; r < clusters; r++) highest = fmaxf(highest, load_l2(p.partial_max + at + r));
+    for (int r = 0; r < clusters; r++) {
+      const float e = fast_exp2(load_l2(p.partial_max + at + r) - highest);
+      sum = fmaf(e, load_l2(p.partial_sum + at + r), sum);
+      o = fmaf(e, load_l2(p.partial_out + (at + r) * HD + j % HD), o);
+    }
+    p.out[first_row * HD + j] = __float2bfloat16(o / sum);
+  }
+  if (tid == 0) *counter = 0;  // for the next layer
 }
 
-template <int HD, int G, KvFormat F>
-void launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionParams& params, cudaStream_t stream,
+// The largest cluster that the current device can run this kernel in: 16, 8 or, without clusters, 1.
+template <int HD, KvFormat F>
+int largest_cluster() {
+  thread_local int device = -1, largest = 1;
+  const DeviceTraits& traits = device_traits();
+  if (device == traits.device) return largest;
+  int blocks = 1;
+  if (traits.has_dependent_launch) {
+    const auto kernel = decode_attention_kernel<HD, F>;
+    EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(kMaxCluster);
+    config.blockDim = dim3(kAttentionThreads);
+    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config));
+  }
+  largest = blocks >= 16 ? 16 : blocks >= 8 ? 8 : 1;
+  device = traits.device;
+  return largest;
+}
+
+template <int HD, KvFormat F>
+void launch_decode_attention(const DecodeAttentionArgs& args, DecodeAttentionParams params, cudaStream_t stream,
                              bool pdl) {
-  const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, G);
-  const dim3 grid(args.splits, args.kv.num_kv_heads * chunks, args.batch);
-  const bool cluster = args.splits == kClusterSplits && device_traits().has_dependent_launch;
+  const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+  params.cluster =
+      std::min({args.cluster > 0 ? args.cluster : kMaxCluster, largest_cluster<HD, F>(), args.launched_splits});
+  const std::size_t rows =
+      static_cast<std::size_t>(args.batch) * args.num_heads * (args.launched_splits / params.cluster);
+  params.partial_max = params.partial_out + rows * HD;
+  params.partial_sum = params.partial_max + rows;
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
+  config.gridDim = dim3(args.launched_splits, args.kv.num_kv_heads * chunks, args.batch);
   config.blockDim = dim3(kAttentionThreads);
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
@@ -353,35 +447,27 @@ void launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttent
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (cluster) {
+  if (params.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {kClusterSplits, 1, 1};
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
   }
   config.attrs = attributes;
-  const auto kernel = cluster ? decode_attention_kernel<HD, G, F, true> : decode_attention_kernel<HD, G, F, false>;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, params));
+  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F>, params));
   EDGELLM_CUDA_TRY(cudaGetLastError());
-}
-
-// The smallest compiled G that holds a KV head's query heads; larger groups take several blocks.
-template <int HD, KvFormat F>
-void launch_for_group(const DecodeAttentionArgs& args, const DecodeAttentionParams& params, cudaStream_t stream,
-                      bool pdl) {
-  const int group = args.num_heads / args.kv.num_kv_heads;
-  if (group == 1) return launch_decode_attention<HD, 1, F>(args, params, stream, pdl);
-  if (group == 2) return launch_decode_attention<HD, 2, F>(args, params, stream, pdl);
-  if (group == 3 || group == 6) return launch_decode_attention<HD, 3, F>(args, params, stream, pdl);
-  if (group == 7) return launch_decode_attention<HD, 7, F>(args, params, stream, pdl);
-  if (group == 8) return launch_decode_attention<HD, 8, F>(args, params, stream, pdl);
-  launch_decode_attention<HD, 4, F>(args, params, stream, pdl);
 }
 
 // One translation unit a head_dim.
 template <int HD>
 void launch_for_head_dim(const DecodeAttentionArgs& args, const DecodeAttentionParams& params, cudaStream_t stream,
                          bool pdl) {
-  if (args.kv.format == KvFormat::fp8) return launch_for_group<HD, KvFormat::fp8>(args, params, stream, pdl);
-  launch_for_group<HD, KvFormat::bf16>(args, params, stream, pdl);
+  switch (args.kv.format) {
+    case KvFormat::bf16:
+      return launch_decode_attention<HD, KvFormat::bf16>(args, params, stream, pdl);
+    case KvFormat::fp16:
+      return launch_decode_attention<HD, KvFormat::fp16>(args, params, stream, pdl);
+    case KvFormat::fp8:
+      return launch_decode_attention<HD, KvFormat::fp8>(args, params, stream, pdl);
+  }
 }
 
 }  // namespace edgellm::kernels

@@ -20,6 +20,25 @@ struct Kv<KvFormat::bf16> {
 };
 
 template <>
+struct Kv<KvFormat::fp16> {
+  using Element = __half;
+  using Eight = uint4;
+  static __device__ __forceinline__ Element from_float(float v) {
+    return __float2half_rn(fabsf(v) > 65504.0f ? copysignf(65504.0f, v) : v);  // NaN stays NaN
+  }
+  static __device__ __forceinline__ Eight load(const Element* p) { return load_l2(static_cast<const void*>(p)); }
+  static __device__ __forceinline__ Eight zeros() { return make_uint4(0, 0, 0, 0); }
+  static __device__ __forceinline__ void unpack(const Eight& v, float* out) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 two = unpack_fp16(words[i]);
+      out[2 * i] = two.x, out[2 * i + 1] = two.y;
+    }
+  }
+};
+
+template <>
 struct Kv<KvFormat::fp8> {
   using Element = uint8_t;
   using Eight = uint2;

@@ -131,6 +131,7 @@ void launch_rope(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
 void rope_kv_write_async(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.kv.head_dim <= 128 && args.kv.head_dim % 16 == 0);
   if (args.kv.format == KvFormat::fp8) return launch_rope<KvFormat::fp8>(args, stream, pdl);
+  if (args.kv.format == KvFormat::fp16) return launch_rope<KvFormat::fp16>(args, stream, pdl);
   launch_rope<KvFormat::bf16>(args, stream, pdl);
 }
 

@@ -5,6 +5,26 @@
 
 namespace edgellm::kernels {
 
+constexpr int kMaxDecodeBatch = 16;
+constexpr int kMinDecodeSplits = 8;
+constexpr int kMaxDecodeSplits = 64;
+constexpr int kPositionsPerSplit = 128;  // beyond which a sequence is split further, where that is allowed
+
+// Blocks that share a sequence that attends to `length` tokens, at most `most_splits` (a power of two). It depends on
+// nothing else, so that neither the batch nor the capacity of its slot changes the order of a sequence's sums.
+constexpr int decode_attention_splits(int length, int most_splits) {
+  int splits = most_splits < kMinDecodeSplits ? most_splits : kMinDecodeSplits;
+  while (splits < most_splits && length > splits * kPositionsPerSplit) splits *= 2;
+  return splits;
+}
+
+// The `most_splits` with which one long sequence fills `num_sms` with about one block each: 8 to 64.
+constexpr int decode_attention_most_splits(int num_kv_heads, int num_sms) {
+  int splits = kMinDecodeSplits;
+  while (splits < kMaxDecodeSplits && 2 * splits * num_kv_heads <= num_sms) splits *= 2;
+  return splits;
+}
+
 struct DecodeAttentionArgs {
   const float* qkv = nullptr;  // (batch, (num_heads + 2 * kv_heads) * head_dim), before RoPE
   KvLayer kv;
@@ -14,22 +34,19 @@ struct DecodeAttentionArgs {
   __nv_bfloat16* out = nullptr;        // (batch, num_heads * head_dim)
   int batch = 1;
   int num_heads = 0;
-  int window = 0;      // tokens attended to, the new one included; 0: all
-  float scale = 0.0f;  // of the dot products; usually head_dim^-0.5
-  // Blocks that share one sequence and KV head. 8 uses a thread block cluster where the GPU has them and needs no
-  // workspace there; any other number from 1 to kMaxDecodeSplits goes through the workspace.
-  int splits = 8;
+  int window = 0;             // tokens attended to, the new one included; 0: all
+  float scale = 0.0f;         // of the dot products; usually head_dim^-0.5
+  int most_splits = 8;        // of a sequence, a power of two up to kMaxDecodeSplits; part of the result's bits
+  int launched_splits = 8;    // a power of two, at least decode_attention_splits of the batch's longest sequence
+  int cluster = 0;            // blocks that merge through shared memory: 1, 8 or 16; 0: what the GPU does best
   void* workspace = nullptr;  // decode_attention_workspace_bytes, zeroed once at load
 };
 
-constexpr int kMaxDecodeSplits = 64;
-
+// With `pdl`, the slot's tokens before the new one must have been written before the last kernel that was launched
+// without: they are read while the predecessors run.
 void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream, bool pdl);
 
 // For all calls with at most this batch; one workspace serves all layers of a stream.
 std::size_t decode_attention_workspace_bytes(int max_batch, int num_heads, int head_dim);
-
-// Splits that fill `num_sms` for sequences of up to `max_length` tokens: what a CUDA graph's context class should use.
-int decode_attention_splits(int batch, int num_kv_heads, int max_length, int num_sms);
 
 }  // namespace edgellm::kernels

@@ -34,7 +34,8 @@ struct WeightView {
   int group = 0;  // input features that share a scale: 16, 32, 64 or 128; int8 and int4 only
 };
 
-enum class KvFormat : int { bf16 = 0, fp8 = 1 };  // fp8: E4M3 without scales
+// fp16 and fp8 (E4M3 without scales) saturate: a key or value beyond 65,504 or 448 becomes that.
+enum class KvFormat : int { bf16 = 0, fp8 = 1, fp16 = 2 };
 
 constexpr std::size_t kv_element_bytes(KvFormat format) { return format == KvFormat::fp8 ? 1 : 2; }
 
