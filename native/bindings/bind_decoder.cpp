@@ -85,6 +85,10 @@ void bind_config(py::module_& module) {
       .value("fp8", kernels::WeightFormat::fp8)
       .value("int8", kernels::WeightFormat::int8)
       .value("int4", kernels::WeightFormat::int4);
+  py::enum_<kernels::KvFormat>(module, "KvFormat")
+      .value("bf16", kernels::KvFormat::bf16)
+      .value("fp16", kernels::KvFormat::fp16)
+      .value("fp8", kernels::KvFormat::fp8);
   py::class_<DecoderConfig>(module, "DecoderConfig", "What a decoder is and how much it may hold.")
       .def(py::init<>())
       .def_readwrite("num_layers", &DecoderConfig::num_layers)
@@ -103,6 +107,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("layer_format", &DecoderConfig::layer_format)
       .def_readwrite("head_format", &DecoderConfig::head_format)
       .def_readwrite("embedding_format", &DecoderConfig::embedding_format)
+      .def_readwrite("kv_format", &DecoderConfig::kv_format)
       .def_readwrite("group_size", &DecoderConfig::group_size)
       .def_readwrite("biases", &DecoderConfig::biases)
       .def_readwrite("num_slots", &DecoderConfig::num_slots)

@@ -86,13 +86,14 @@ inline kernels::LoraView lora_view(const pybind11::tuple& t, std::int64_t num_to
   return view;
 }
 
-// (slots, 2, kv_heads, capacity, head_dim): bfloat16, or uint8 that holds E4M3.
+// (slots, 2, kv_heads, capacity, head_dim): bfloat16, float16, or uint8 that holds E4M3.
 inline kernels::KvLayer kv_layer(const pybind11::object& object) {
   const DeviceArray cache(object, "kv");
   if (cache.rank() != 5 || cache.size(1) != 2) cache.fail("must be (slots, 2, kv_heads, capacity, head_dim)");
   kernels::KvLayer kv;
-  if (!cache.is_bfloat() && cache.bits() != 8) cache.fail("must be bfloat16 or uint8");
-  kv.format = cache.is_bfloat() ? kernels::KvFormat::bf16 : kernels::KvFormat::fp8;
+  const bool is_half = cache.is_float() && cache.bits() == 16;
+  if (!cache.is_bfloat() && !is_half && cache.bits() != 8) cache.fail("must be bfloat16, float16 or uint8");
+  kv.format = cache.is_bfloat() ? kernels::KvFormat::bf16 : is_half ? kernels::KvFormat::fp16 : kernels::KvFormat::fp8;
   kv.data = cache.raw();
   kv.num_kv_heads = static_cast<int>(cache.size(2));
   kv.capacity = static_cast<int>(cache.size(3));

@@ -351,6 +351,7 @@ template <int HD>
 void launch_tree_head_dim(const TreeAttentionArgs& args, const TreeAttentionParams& params, cudaStream_t stream,
                           bool pdl) {
   if (args.kv.format == KvFormat::fp8) return launch_tree_rows<HD, KvFormat::fp8>(args, params, stream, pdl);
+  if (args.kv.format == KvFormat::fp16) return launch_tree_rows<HD, KvFormat::fp16>(args, params, stream, pdl);
   launch_tree_rows<HD, KvFormat::bf16>(args, params, stream, pdl);
 }
 

@@ -46,9 +46,19 @@ struct TreeOperand {
   using Element = typename Kv<F>::Element;
   static constexpr bool kRaw = F == KvFormat::fp8;  // tiles arrive as the cache has them and are converted afterwards
 
-  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (F == KvFormat::fp16) {
+      return bits_as<uint32_t>(__halves2half2(Kv<F>::from_float(low), Kv<F>::from_float(high)));
+    } else {
+      return pack_bf16(low, high);
+    }
+  }
   static __device__ __forceinline__ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-    mma_bf16(d, a, b0, b1);
+    if constexpr (F == KvFormat::fp16) {
+      mma_fp16(d, a, b0, b1);
+    } else {
+      mma_bf16(d, a, b0, b1);
+    }
   }
   // Eight numbers of the cache as operands.
   static __device__ __forceinline__ uint4 convert(const typename Kv<F>::Eight& eight) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 
 #include "edgellm/cuda_try.hpp"
@@ -14,15 +15,6 @@ namespace {
 
 using kernels::Epilogue;
 using kernels::GemvArgs;
-
-// Up to here the eight blocks of one cluster read a sequence's keys fast enough; beyond, more blocks share it. One
-// number for all batches and lengths: the order of the sums, and with it the answer, must not depend on them.
-constexpr int kClusterCapacity = 4096;
-
-int attention_splits(const DecoderConfig& config, int num_sms) {
-  if (config.capacity <= kClusterCapacity) return 8;
-  return std::max(8, kernels::decode_attention_splits(1, config.num_kv_heads, config.capacity, num_sms));
-}
 
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
@@ -38,7 +30,8 @@ Decoder::Decoder(DecoderConfig config)
     : config_(std::move(config)),
       num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
       pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),
-      splits_(attention_splits(config_, num_sms_)),
+      most_splits_(kernels::decode_attention_most_splits(config_.num_kv_heads, num_sms_)),
+      longest_splits_(kernels::decode_attention_splits(config_.capacity, most_splits_)),
       arena_(plan_memory(config_)),
       weights_(arena_, config_),
       cache_(arena_.get<std::byte>("kv"), config_),
@@ -100,10 +93,11 @@ void Decoder::finish_load() {
       for (const StepTail tail :
            {StepTail::kLogits, StepTail::kGreedy, StepTail::kSample, StepTail::kSampleEverything}) {
         // Once without a graph: CUDA loads a kernel's code at its first launch, which must not be inside a capture.
-        const StepKey key{batch, tail};
-        record_step_async(key);
+        record_step_async({batch, tail});
         stream_.wait();
-        (void)graph(key);
+        for (const int splits : std::set{kernels::kMinDecodeSplits, longest_splits_}) {
+          (void)graph({batch, tail, 0, splits});
+        }
       }
     }
     stream_.wait();
@@ -173,7 +167,8 @@ void Decoder::record_step_async(const StepKey& key) {
       attention.num_heads = config_.num_heads;
       attention.window = config_.window(index);
       attention.scale = attention_scale(config_);
-      attention.splits = splits_;
+      attention.most_splits = most_splits_;
+      attention.launched_splits = key.splits;
       attention.workspace = arena_.get<std::byte>("attention");
       kernels::decode_attention_async(attention, stream, pdl);
     }
@@ -246,6 +241,11 @@ void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }
 
+int Decoder::splits_for(int length) const {
+  const int splits = kernels::decode_attention_splits(length, most_splits_);
+  return splits <= kernels::kMinDecodeSplits ? splits : longest_splits_;
+}
+
 const Graph& Decoder::graph(const StepKey& key) {
   Graph& graph = graphs_[key];
   if (!graph) graph = Graph(stream_.get(), [&] { record_step_async(key); });
@@ -300,11 +300,13 @@ int Decoder::step(std::span<const SequenceStep> batch) {
 void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const int> members,
                            std::span<const int> rows) {
   std::int32_t* inputs = take_inputs(3 * kMaxBatch);
+  int longest = 0;
   for (std::size_t i = 0; i < members.size(); ++i) {
     const SequenceStep& item = batch[static_cast<std::size_t>(members[i])];
     inputs[i] = item.token_ids[0];
     inputs[kMaxBatch + i] = item.position;
     inputs[2 * kMaxBatch + i] = item.slot;
+    longest = std::max(longest, item.position + 1);
   }
   EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
                                    3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
@@ -312,7 +314,7 @@ void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const 
   for (std::size_t i = 0; i < members.size(); ++i) adapters[i] = batch[static_cast<std::size_t>(members[i])].adapter;
   const unsigned adapted = adapted_linears(adapters);
   if (adapted != 0) upload_adapters_async(adapters);
-  run_step_async({static_cast<int>(members.size()), StepTail::kLogits, adapted});
+  run_step_async({static_cast<int>(members.size()), StepTail::kLogits, adapted, splits_for(longest)});
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   // Rows that lie together on both sides, the usual case, are one copy.
   for (std::size_t i = 0; i < members.size();) {

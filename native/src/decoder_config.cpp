@@ -77,7 +77,8 @@ int DecoderConfig::window(int layer) const {
 }
 
 std::size_t DecoderConfig::kv_bytes_per_token() const {
-  return std::size_t{2} * static_cast<std::size_t>(num_layers * num_kv_heads * head_dim) * sizeof(__nv_bfloat16);
+  return std::size_t{2} * static_cast<std::size_t>(num_layers * num_kv_heads * head_dim) *
+         kernels::kv_element_bytes(kv_format);
 }
 
 void DecoderConfig::check() const {

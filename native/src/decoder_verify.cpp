@@ -111,7 +111,8 @@ void Decoder::record_exact_chain_attention_async(int layer, int count, bool pdl)
   args.rope = weights_.layer(layer).rope;
   args.num_heads = config_.num_heads;
   args.scale = attention_scale(config_);
-  args.splits = splits_;
+  args.most_splits = most_splits_;
+  args.launched_splits = longest_splits_;
   args.workspace = arena_.get<std::byte>("attention");
   for (const bool writes_only : {true, false}) {
     args.window = writes_only ? 1 : config_.window(layer);

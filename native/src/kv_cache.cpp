@@ -13,7 +13,8 @@ KvCache::KvCache(std::byte* data, const DecoderConfig& config)
       num_kv_heads_(config.num_kv_heads),
       capacity_(config.capacity),
       head_dim_(config.head_dim),
-      row_bytes_(static_cast<std::size_t>(config.head_dim) * sizeof(__nv_bfloat16)),
+      format_(config.kv_format),
+      row_bytes_(static_cast<std::size_t>(config.head_dim) * kernels::kv_element_bytes(config.kv_format)),
       layer_bytes_(static_cast<std::size_t>(num_slots_ * 2 * num_kv_heads_) * static_cast<std::size_t>(capacity_) *
                    row_bytes_),
       bytes_per_token_(config.kv_bytes_per_token()) {}
@@ -21,7 +22,7 @@ KvCache::KvCache(std::byte* data, const DecoderConfig& config)
 kernels::KvLayer KvCache::layer(int layer) const {
   kernels::KvLayer view;
   view.data = data_ + static_cast<std::size_t>(layer) * layer_bytes_;
-  view.format = kernels::KvFormat::bf16;
+  view.format = format_;
   view.num_kv_heads = num_kv_heads_;
   view.capacity = capacity_;
   view.head_dim = head_dim_;

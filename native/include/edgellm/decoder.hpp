@@ -16,6 +16,7 @@
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/decoder_config.hpp"
 #include "edgellm/graph.hpp"
+#include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/sampling.hpp"
 #include "edgellm/kv_cache.hpp"
@@ -52,6 +53,7 @@ struct StepKey {
   int batch = 1;  // sequences, or the draft's class of nodes
   StepTail tail = StepTail::kLogits;
   unsigned adapted = 0;  // linear_bit of the linear layers that look for each sequence's adapter; 0: no adapter in use
+  int splits = kernels::kMinDecodeSplits;  // of attention, as the longest sequence needs them
 
   auto operator<=>(const StepKey&) const = default;
 };
@@ -144,6 +146,8 @@ class Decoder {
   void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
   void run_step_async(const StepKey& key);
   const Graph& graph(const StepKey& key);
+  // What a step launches for a sequence of `length` tokens: the fewest or, so that graphs are few, the most there are.
+  int splits_for(int length) const;
 
   // What the rows of a run need at a step's end; throws std::invalid_argument for what the run cannot draw.
   StepTail sampling_class(std::span<const RunSequence> sequences) const;
@@ -199,7 +203,8 @@ class Decoder {
   DecoderConfig config_;
   int num_sms_ = 0;
   bool pdl_ = false;
-  int splits_ = 8;
+  int most_splits_ = 0;     // of attention, for a sequence of any length
+  int longest_splits_ = 0;  // for a full slot
   Arena arena_;
   Stream stream_;
   Weights weights_;

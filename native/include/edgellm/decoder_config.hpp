@@ -27,6 +27,7 @@ struct DecoderConfig {
   kernels::WeightFormat layer_format = kernels::WeightFormat::bf16;
   kernels::WeightFormat head_format = kernels::WeightFormat::bf16;
   kernels::WeightFormat embedding_format = kernels::WeightFormat::bf16;  // bf16 or int8
+  kernels::KvFormat kv_format = kernels::KvFormat::bf16;
   int group_size = 0;
   std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
 

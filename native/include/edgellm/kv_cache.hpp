@@ -9,8 +9,8 @@
 
 namespace edgellm {
 
-// A view of [layers, slots, 2, kv_heads, capacity, head_dim] bf16 in device memory that something else owns.
-// A prefix on the host is [layers, 2, kv_heads, length, head_dim].
+// A view of [layers, slots, 2, kv_heads, capacity, head_dim] in device memory, in config.kv_format, that something else
+// owns. A prefix on the host is [layers, 2, kv_heads, length, head_dim].
 class KvCache {
  public:
   KvCache(std::byte* data, const DecoderConfig& config);
@@ -35,6 +35,7 @@ class KvCache {
   int num_kv_heads_;
   int capacity_;
   int head_dim_;
+  kernels::KvFormat format_;
   std::size_t row_bytes_;    // one head's token
   std::size_t layer_bytes_;  // all slots
   std::size_t bytes_per_token_;
