@@ -1,61 +1,80 @@
-"""Decode attention: microseconds and GB/s of keys and values, by context, batch and number of splits."""
+"""Decode attention: microseconds and GB/s of keys and values, by shape, batch, context and cache format.
+
+    python3 bench/bench_attention_decode.py [--splits]
+
+A call is one layer of a decode step: 32 of them in a CUDA graph, with programmatic dependent launch, each over another
+cache, so that L2 does not hold what is read. --splits times other numbers of splits and cluster sizes beside it.
+"""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 from kernel_timing import K, measure_us, print_machine
 
-HEADS = {"1b": (32, 8, 64), "4b": (32, 8, 128), "smollm2": (9, 3, 64)}  # 8B's are 4B's
-NUM_LAYERS = 8  # caches in turn, so that L2 does not hold them
+SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64)}  # query heads, KV heads, head_dim
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+NUM_CALLS = 32
+CACHE_BYTES = 8 << 30  # of all layers' caches together, at most
 
 
 def main() -> None:
-    """One line a shape, context and batch; the splits that are chosen by length, and all others tried."""
+    """One line a shape, batch, context and format."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--splits", action="store_true", help="also other most_splits / cluster than the decoder's")
+    options = parser.parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print("shape    context batch  splits       us     GB/s  share | us by splits")
-    for shape, (heads, kv_heads, head_dim) in HEADS.items():
-        for context in (512, 4096, 16384):
-            for batch in (1, 8):
-                chosen = K.decode_attention_splits(batch, kv_heads, context, num_sms)
-                times = {
-                    s: time_us(heads, kv_heads, head_dim, context, batch, s) for s in sorted({chosen, 4, 8, 16, 32, 64})
-                }
-                num_bytes = batch * context * kv_heads * head_dim * 4
-                rate = num_bytes / times[chosen] * 1e-3
-                rest = " ".join(f"{s}:{t:.2f}" for s, t in times.items())
-                print(
-                    f"{shape:8s} {context:7d} {batch:5d} {chosen:7d} {times[chosen]:8.2f} {rate:8.0f} "
-                    f"{rate / read:6.1%} | {rest}",
-                    flush=True,
-                )
+    print("shape batch context cache  splits        us     GB/s  share | us by most_splits/cluster")
+    for shape, (heads, kv_heads, head_dim) in SHAPES.items():
+        most = K.decode_attention_most_splits(kv_heads, num_sms)
+        for batch in (1, 8):
+            for context in (512, 4096, 16384):
+                for form, dtype in DTYPES.items():
+                    case = (heads, kv_heads, head_dim, context, batch, dtype)
+                    us = time_us(*case, most, 0)
+                    tried = [(8, 8), (16, 1), (16, 8), (16, 16), (32, 16), (64, 16), (64, 1)] if options.splits else []
+                    others = " ".join(f"{m}/{c}:{time_us(*case, m, c):.2f}" for m, c in tried)
+                    num_bytes = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
+                    rate = num_bytes / us * 1e-3
+                    splits = K.decode_attention_splits(context, most)
+                    print(
+                        f"{shape:5s} {batch:5d} {context:7d} {form:5s} {splits:7d} {us:9.2f} {rate:8.0f} "
+                        f"{rate / read:6.1%} | {others}",
+                        flush=True,
+                    )
 
 
-def time_us(heads: int, kv_heads: int, head_dim: int, context: int, batch: int, splits: int) -> float:
+def time_us(
+    heads: int, kv_heads: int, head_dim: int, context: int, batch: int, dtype: Any, most_splits: int, cluster: int
+) -> float:
     """Microseconds of one call."""
-
-    def cache() -> Any:
-        return torch.randn((batch, 2, kv_heads, context, head_dim), device="cuda", dtype=torch.bfloat16)
-
-    caches = [cache() for _ in range(NUM_LAYERS)]
+    one = 2 * batch * kv_heads * context * head_dim * dtype.itemsize
+    num_caches = max(2, min(NUM_CALLS, CACHE_BYTES // one))
+    shape = (batch, 2, kv_heads, context, head_dim)
+    if dtype == torch.uint8:
+        caches = [torch.randn(shape, device="cuda").to(torch.float8_e4m3fn).view(dtype) for _ in range(num_caches)]
+    else:
+        caches = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(num_caches)]
     qkv = torch.randn((batch, (heads + 2 * kv_heads) * head_dim), device="cuda")
     slots = torch.arange(batch, device="cuda", dtype=torch.int32)
     positions = torch.full((batch,), context - 1, device="cuda", dtype=torch.int32)
     cos, sin = (torch.ones((context, head_dim // 2), device="cuda") for _ in range(2))
     out = torch.empty((batch, heads * head_dim), device="cuda", dtype=torch.bfloat16)
-    workspace = torch.zeros(
-        K.decode_attention_workspace_bytes(batch, heads, head_dim), device="cuda", dtype=torch.uint8
-    )
+    size = K.decode_attention_workspace_bytes(batch, heads, head_dim)
+    workspace = torch.zeros(size, device="cuda", dtype=torch.uint8)
+    launched = K.decode_attention_splits(context, most_splits)
 
     def launch(index: int) -> Any:
         return lambda stream: K.decode_attention(
-            qkv, caches[index % NUM_LAYERS], slots, positions, cos, sin, out, heads, head_dim**-0.5,
-            splits=splits, workspace=workspace, stream=stream, pdl=index > 0,
+            qkv, caches[index % num_caches], slots, positions, cos, sin, out, heads, head_dim**-0.5,
+            most_splits=most_splits, launched_splits=launched, cluster=cluster, workspace=workspace, stream=stream,
+            pdl=index > 0,
         )  # fmt: skip
 
-    return measure_us([launch(i) for i in range(4 * NUM_LAYERS)])
+    return measure_us([launch(i) for i in range(NUM_CALLS)])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ class EngineConfig:
         maximum=2**20,
         unit="tokens",
     )
+    kv_cache: str = setting(
+        "auto",
+        "Number format of the KV cache. auto: what the executor computes in (cuda: bf16, onnxruntime: fp32). cuda also "
+        "has fp16 and fp8; fp8 (E4M3 without scales) halves its memory and reading, rounds keys and values to 3 bits "
+        "and cuts them off at 448.",
+        choices=("auto", "fp32", "bf16", "fp16", "fp8"),
+    )
     prefill_chunk: int = setting(
         512, "Most prompt tokens computed in one step.", minimum=16, maximum=8192, unit="tokens"
     )

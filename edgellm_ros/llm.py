@@ -224,7 +224,7 @@ class LLM:
         return common_prefix(np.asarray(ids, np.int32), twin_ids)
 
     def _pinned_store(self, directory: Path | None) -> PinnedStore:
-        """What is saved depends on the model's files and on how the executor lays them out."""
+        """What is saved depends on the model's files and on its layout; precision names the cache's format."""
         files = sorted((name, entry.sha256) for name, entry in self.bundle.manifest.files.items())
         info = self._info
         key = repr((files, info.name, info.precision, info.kv_bytes_per_token))

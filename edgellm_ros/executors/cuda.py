@@ -34,7 +34,7 @@ DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds 
 # The bundle's schemes as the kernels have them. fp8 is made at load from weights that are stored as floats.
 _FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
-_FP8_ROUNDING = 8e-2  # where prompts round activations to E4M3, which keeps three bits
+_FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -77,13 +77,13 @@ class CudaExecutor(Executor):
         self.info = ExecutorInfo(
             name="cuda",
             device=f"{info['name']}, compute capability {major}.{minor}",
-            precision=f"{bundle.manifest.quantization.weights} weights, bf16 KV cache",
+            precision=f"{bundle.manifest.quantization.weights} weights, {settings.kv_format.name} KV cache",
             num_slots=settings.num_slots,
             capacity=settings.capacity,
             vocab_size=settings.vocab_size,
             kv_bytes_per_token=settings.kv_bytes_per_token,
             memory_bytes=plan["total"],
-            rounding=_FP8_ROUNDING if self._decoder.has_fp8_products else _ROUNDING,
+            rounding=_FP8_ROUNDING if _rounds_to_fp8(self._decoder, settings) else _ROUNDING,
         )
 
     @property
@@ -222,6 +222,13 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"max_context {capacity} exceeds the bundle's {model.max_context}; "
             f"export again with --max-context {capacity}, if the model allows it"
         )
+    kv_formats = module.KvFormat.__members__
+    kv_format = "bf16" if config.kv_cache == "auto" else config.kv_cache
+    if kv_format not in kv_formats:
+        raise ConfigError(
+            f"kv_cache is {kv_format!r}, which the cuda executor does not have; use auto, {', '.join(kv_formats)}, or "
+            "the executor onnxruntime"
+        )
     formats = module.WeightFormat.__members__
     settings = module.DecoderConfig()
     for name in (
@@ -235,6 +242,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.layer_format = formats[_FORMATS[quant.weights]]
     settings.head_format = formats[_FORMATS[quant.lm_head]]
     settings.embedding_format = formats[_FORMATS[quant.embedding]]
+    settings.kv_format = kv_formats[kv_format]
     settings.group_size = quant.group_size
     prefix = "layers.0."
     settings.biases = [
@@ -258,6 +266,10 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     return settings
 
 
+def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:
+    return bool(decoder.has_fp8_products) or settings.kv_format.name == "fp8"
+
+
 def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> None:
     if plan["total"] <= info["free_bytes"]:
         return
@@ -269,7 +281,7 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
         f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({plan['weights'] / 1e6:.0f} MB weights, max_slots "
         f"{settings.num_slots} x max_context {settings.capacity} x {settings.kv_bytes_per_token} bytes of KV cache, "
         f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}{adapters}) but "
-        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}"
+        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}, or set kv_cache to fp8"
     )
 
 

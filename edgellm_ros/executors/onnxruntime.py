@@ -37,9 +37,14 @@ class OnnxRuntimeExecutor(Executor):
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
         """Load the decoder and reserve everything.
 
-        Raises ConfigError when the settings ask for more context than the bundle has or more memory than there is,
-        BundleError when ONNX Runtime refuses the graph.
+        Raises ConfigError when the settings ask for more context than the bundle has, more memory than there is or
+        another KV cache than fp32, BundleError when ONNX Runtime refuses the graph.
         """
+        if config.kv_cache not in ("auto", "fp32"):
+            raise ConfigError(
+                f"kv_cache is {config.kv_cache!r}, but the onnxruntime executor's KV cache is fp32; use auto or fp32, "
+                "or the executor cuda on an NVIDIA GPU"
+            )
         model, self._graph = bundle.manifest.model, bundle.manifest.graph
         capacity = config.max_context or min(model.max_context, DEFAULT_CONTEXT)
         if capacity > model.max_context:

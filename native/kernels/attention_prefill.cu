@@ -78,7 +78,7 @@ __device__ __forceinline__ void fetch_tile(bf16* stage, const typename Kv<F>::El
     const std::size_t at = static_cast<std::size_t>(inside ? tile + row : 0) * HD + column;
     bf16* key = stage + row * kStride<HD> + column;
     bf16* value = key + kTile * kStride<HD>;
-    if constexpr (F == KvFormat::bf16) {
+    if constexpr (F != KvFormat::fp8) {
       copy_16_async(key, keys + at, inside);
       copy_16_async(value, values + at, inside);
     } else {
@@ -92,6 +92,26 @@ __device__ __forceinline__ void fetch_tile(bf16* stage, const typename Kv<F>::El
     }
   }
   commit_copies();
+}
+
+// The products' operands: as the cache has them, and bf16 for FP8.
+template <KvFormat F>
+__device__ __forceinline__ void operand_mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  if constexpr (F == KvFormat::fp16) {
+    mma_fp16(d, a, b0, b1);
+  } else {
+    mma_bf16(d, a, b0, b1);
+  }
+}
+template <KvFormat F>
+__device__ __forceinline__ uint32_t operand_pack(float low, float high) {
+  return F == KvFormat::fp16 ? pack_fp16(low, high) : pack_bf16(low, high);
+}
+template <KvFormat F>
+__device__ __forceinline__ uint32_t operand_from_bf16(uint32_t two) {
+  if constexpr (F != KvFormat::fp16) return two;
+  using Half = Kv<KvFormat::fp16>;
+  return bits_as<uint32_t>(__halves2half2(Half::from_float(low_float(two)), Half::from_float(high_float(two))));
 }
 
 template <int HD, KvFormat F>
@@ -140,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const bf16* from = p.q + offset[j & 1] + s * 16 + 2 * t + 8 * (j >> 1);
-      q[s][j] = *reinterpret_cast<const uint32_t*>(from);
+      q[s][j] = operand_from_bf16<F>(*reinterpret_cast<const uint32_t*>(from));
     }
   }
   float out[kOutTiles][4] = {};
@@ -164,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
         uint32_t b[4];
         load_matrices(b,
                       key_tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * kStride<HD> + s * 16 + ((lane >> 3) & 1) * 8);
-        mma_bf16(scores[n], q[s], b[0], b[1]);
-        mma_bf16(scores[n + 1], q[s], b[2], b[3]);
+        operand_mma<F>(scores[n], q[s], b[0], b[1]);
+        operand_mma<F>(scores[n + 1], q[s], b[2], b[3]);
       }
     }
     const bool masked = tile + kTile - 1 > lowest || (p.window > 0 && tile <= highest - p.window);
@@ -207,16 +227,17 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Pa
     }
 #pragma unroll
     for (int s = 0; s < kTile / 16; s++) {
-      const uint32_t a[4] = {
-          pack_bf16(scores[2 * s][0], scores[2 * s][1]), pack_bf16(scores[2 * s][2], scores[2 * s][3]),
-          pack_bf16(scores[2 * s + 1][0], scores[2 * s + 1][1]), pack_bf16(scores[2 * s + 1][2], scores[2 * s + 1][3])};
+      const uint32_t a[4] = {operand_pack<F>(scores[2 * s][0], scores[2 * s][1]),
+                             operand_pack<F>(scores[2 * s][2], scores[2 * s][3]),
+                             operand_pack<F>(scores[2 * s + 1][0], scores[2 * s + 1][1]),
+                             operand_pack<F>(scores[2 * s + 1][2], scores[2 * s + 1][3])};
 #pragma unroll
       for (int d = 0; d < kOutTiles; d += 2) {
         uint32_t b[4];
         load_matrices_transposed(
             b, value_tile + (s * 16 + ((lane >> 3) & 1) * 8 + (lane & 7)) * kStride<HD> + d * 8 + (lane >> 4) * 8);
-        mma_bf16(out[d], a, b[0], b[1]);
-        mma_bf16(out[d + 1], a, b[2], b[3]);
+        operand_mma<F>(out[d], a, b[0], b[1]);
+        operand_mma<F>(out[d + 1], a, b[2], b[3]);
       }
     }
   }
@@ -248,6 +269,7 @@ void launch_prefill(const PrefillAttentionArgs& args, const Params& p, cudaStrea
 template <int HD>
 void launch_format(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
   if (args.kv.format == KvFormat::fp8) return launch_prefill<HD, KvFormat::fp8>(args, p, stream, pdl);
+  if (args.kv.format == KvFormat::fp16) return launch_prefill<HD, KvFormat::fp16>(args, p, stream, pdl);
   launch_prefill<HD, KvFormat::bf16>(args, p, stream, pdl);
 }
 

@@ -1,4 +1,4 @@
-"""Decode attention against fp64: every head_dim and group size, splits, windows, batches, slots and free places."""
+"""Decode attention against fp64: every head_dim, group, cache format and length, splits, windows, batches, slots."""
 
 from __future__ import annotations
 
@@ -9,12 +9,29 @@ from kernel_case import K, assert_untouched, needs_gpu, poisoned, random_bf16, s
 
 pytestmark = needs_gpu
 CAPACITY = 1031
+LONG = 20_011
 EPS = 1e-6
+FORMATS = ("bf16", "fp16", "fp8")
+# What is written: relative and absolute error of one rounding.
+WRITTEN = {"bf16": (2**-8, 1e-6), "fp16": (2**-10, 1e-6), "fp8": (2**-4, 2**-9)}
 
 
-def tables(head_dim: int) -> tuple[Any, Any]:
-    angles = torch.arange(CAPACITY, dtype=torch.float64)[:, None] * 0.03 ** torch.linspace(0, 1, head_dim // 2)
+def tables(head_dim: int, capacity: int = CAPACITY) -> tuple[Any, Any]:
+    angles = torch.arange(capacity, dtype=torch.float64)[:, None] * 0.03 ** torch.linspace(0, 1, head_dim // 2)
     return torch.cos(angles).float().cuda(), torch.sin(angles).float().cuda()
+
+
+def make_cache(form: str, *shape: int) -> Any:
+    """A cache of random numbers as the bindings take it."""
+    kv = torch.randn(shape, device="cuda")
+    if form != "fp8":
+        return kv.to(torch.bfloat16 if form == "bf16" else torch.float16)
+    return kv.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def plain(cache: Any) -> Any:
+    """What a cache of any format stands for, in fp64."""
+    return (cache.view(torch.float8_e4m3fn).float() if cache.dtype == torch.uint8 else cache).double()
 
 
 def rotate(x: Any, position: int, cos: Any, sin: Any, gain: Any) -> Any:
@@ -30,38 +47,37 @@ def reference(q: Any, keys: Any, values: Any, length: int, window: int, scale: f
     """(heads, head_dim) attention of one token over (kv_heads, capacity, head_dim)."""
     first = max(0, length - window) if window else 0
     group = q.shape[0] // keys.shape[0]
-    keys = keys[:, first:length].double().repeat_interleave(group, 0)
-    values = values[:, first:length].double().repeat_interleave(group, 0)
+    keys = plain(keys[:, first:length]).repeat_interleave(group, 0)
+    values = plain(values[:, first:length]).repeat_interleave(group, 0)
     weights = torch.softmax(torch.einsum("hd,hpd->hp", q, keys) * scale, dim=1)
     return torch.einsum("hp,hpd->hd", weights, values)
 
 
+def make_workspace(batch: int, heads: int, head_dim: int) -> Any:
+    size = K.decode_attention_workspace_bytes(batch, heads, head_dim)
+    return torch.zeros(size, dtype=torch.uint8, device="cuda")
+
+
 def check(
     head_dim: int, heads: int, kv_heads: int, positions: list[int], splits: int = 8, window: int = 0,
-    normed: bool = False, fp8: bool = False,
+    normed: bool = False, form: str = "bf16", capacity: int = CAPACITY, cluster: int = 0, loud: float = 2.0,
+    atol: float = 4e-3,
 ) -> None:  # fmt: skip
+    """`splits` is most_splits and launched_splits; `loud` the deviation of qkv: small, and all weights are alike."""
     batch, num_slots = len(positions), len(positions) + 2
-    cos, sin = tables(head_dim)
-    kv = random_bf16(num_slots, 2, kv_heads, CAPACITY, head_dim)
-    if fp8:
-        kv = kv.to(torch.float8_e4m3fn).view(torch.uint8)
-
-    def plain(cache: Any) -> Any:
-        return cache.view(torch.float8_e4m3fn).float().double() if fp8 else cache.double()
-
+    cos, sin = tables(head_dim, capacity)
+    kv = make_cache(form, num_slots, 2, kv_heads, capacity, head_dim)
     before = kv.clone()
     slots = torch.randperm(num_slots)[:batch]
-    qkv = torch.randn((batch, heads + 2 * kv_heads, head_dim), device="cuda") * 2
+    qkv = torch.randn((batch, heads + 2 * kv_heads, head_dim), device="cuda") * loud
     gains = [random_bf16(head_dim) + 1 for _ in range(2)] if normed else [None, None]
     out = poisoned(batch, heads * head_dim, dtype=torch.bfloat16)
-    workspace = torch.zeros(
-        K.decode_attention_workspace_bytes(batch, heads, head_dim), dtype=torch.uint8, device="cuda"
-    )
+    workspace = make_workspace(batch, heads, head_dim)
     scale = head_dim**-0.5
     for _ in range(2):  # the second call finds the workspace as the first left it, and overwrites what it wrote
         K.decode_attention(
             qkv.view(batch, -1), kv, slots.int().cuda(), torch.tensor(positions, device="cuda", dtype=torch.int32),
-            cos, sin, out, heads, scale, *gains, EPS, window, splits, workspace, stream=stream(),
+            cos, sin, out, heads, scale, *gains, EPS, window, splits, splits, cluster, workspace, stream=stream(),
         )  # fmt: skip
     for b, position in enumerate(positions):
         slot = int(slots[b])
@@ -69,66 +85,154 @@ def check(
             assert bool((out[b] == 0).all())
             continue
         q, key, value = qkv[b].double().split([heads, kv_heads, kv_heads])
-        written = plain(kv)[slot, :, :, position]
-        wanted_key = rotate(key, position, cos, sin, gains[1])
-        tolerance = dict(rtol=2**-4, atol=2**-9) if fp8 else dict(rtol=2**-8, atol=1e-6)
-        assert torch.allclose(written[0], wanted_key, **tolerance)
-        assert torch.allclose(written[1], value, **tolerance)
+        written = plain(kv[slot, :, :, position])
+        rtol, atol = WRITTEN[form]
+        assert torch.allclose(written[0], rotate(key, position, cos, sin, gains[1]), rtol=rtol, atol=atol)
+        assert torch.allclose(written[1], value, rtol=rtol, atol=atol)
         before[slot, :, :, position] = kv[slot, :, :, position]
-        attended = reference(
-            rotate(q, position, cos, sin, gains[0]), *plain(kv)[slot], position + 1, window, scale
-        )  # fmt: skip
-        assert torch.allclose(out[b].view(heads, head_dim).double(), attended, rtol=2**-7, atol=4e-3)
-    assert torch.equal(kv, before)  # nothing else was written
+        attended = reference(rotate(q, position, cos, sin, gains[0]), *kv[slot], position + 1, window, scale)
+        # The output's own rounding, and that of the weights, which are fp16 where the cache is not bf16.
+        assert torch.allclose(out[b].view(heads, head_dim).double(), attended, rtol=2**-7, atol=atol)
+    assert torch.equal(kv.view(torch.uint8), before.view(torch.uint8))  # nothing else was written
     assert_untouched(out)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12])
-@pytest.mark.parametrize("splits", [8, 1, 5, 64])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12])
+@pytest.mark.parametrize("splits", [8, 1, 4, 64])
 def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, group: int, splits: int) -> None:
-    for position in (0, 1, 18, 98, 988):
+    for position in (0, 1, 6, 18, 62, 63, 64, 98, 988, 999):
         check(head_dim, 2 * group, 2, [position], splits)
 
 
-@pytest.mark.parametrize("splits", [8, 3])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("form", ["fp16", "fp8"])
+def test_every_cache_format_is_read_as_it_was_written(head_dim: int, group: int, form: str) -> None:
+    for position in (0, 6, 62, 63, 64, 700, 999):
+        check(head_dim, 2 * group, 2, [position], 8, form=form)
+    check(head_dim, 2 * group, 2, [999, -1, 15, 16], 16, form=form)
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 8])
+@pytest.mark.parametrize("splits", [8, 16, 64])
+@pytest.mark.parametrize("form", FORMATS)
+def test_long_contexts(form: str, splits: int, cluster: int) -> None:
+    for head_dim, heads, kv_heads in ((128, 8, 2), (64, 9, 3)):
+        check(head_dim, heads, kv_heads, [4999, 19_999], splits, form=form, capacity=LONG, cluster=cluster)
+        # Many weights of about the same size: what is wrong with each adds up, and the output is small.
+        check(
+            head_dim, heads, kv_heads, [19_999], splits, form=form, capacity=LONG, cluster=cluster, loud=0.3, atol=2e-4
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [8, 2, 16])
 def test_sequences_of_different_lengths_and_free_places_share_a_batch(splits: int) -> None:
     check(64, 9, 3, [988, 0, -1, 130, 18, 511, 512, 1030], splits)
     check(128, 32, 8, [1030, -1, 7, 255, 256, 257, 98, 3], splits)
+    check(80, 4, 2, [-1, -1, 300], splits)
 
 
-@pytest.mark.parametrize("splits", [8, 3])
-@pytest.mark.parametrize("window", [1, 19, 256, 4096])
-def test_a_window_hides_what_lies_before_it(window: int, splits: int) -> None:
-    check(128, 8, 2, [0, 18, 255, 256, 988], splits, window)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("splits", [8, 2])
+@pytest.mark.parametrize("window", [1, 15, 16, 19, 256, 4096])
+def test_a_window_hides_what_lies_before_it(window: int, splits: int, form: str) -> None:
+    check(128, 8, 2, [0, 18, 255, 256, 988], splits, window, form=form)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("splits", [8, 3])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("splits", [8, 2])
 def test_head_norms_come_before_the_rotation(head_dim: int, splits: int) -> None:
     check(head_dim, 16, 8, [0, 99, 700], splits, normed=True)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("splits", [8, 3])
-def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int, splits: int) -> None:
-    check(head_dim, 8, 2, [0, 99, 700], splits, fp8=True)
+@pytest.mark.parametrize(("form", "limit"), [("fp16", 65504.0), ("fp8", 448.0)])
+def test_keys_and_values_beyond_the_format_become_its_largest(form: str, limit: float) -> None:
+    cos, sin = torch.ones((8, 32), device="cuda"), torch.zeros((8, 32), device="cuda")
+    qkv = torch.zeros((1, 3, 64), device="cuda")
+    qkv[0, 1], qkv[0, 2] = 1e6, -1e6
+    kv = torch.zeros_like(make_cache(form, 1, 2, 1, 8, 64))
+    out = torch.empty((1, 64), device="cuda", dtype=torch.bfloat16)
+    zero = torch.zeros(1, device="cuda", dtype=torch.int32)
+    K.decode_attention(
+        qkv.view(1, -1), kv, zero, zero, cos, sin, out, 1, 0.125, workspace=make_workspace(1, 1, 64), stream=stream()
+    )  # fmt: skip
+    assert bool((plain(kv)[0, 0, 0, 0] == limit).all()) and bool((plain(kv)[0, 1, 0, 0] == -limit).all())
+    assert bool((out == torch.tensor(-limit, dtype=torch.bfloat16)).all())
 
 
-def test_a_sequence_alone_and_in_a_batch_gives_the_same_bits() -> None:
-    kv = random_bf16(4, 2, 2, CAPACITY, 64)
-    cos, sin = tables(64)
-    qkv = torch.randn((4, 12 * 64), device="cuda")
-    slots, positions = (torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([2, 0, 3, 1], [500, 3, 77, 1000]))
-    workspace = torch.zeros(K.decode_attention_workspace_bytes(4, 8, 64), dtype=torch.uint8, device="cuda")
+def test_what_is_not_in_the_slot_yet_is_never_read() -> None:
+    """NaN behind the new token, and in its own row, which the call writes."""
+    for form, head_dim in (("bf16", 128), ("fp16", 64), ("fp8", 80)):
+        for position in (0, 15, 16, 77, 300):
+            kv = make_cache(form, 1, 2, 2, CAPACITY, head_dim)
+            kv[:, :, :, position:] = 0x7F if form == "fp8" else float("nan")
+            cos, sin = tables(head_dim)
+            out = torch.empty((1, 4 * head_dim), device="cuda", dtype=torch.bfloat16)
+            K.decode_attention(
+                torch.randn((1, 8 * head_dim), device="cuda"), kv, torch.zeros(1, device="cuda", dtype=torch.int32),
+                torch.tensor([position], device="cuda", dtype=torch.int32), cos, sin, out, 4, 0.1,
+                workspace=make_workspace(1, 4, head_dim), stream=stream(),
+            )  # fmt: skip
+            assert bool(torch.isfinite(out).all())
 
-    def run(rows: slice) -> Any:
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("most", "cluster"), [(8, 0), (16, 0), (16, 1), (64, 0), (64, 8)])
+def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_a_larger_slot(
+    form: str, most: int, cluster: int
+) -> None:
+    lengths = [500, 3, 77, 1000, 1700, 2999, 1023, 1024]
+    kv = make_cache(form, 8, 2, 2, 3000, 64)
+    larger = torch.zeros_like(make_cache(form, 8, 2, 2, 5000, 64))
+    larger[:, :, :, :3000] = kv
+    cos, sin = tables(64, 5000)
+    qkv = torch.randn((8, 12 * 64), device="cuda")
+    slots, positions = (torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([2, 0, 3, 1, 7, 5, 6, 4], lengths))
+    workspace = make_workspace(8, 8, 64)
+
+    def run(rows: slice, cache: Any, launched: int) -> Any:
         out = torch.empty((len(slots[rows]), 512), dtype=torch.bfloat16, device="cuda")
         K.decode_attention(
-            qkv[rows], kv, slots[rows], positions[rows], cos, sin, out, 8, 0.125, workspace=workspace, stream=stream()
+            qkv[rows], cache, slots[rows], positions[rows], cos, sin, out, 8, 0.125, most_splits=most,
+            launched_splits=launched, cluster=cluster, workspace=workspace, stream=stream(),
         )  # fmt: skip
         return out
 
-    together = run(slice(0, 4))
-    for b in range(4):
-        assert torch.equal(run(slice(b, b + 1))[0], together[b])
+    together = run(slice(0, 8), kv, most)
+    assert torch.equal(run(slice(0, 8), larger, most), together)
+    for b in range(8):
+        needed = K.decode_attention_splits(lengths[b] + 1, most)
+        for launched in {needed, most}:
+            assert torch.equal(run(slice(b, b + 1), kv, launched)[0], together[b]), (lengths[b], launched)
+
+
+def test_splits_follow_from_the_length_alone_and_fill_the_gpu() -> None:
+    assert [K.decode_attention_splits(n, 16) for n in (1, 1024, 1025, 100_000)] == [8, 8, 16, 16]
+    assert K.decode_attention_splits(5000, 64) == 64 and K.decode_attention_splits(2048, 64) == 16
+    assert [K.decode_attention_most_splits(kv_heads, 132) for kv_heads in (32, 8, 4, 2, 1)] == [8, 16, 32, 64, 64]
+
+
+def test_positions_that_the_predecessor_advances_under_way_are_not_the_ones_prefetched_for() -> None:
+    """With pdl the kernel starts while `greedy` still runs, and may prefetch for the position before."""
+    start, head_dim, ints = 5, 128, dict(device="cuda", dtype=torch.int32)
+    cos, sin = tables(head_dim)
+    kv = make_cache("bf16", 2, 2, 2, CAPACITY, head_dim)
+    qkv = torch.randn((2, 12 * head_dim), device="cuda")
+    slots, positions = torch.tensor([1, 0], **ints), torch.tensor([start, 1000], **ints)
+    keys = torch.ones((2, 4000), device="cuda", dtype=torch.int64)
+    state = (torch.zeros(2, **ints), positions, torch.zeros((2, 4), **ints), torch.zeros(2, **ints))
+    workspace = make_workspace(2, 8, head_dim)
+    for step in range(1, 25):
+        early, late = (torch.empty((2, 8 * head_dim), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        K.greedy(keys, state, stream=stream())
+        for to, pdl in ((early, True), (late, False)):
+            K.decode_attention(
+                qkv, kv, slots, positions, cos, sin, to, 8, 0.1, workspace=workspace, stream=stream(), pdl=pdl
+            )  # fmt: skip
+        assert positions.tolist() == [start + step, 1000 + step]
+        assert torch.equal(early, late)
+        wanted = reference(
+            rotate(qkv[0].view(12, head_dim)[:8].double(), start + step, cos, sin, None), *kv[1], start + step + 1, 0, 0.1
+        )  # fmt: skip
+        assert torch.allclose(early[0].view(8, head_dim).double(), wanted, rtol=2**-7, atol=4e-3)

@@ -145,6 +145,20 @@ def test_memory_is_refused_before_it_is_taken(
         create_executor(tiny_bundle("llama"), EngineConfig())
 
 
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp16", "fp8"])
+def test_a_kv_cache_that_the_executor_does_not_have_is_refused(
+    kv_cache: str, tiny_bundle: Callable[..., Bundle]
+) -> None:
+    with pytest.raises(ConfigError, match=f"kv_cache is '{kv_cache}'.* is fp32; use auto or fp32"):
+        create_executor(tiny_bundle("llama"), EngineConfig(executor="onnxruntime", kv_cache=kv_cache))
+
+
+def test_an_fp32_kv_cache_may_be_asked_for_by_name(tiny_bundle: Callable[..., Bundle]) -> None:
+    made = create_executor(tiny_bundle("llama"), EngineConfig(executor="onnxruntime", kv_cache="fp32"))
+    assert made.info.precision.endswith("fp32 KV cache")
+    made.close()
+
+
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])
 def test_an_executor_that_is_not_there_is_refused_by_name(name: str, tiny_bundle: Callable[..., Bundle]) -> None:
     with pytest.raises(UnsupportedError, match=f"executor is '{name}'.*use onnxruntime"):

@@ -151,6 +151,19 @@ def test_a_pinned_system_prompt_is_kept_and_found_again_after_a_restart(tmp_path
     assert not executor.saves
 
 
+def test_a_prefix_saved_in_one_cache_format_is_not_loaded_into_another(tmp_path: Path) -> None:
+    path, pins = write_bundle(tmp_path / "bundle"), tmp_path / "pins"
+    system = "You are a robot with a rather long system prompt."
+    loads = []
+    for cache in ("bf16 KV cache", "fp16 KV cache", "bf16 KV cache"):
+        executor = FakeExecutor(num_slots=1, allowed=128)
+        executor.info = dataclasses.replace(executor.info, precision=f"int4 weights, {cache}")
+        with LLM.open(path, executor=executor, pinned_dir=pins) as llm:
+            llm.complete(say(system, "Hi", pin_system_prompt=True))
+        loads.append(len(executor.loads))
+    assert loads == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "words"),
     [
