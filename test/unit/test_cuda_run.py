@@ -58,9 +58,9 @@ def test_a_sequence_goes_on_where_it_stands(run: CudaRun, decoder: Decoder) -> N
         frequency_penalty=0.4, logprobs=2, logit_bias={3: 1.5, 98: -2.0},
     )  # fmt: skip
     prompt = np.array([4, 5, 6], np.int32)
-    run.start([RunSequence(2, 5, [9, 8, 7], prompt, params, 2**63 - 1, masked=True)])
-    ((slot, position, token, row, prompt_ids, answer_ids, bias_ids, bias_values),) = decoder.started
-    assert (slot, position, token) == (2, 5, 7)
+    run.start([RunSequence(2, 5, [9, 8, 7], prompt, params, 2**63 - 1, masked=True, adapter=3)])
+    ((slot, position, token, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter),) = decoder.started
+    assert (slot, position, token, adapter) == (2, 5, 7, 3)
     assert row == {
         "seed": 2**63 - 1, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "draw_index": 3,
         "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.4, "num_top": 2, "use_mask": True,
