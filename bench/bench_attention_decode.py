@@ -2,8 +2,8 @@
 
     python3 bench/bench_attention_decode.py [--splits]
 
-A call is one layer of a decode step: 32 of them in a CUDA graph, with programmatic dependent launch, each over another
-cache, so that L2 does not hold what is read. --splits times other numbers of splits and cluster sizes beside it.
+A call is one layer of a decode step: 32 of them or more in a CUDA graph, with programmatic dependent launch, each over
+another cache, as many as L2 cannot hold. --splits times other numbers of splits and cluster sizes beside it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kernel_timing import K, measure_us, print_machine
 
 SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64)}  # query heads, KV heads, head_dim
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
-NUM_CALLS = 32
-CACHE_BYTES = 8 << 30  # of all layers' caches together, at most
+NUM_CALLS = 32  # at least
+FEWEST_BYTES, MOST_BYTES = 160 << 20, 8 << 30  # of all caches together
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def time_us(
 ) -> float:
     """Microseconds of one call."""
     one = 2 * batch * kv_heads * context * head_dim * dtype.itemsize
-    num_caches = max(2, min(NUM_CALLS, CACHE_BYTES // one))
+    num_calls = max(NUM_CALLS, -(-FEWEST_BYTES // one))
+    num_caches = max(2, min(num_calls, MOST_BYTES // one))
     shape = (batch, 2, kv_heads, context, head_dim)
     if dtype == torch.uint8:
         caches = [torch.randn(shape, device="cuda").to(torch.float8_e4m3fn).view(dtype) for _ in range(num_caches)]
@@ -74,7 +75,7 @@ def time_us(
             pdl=index > 0,
         )  # fmt: skip
 
-    return measure_us([launch(i) for i in range(NUM_CALLS)])
+    return measure_us([launch(i) for i in range(num_calls)])
 
 
 if __name__ == "__main__":

@@ -277,11 +277,13 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
     if "adapters" in plan:
         adapters = f", {plan['adapters'] / 1e6:.0f} MB for {settings.max_adapters} adapters"
         remedy = f"{remedy}, max_loras or max_lora_rank"
+    if settings.kv_format.name != "fp8":
+        remedy = f"{remedy}, or set kv_cache to fp8"
     raise ConfigError(
         f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({plan['weights'] / 1e6:.0f} MB weights, max_slots "
         f"{settings.num_slots} x max_context {settings.capacity} x {settings.kv_bytes_per_token} bytes of KV cache, "
         f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}{adapters}) but "
-        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}, or set kv_cache to fp8"
+        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}"
     )
 
 
