@@ -19,7 +19,7 @@ void launch_gemv_mma<WeightFormat::int4>(const GemvArgs&, const GemvTile&, cudaS
 
 namespace {
 
-enum class Family { fma, int4, mma };
+enum class Family { fma, several, int4, mma };
 struct Choice {
   Family family;
   GemvTile tile;
@@ -35,6 +35,8 @@ bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c
 
 // Beyond, int4 products are faster on the other kind of tile.
 constexpr int kMostInt4Tokens = 8;
+// That gemv_fma_several computes; with batch_invariant more tokens take turns.
+constexpr int kMostFmaTokens = 8;
 
 // Whether the integer kernels can run `args`. A token's bits are theirs whatever else is computed.
 bool int4_fits(const GemvArgs& args) {
@@ -54,11 +56,14 @@ int list_choices(const GemvArgs& args, Choice* out) {
       out[count++] = {Family::int4, {i, kMmaRows, c.warps * 32}};
     }
     if (args.batch_invariant) return count;
-  } else if (args.num_tokens == 1 && args.weight.format != WeightFormat::int4 && !args.batch_invariant) {
+  } else if (args.weight.format != WeightFormat::int4 && (args.num_tokens == 1 || args.batch_invariant)) {
+    const bool several = args.num_tokens > 1;
     for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {
       const FmaConfig c = fma_config(i, is_8bit(args.weight));
-      if (fma_fits(args.weight, c)) out[count++] = {Family::fma, {i, c.rows, fma_threads(args.weight, c)}};
+      if (!fma_fits(args.weight, c)) continue;
+      out[count++] = {several ? Family::several : Family::fma, {i, c.rows, fma_threads(args.weight, c)}};
     }
+    if (args.batch_invariant && count > 0) return count;
   }
   for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {Family::mma, {i, kMmaRows, kMmaWarps * 32}};
   return count;
@@ -86,7 +91,8 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   const WeightView& w = args.weight;
   const FmaConfig c = fma_config(tile.config, is_8bit(w));
   const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(tile.threads * c.chunks);
-  const float fill = static_cast<float>(gemv_blocks(args, tile.rows_per_block)) / static_cast<float>(2 * num_sms);
+  // By the rows of a single token's kernel: several tokens must get the same configuration.
+  const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / static_cast<float>(2 * num_sms);
   const int in_flight = c.chunks * c.rows;  // loads a thread
   float preference = tile.threads < 96 ? 0.5f : 1.0f;
   if (is_8bit(w)) {
@@ -103,6 +109,7 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
     case Family::int4:
       return 10.0f + score_int4(args, kInt4Configs[choice.tile.config], num_sms);
     case Family::fma:
+    case Family::several:
       return 10.0f + score_fma(args, choice.tile, num_sms);
     default: {
       const bool many_rows = gemv_blocks(args, choice.tile.rows_per_block) >= 4 * num_sms;
@@ -135,25 +142,34 @@ int gemv_num_tiles(const GemvArgs& args) {
 
 int gemv_num_blocks(const GemvArgs& args) { return gemv_blocks(args, choose(args).tile.rows_per_block); }
 
+namespace {
+
+template <WeightFormat F>
+void launch_gemv(const GemvArgs& args, const Choice& choice, cudaStream_t stream, bool pdl) {
+  if (choice.family == Family::mma) return launch_gemv_mma<F>(args, choice.tile, stream, pdl);
+  if (choice.family == Family::fma) return launch_gemv_fma<F>(args, choice.tile, stream, pdl);
+  for (int first = 0; first < args.num_tokens; first += kMostFmaTokens) {
+    GemvArgs part = gemv_part(args, first, kMostFmaTokens, choice.tile.rows_per_block);
+    launch_fma_several<F>(part, choice.tile, stream, pdl || first > 0);
+  }
+}
+
+}  // namespace
+
 void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.num_tokens >= 1 && args.num_tokens <= kMaxGemvTokens && args.weight.cols % 16 == 0);
   const Choice choice = choose(args);
-  if (choice.family == Family::int4) return launch_gemv_int4(args, choice.tile, stream, pdl);
-  const bool fma = choice.family == Family::fma;
   switch (args.weight.format) {
     case WeightFormat::bf16:
-      return fma ? launch_gemv_fma<WeightFormat::bf16>(args, choice.tile, stream, pdl)
-                 : launch_gemv_mma<WeightFormat::bf16>(args, choice.tile, stream, pdl);
+      return launch_gemv<WeightFormat::bf16>(args, choice, stream, pdl);
     case WeightFormat::fp16:
-      return fma ? launch_gemv_fma<WeightFormat::fp16>(args, choice.tile, stream, pdl)
-                 : launch_gemv_mma<WeightFormat::fp16>(args, choice.tile, stream, pdl);
+      return launch_gemv<WeightFormat::fp16>(args, choice, stream, pdl);
     case WeightFormat::fp8:
-      return fma ? launch_gemv_fma<WeightFormat::fp8>(args, choice.tile, stream, pdl)
-                 : launch_gemv_mma<WeightFormat::fp8>(args, choice.tile, stream, pdl);
+      return launch_gemv<WeightFormat::fp8>(args, choice, stream, pdl);
     case WeightFormat::int8:
-      return fma ? launch_gemv_fma<WeightFormat::int8>(args, choice.tile, stream, pdl)
-                 : launch_gemv_mma<WeightFormat::int8>(args, choice.tile, stream, pdl);
+      return launch_gemv<WeightFormat::int8>(args, choice, stream, pdl);
     case WeightFormat::int4:
+      if (choice.family == Family::int4) return launch_gemv_int4(args, choice.tile, stream, pdl);
       return launch_gemv_mma<WeightFormat::int4>(args, choice.tile, stream, pdl);
   }
 }

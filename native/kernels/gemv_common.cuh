@@ -147,9 +147,25 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
           args.lora};
 }
 
+// Tokens first to first + most - 1 of a call, of whose block maxima a token has one for every `rows_per_block` rows.
+inline GemvArgs gemv_part(const GemvArgs& args, int first, int most, int rows_per_block) {
+  GemvArgs part = args;
+  const auto offset = static_cast<std::size_t>(first);
+  const int width = args.epilogue == Epilogue::swiglu ? args.weight.rows / 2 : args.weight.rows;
+  part.num_tokens = args.num_tokens - first < most ? args.num_tokens - first : most;
+  part.x += offset * args.weight.cols;
+  if (part.out_f32) part.out_f32 += offset * width;
+  if (part.out_bf16) part.out_bf16 += offset * width;
+  if (part.block_max) part.block_max += offset * gemv_blocks(args, rows_per_block);
+  if (part.lora.linears) part.lora = args.lora.from_token(first);
+  return part;
+}
+
 // One translation unit a format, so that they compile side by side.
 template <WeightFormat F>
 void launch_gemv_fma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+template <WeightFormat F>
+void launch_fma_several(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 template <WeightFormat F>
 void launch_gemv_mma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);

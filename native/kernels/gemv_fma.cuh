@@ -43,105 +43,140 @@ __device__ __forceinline__ void unpack_weights(const uint4& v, float* out) {  //
   }
 }
 
+// What the kernels for one and for several tokens share, so that both give a token the same bits: a thread's chunks
+// are c * blockDim.x + threadIdx.x, summed in the order of c; then lanes by halves, then warps in their order.
+template <WeightFormat F, int C, int R>
+struct WeightRows {
+  static constexpr bool has_groups = F == WeightFormat::int8;
+  uint4 w[R][C];
+  __half scale[has_groups ? R : 1][has_groups ? C : 1];
+
+  __device__ __forceinline__ void load(const GemvParams& p, int chunks) {
+    const uint4* weights = static_cast<const uint4*>(p.data);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const std::size_t row = block_row<R>(p, blockIdx.x, r);
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+        const int chunk = c * blockDim.x + threadIdx.x;
+        w[r][c] = chunk < chunks ? load_once(weights + row * chunks + chunk) : make_uint4(0, 0, 0, 0);
+      }
+    }
+    if constexpr (has_groups) {
+      const int num_groups = p.cols >> p.group_shift;
+      constexpr int kVecShift = 4;  // 16 weights a chunk
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+        const int chunk = c * blockDim.x + threadIdx.x;
+        const int group = chunk >> (p.group_shift - kVecShift);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          const std::size_t row = block_row<R>(p, blockIdx.x, r);
+          scale[r][c] = chunk < chunks ? __ldg(static_cast<const __half*>(p.scales) + row * num_groups + group)
+                                       : __ushort_as_half(0);
+        }
+      }
+    }
+  }
+};
+
+// A thread's chunks of x or of the gain, 16 bytes a load.
+template <int C, int kXLoads, bool kConstant>
+__device__ __forceinline__ void load_chunks(const bf16* source, int chunks, uint4* out) {
+#pragma unroll
+  for (int c = 0; c < C; c++) {
+    const int chunk = c * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int v = 0; v < kXLoads; v++) {
+      const bf16* at = source + chunk * (8 * kXLoads) + v * 8;
+      out[c * kXLoads + v] =
+          chunk < chunks ? (kConstant ? load_constant(at) : load_activation(at)) : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+template <int kXLoads, bool kNorm>
+__device__ __forceinline__ void unpack_x(const uint4* x, const uint4* gain, float* xs, float& squares) {
+#pragma unroll
+  for (int v = 0; v < kXLoads; v++) {
+    unpack_bf16(x[v], xs + 8 * v);
+    if constexpr (kNorm) {
+      float gains[8];
+      unpack_bf16(gain[v], gains);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        squares = fmaf(xs[8 * v + j], xs[8 * v + j], squares);
+        xs[8 * v + j] *= gains[j];
+      }
+    }
+  }
+}
+
+template <WeightFormat F>
+__device__ __forceinline__ void add_products(const float* ws, const float* xs, __half scale, float& sum) {
+  if constexpr (F == WeightFormat::int8) {
+    float dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kChunk<F>; j++) dot = fmaf(ws[j], xs[j], dot);
+    sum = fmaf(__half2float(scale), dot, sum);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk<F>; j++) sum = fmaf(ws[j], xs[j], sum);
+  }
+}
+
+// partial[warp][row], the last row being the sums of squares, to the finished sum of row `lane`.
+template <WeightFormat F, int R, int kMaxWarps, bool kNorm>
+__device__ __forceinline__ float finish_sum(const GemvParams& p, const RowConstants<F>& constants,
+                                            const float (*partial)[R + 1], int lane, int num_warps) {
+  if (lane >= R) return 0.0f;
+  float y = 0.0f;
+  // Unrolled, so that all loads are under way at once: the next stage waits for this.
+#pragma unroll
+  for (int i = 0; i < kMaxWarps; i++) y += i < num_warps ? partial[i][lane] : 0.0f;
+  if constexpr (kNorm) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxWarps; i++) total += i < num_warps ? partial[i][R] : 0.0f;
+    y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
+  }
+  return constants.apply(y);
+}
+
 template <WeightFormat F, int C, int R, bool kNorm, int kMaxThreads, int kMinBlocks>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const GemvParams p) {
   constexpr int kVec = kChunk<F>;
   constexpr int kXLoads = kVec / 8;  // 16-byte loads of x that go with one of weights
-  constexpr bool kGroups = F == WeightFormat::int8;
-  __shared__ float partial[kMaxThreads / 32][R + 1];  // last: sum of squares
-  const int tid = threadIdx.x, lane = tid & 31, warp = warp_index();
   constexpr int kMaxWarps = kMaxThreads / 32;
-  const int num_threads = blockDim.x, num_warps = num_threads / 32;
-  const int chunks = p.cols / kVec;
+  __shared__ float partial[kMaxWarps][R + 1];  // last: sum of squares
+  const int lane = threadIdx.x & 31, warp = warp_index(), chunks = p.cols / kVec;
 
-  uint4 w[R][C];
-  __half scale[kGroups ? R : 1][kGroups ? C : 1];
-  const uint4* weights = static_cast<const uint4*>(p.data);
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    const std::size_t row = block_row<R>(p, blockIdx.x, r);
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-      const int chunk = c * num_threads + tid;
-      w[r][c] = chunk < chunks ? load_once(weights + row * chunks + chunk) : make_uint4(0, 0, 0, 0);
-    }
-  }
-  if constexpr (kGroups) {
-    const int num_groups = p.cols >> p.group_shift;
-    constexpr int kVecShift = 4;  // 16 weights a chunk
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-      const int chunk = c * num_threads + tid;
-      const int group = chunk >> (p.group_shift - kVecShift);
-#pragma unroll
-      for (int r = 0; r < R; r++) {
-        const std::size_t row = block_row<R>(p, blockIdx.x, r);
-        scale[r][c] = chunk < chunks ? __ldg(static_cast<const __half*>(p.scales) + row * num_groups + group)
-                                     : __ushort_as_half(0);
-      }
-    }
-  }
+  WeightRows<F, C, R> rows;
+  rows.load(p, chunks);
   uint4 gain[kNorm ? C * kXLoads : 1];
-  if constexpr (kNorm) {
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-      const int chunk = c * num_threads + tid;
-#pragma unroll
-      for (int v = 0; v < kXLoads; v++) {
-        gain[c * kXLoads + v] = chunk < chunks ? load_constant(p.gain + chunk * kVec + v * 8) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  }
-  const int own_row = block_row<R>(p, blockIdx.x, tid & (R - 1));
+  if constexpr (kNorm) load_chunks<C, kXLoads, true>(p.gain, chunks, gain);
+  const int own_row = block_row<R>(p, blockIdx.x, lane & (R - 1));
   RowConstants<F> constants;
   if (warp == 0) constants.load(p, own_row);
   start_dependents();
   wait_for_predecessor();
 
   uint4 x[C * kXLoads];
-#pragma unroll
-  for (int c = 0; c < C; c++) {
-    const int chunk = c * num_threads + tid;
-#pragma unroll
-    for (int v = 0; v < kXLoads; v++) {
-      x[c * kXLoads + v] = chunk < chunks ? load_activation(p.x + chunk * kVec + v * 8) : make_uint4(0, 0, 0, 0);
-    }
-  }
-  const float old_residual = tid < R ? load_residual(p, 0, own_row) : 0.0f;
+  load_chunks<C, kXLoads, false>(p.x, chunks, x);
+  const float old_residual = warp == 0 && lane < R ? load_residual(p, 0, own_row) : 0.0f;
 
-  float sums[R];
+  float sums[R] = {};
   float squares = 0.0f;
-#pragma unroll
-  for (int r = 0; r < R; r++) sums[r] = 0.0f;
 #pragma unroll
   for (int c = 0; c < C; c++) {
     float xs[kVec];
-#pragma unroll
-    for (int v = 0; v < kXLoads; v++) {
-      unpack_bf16(x[c * kXLoads + v], xs + 8 * v);
-      if constexpr (kNorm) {
-        float gains[8];
-        unpack_bf16(gain[c * kXLoads + v], gains);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          squares = fmaf(xs[8 * v + j], xs[8 * v + j], squares);
-          xs[8 * v + j] *= gains[j];
-        }
-      }
-    }
+    unpack_x<kXLoads, kNorm>(x + c * kXLoads, gain + (kNorm ? c * kXLoads : 0), xs, squares);
 #pragma unroll
     for (int r = 0; r < R; r++) {
       float ws[kVec];
-      unpack_weights<F>(w[r][c], ws);
-      if constexpr (kGroups) {
-        float dot = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kVec; j++) dot = fmaf(ws[j], xs[j], dot);
-        sums[r] = fmaf(__half2float(scale[r][c]), dot, sums[r]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kVec; j++) sums[r] = fmaf(ws[j], xs[j], sums[r]);
-      }
+      unpack_weights<F>(rows.w[r][c], ws);
+      constexpr bool kGroups = WeightRows<F, C, R>::has_groups;
+      add_products<F>(ws, xs, rows.scale[kGroups ? r : 0][kGroups ? c : 0], sums[r]);
     }
   }
 
@@ -152,19 +187,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   if (kNorm && lane == 0) partial[warp][R] = squares;
   __syncthreads();
   if (warp != 0) return;
-  float y = 0.0f;
-  if (lane < R) {
-    // Unrolled, so that all loads are under way at once: the next stage waits for this.
-#pragma unroll
-    for (int i = 0; i < kMaxWarps; i++) y += i < num_warps ? partial[i][lane] : 0.0f;
-    if constexpr (kNorm) {
-      float total = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMaxWarps; i++) total += i < num_warps ? partial[i][R] : 0.0f;
-      y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
-    }
-    y = constants.apply(y);
-  }
+  const float y = finish_sum<F, R, kMaxWarps, kNorm>(p, constants, partial, lane, blockDim.x / 32);
   finish_rows<R>(p, y, lane, 0, blockIdx.x, own_row, old_residual);
 }
 

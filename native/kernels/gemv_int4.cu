@@ -16,16 +16,8 @@ int int4_tokens_at_once(int cols) {
 
 void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   const int at_once = int4_tokens_at_once(args.weight.cols);
-  const int width = args.epilogue == Epilogue::swiglu ? args.weight.rows / 2 : args.weight.rows;
   for (int first = 0; first < args.num_tokens; first += at_once) {
-    GemvArgs part = args;
-    const auto offset = static_cast<std::size_t>(first);
-    part.num_tokens = std::min(at_once, args.num_tokens - first);
-    part.x += offset * args.weight.cols;
-    if (part.out_f32) part.out_f32 += offset * width;
-    if (part.out_bf16) part.out_bf16 += offset * width;
-    if (part.lora.linears) part.lora = args.lora.from_token(first);
-    if (part.block_max) part.block_max += offset * gemv_blocks(args, kMmaRows);
+    const GemvArgs part = gemv_part(args, first, at_once, kMmaRows);
     const bool part_pdl = pdl || first > 0;
     if (args.weight.group < 64) {
       launch_int4_small_groups(part, tile, stream, part_pdl);
