@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_attention_decode import HEADS, NUM_LAYERS
+from bench_attention_decode import NUM_CALLS, SHAPES
 from bench_attention_decode import time_us as decode_us
 from kernel_timing import K, measure_us, print_machine
 
@@ -15,10 +15,10 @@ def main() -> None:
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     print("shape    context |  decode     us   GB/s | tree tokens: us (GB/s, share of the read bandwidth)")
-    for shape, (heads, kv_heads, head_dim) in HEADS.items():
+    for shape, (heads, kv_heads, head_dim) in SHAPES.items():
         for context in (512, 4096, 16384):
-            splits = K.decode_attention_splits(1, kv_heads, context, num_sms)
-            one = decode_us(heads, kv_heads, head_dim, context, 1, splits)
+            most_splits = K.decode_attention_most_splits(kv_heads, num_sms)
+            one = decode_us(heads, kv_heads, head_dim, context, 1, torch.bfloat16, most_splits, 0)
             num_bytes = context * kv_heads * head_dim * 4
             columns = []
             for tokens in (4, 8, 16, 32, 64):
@@ -34,7 +34,7 @@ def main() -> None:
 def time_us(heads: int, kv_heads: int, head_dim: int, context: int, tokens: int, splits: int = 0) -> float:
     """Microseconds of one call with a chain of `tokens` new tokens that ends at `context`; batch 1, bf16 cache."""
     caches = [
-        torch.randn((1, 2, kv_heads, context, head_dim), device="cuda", dtype=torch.bfloat16) for _ in range(NUM_LAYERS)
+        torch.randn((1, 2, kv_heads, context, head_dim), device="cuda", dtype=torch.bfloat16) for _ in range(NUM_CALLS)
     ]
     qkv = torch.randn((tokens, (heads + 2 * kv_heads) * head_dim), device="cuda")
     starts, slots, positions = (
@@ -49,11 +49,11 @@ def time_us(heads: int, kv_heads: int, head_dim: int, context: int, tokens: int,
 
     def launch(index: int) -> Any:
         return lambda stream: K.tree_attention(
-            qkv, caches[index % NUM_LAYERS], starts, slots, positions, depths, masks, cos, sin, out, tokens, heads,
+            qkv, caches[index], starts, slots, positions, depths, masks, cos, sin, out, tokens, heads,
             head_dim**-0.5, splits=splits, workspace=workspace, stream=stream, pdl=index > 0,
         )  # fmt: skip
 
-    return measure_us([launch(i) for i in range(4 * NUM_LAYERS)])
+    return measure_us([launch(i) for i in range(NUM_CALLS)])
 
 
 if __name__ == "__main__":
