@@ -1,8 +1,10 @@
 // Prefill attention: FlashAttention-2 (Dao 2023) over a slot of the cache, on mma.m16n8k16.
 //
-// A block has one KV head and 64 rows; a row is a (token, query head of the group) pair, so that grouped queries share
-// the keys and values they read, and a few tokens of a large group fill the tensor cores too. Four warps have 16 rows
-// each and run over tiles of 64 positions, fetched one tile ahead.
+// A block has one KV head and 64 or 128 rows; a row is a (token, query head of the group) pair, so that grouped queries
+// share the keys and values they read, and a few tokens of a large group fill the tensor cores too. Four warps have 16
+// or 32 rows each and run over tiles of 64 positions. A warp reads the whole tile from shared memory: with 32 rows,
+// half as often for each product, which is what bounds it. Values are fetched while scores are computed, the next keys
+// while values are multiplied. A row's result does not depend on which rows are beside it.
 #include <cassert>
 #include <cmath>
 #include <stdexcept>
@@ -18,8 +20,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
-constexpr int kRows = kWarps * 16;
-constexpr int kTile = 64;  // positions
+constexpr int kMostRowTiles = 2;  // of 16 rows a warp
+constexpr int kTile = 64;         // positions
 
 struct Params {
   const bf16* q;
@@ -31,8 +33,9 @@ struct Params {
   int num_heads;
   int num_kv_heads;
   int capacity;
+  std::size_t values_offset;  // elements from a head's keys to its values
   int window;
-  float scale;  // times log2(e)
+  float scale;  // positive, times log2(e)
 };
 
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool inside) {
@@ -60,38 +63,40 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t* r, const bf16
 
 template <int HD>
 constexpr int kStride = HD + 8;  // elements a row in shared memory: ldmatrix without bank conflicts
-template <int HD>
-constexpr int kStageElements = 2 * kTile * kStride<HD>;  // keys, then values
-template <int HD>
-constexpr std::size_t kSharedBytes = 2 * kStageElements<HD> * sizeof(bf16);
+// Queries, keys, values.
+template <int HD, int kRowTiles>
+constexpr std::size_t kSharedBytes = (kWarps * kRowTiles * 16 + 2 * kTile) * kStride<HD> * sizeof(bf16);
 
-// Positions tile to tile + 63 of keys and values into one stage; those from `end` on are zeros.
+__device__ __forceinline__ float exp2_fast(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// Threads that copy one row, eight elements each; those past the row's end do nothing.
+template <int HD>
+constexpr int kRowThreads = HD > 64 ? 16 : 8;
+
+// A tile of one head's keys or values to shared memory. `from` and `to` are what this thread copies of the first row
+// that it copies of, and num_rows is counted from there; rows after them are zeros. `readable` is any address.
 template <int HD, KvFormat F>
-__device__ __forceinline__ void fetch_tile(bf16* stage, const typename Kv<F>::Element* keys,
-                                           const typename Kv<F>::Element* values, int tile, int end) {
-  constexpr int kChunks = HD / 8;
-  static_assert(kTile * kChunks % kThreads == 0);
+__device__ __forceinline__ void fetch_tile(bf16* to, const typename Kv<F>::Element* from, int num_rows,
+                                           const void* readable) {
+  constexpr int kStep = kThreads / kRowThreads<HD>;
+  if (HD % (8 * kRowThreads<HD>) != 0 && threadIdx.x % kRowThreads<HD> * 8 >= HD) return;
 #pragma unroll
-  for (int i = 0; i < kTile * kChunks / kThreads; i++) {
-    const int index = i * kThreads + threadIdx.x, row = index / kChunks, column = index % kChunks * 8;
-    const bool inside = tile + row < end;
-    const std::size_t at = static_cast<std::size_t>(inside ? tile + row : 0) * HD + column;
-    bf16* key = stage + row * kStride<HD> + column;
-    bf16* value = key + kTile * kStride<HD>;
+  for (int row = 0; row < kTile; row += kStep) {
+    const bool inside = row < num_rows;
+    bf16* place = to + row * kStride<HD>;
     if constexpr (F != KvFormat::fp8) {
-      copy_16_async(key, keys + at, inside);
-      copy_16_async(value, values + at, inside);
+      copy_16_async(place, inside ? static_cast<const void*>(from + row * HD) : readable, inside);
     } else {
-      float ks[8], vs[8];
-      Kv<F>::unpack(inside ? Kv<F>::load(keys + at) : Kv<F>::zeros(), ks);
-      Kv<F>::unpack(inside ? Kv<F>::load(values + at) : Kv<F>::zeros(), vs);
-      *reinterpret_cast<uint4*>(key) = make_uint4(pack_bf16(ks[0], ks[1]), pack_bf16(ks[2], ks[3]),
-                                                  pack_bf16(ks[4], ks[5]), pack_bf16(ks[6], ks[7]));
-      *reinterpret_cast<uint4*>(value) = make_uint4(pack_bf16(vs[0], vs[1]), pack_bf16(vs[2], vs[3]),
-                                                    pack_bf16(vs[4], vs[5]), pack_bf16(vs[6], vs[7]));
+      float v[8];
+      Kv<F>::unpack(inside ? Kv<F>::load(from + row * HD) : Kv<F>::zeros(), v);
+      *reinterpret_cast<uint4*>(place) =
+          make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
     }
   }
-  commit_copies();
 }
 
 // The products' operands: as the cache has them, and bf16 for FP8.
@@ -114,156 +119,236 @@ __device__ __forceinline__ uint32_t operand_from_bf16(uint32_t two) {
   return bits_as<uint32_t>(__halves2half2(Half::from_float(low_float(two)), Half::from_float(high_float(two))));
 }
 
-template <int HD, KvFormat F>
-__global__ void __launch_bounds__(kThreads, 2) prefill_attention_kernel(const Params p) {
-  using Element = typename Kv<F>::Element;
-  constexpr int kSteps = HD / 16;    // of the dot products
-  constexpr int kOutTiles = HD / 8;  // of the output's dims
-  constexpr int kScoreTiles = kTile / 8;
-  extern __shared__ uint4 shared_memory[];
-  bf16* stages = reinterpret_cast<bf16*>(shared_memory);
-  start_dependents();
-  wait_for_predecessor();
+// One block's sequence and rows.
+struct Rows {
+  int first;        // row of the sequence
+  int count;        // rows of the whole sequence
+  int group;        // query heads a KV head
+  int first_token;  // of the sequence, in q and out
+  int base;         // position of that token
+  int num_heads;
+  int first_head;
 
-  const int sequence = blockIdx.z, kv_head = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int g = lane >> 2, t = lane & 3;
-  const int group = p.num_heads / p.num_kv_heads;
-  const int first_token = p.starts[sequence], num_tokens = p.starts[sequence + 1] - first_token;
-  // Late rows have the longest way: they go first.
-  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;
-  if (first_row >= num_tokens * group) return;
-  const int base = p.positions[sequence];
-  const int lowest = base + first_row / group;  // positions of the block's first and last token
-  const int highest = base + min((first_row + kRows - 1) / group, num_tokens - 1);
-  const std::size_t head_size = static_cast<std::size_t>(p.capacity) * HD;
-  const Element* keys = static_cast<const Element*>(p.cache) +
-                        (static_cast<std::size_t>(p.slots[sequence]) * 2 * p.num_kv_heads + kv_head) * head_size;
-  const Element* values = keys + p.num_kv_heads * head_size;
-
-  int position[2];        // of rows g and g + 8
-  std::size_t offset[2];  // of their q and out
-  bool valid[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int row = first_row + warp * 16 + g + 8 * i, token = min(row / group, num_tokens - 1);
-    valid[i] = row < num_tokens * group;
-    position[i] = base + token;
-    offset[i] = (static_cast<std::size_t>(first_token + token) * p.num_heads + kv_head * group + row % group) * HD;
+  // Volatile: what is needed again after the loop is read again, so that it holds no registers meanwhile.
+  __device__ __forceinline__ Rows(const Params& p, int rows_per_block)
+      : first(static_cast<int>(gridDim.x - 1 - blockIdx.x) * rows_per_block),  // late rows, the longest way, go first
+        group(p.num_heads / p.num_kv_heads),
+        first_token(*static_cast<const volatile int32_t*>(p.starts + blockIdx.z)),
+        base(*static_cast<const volatile int32_t*>(p.positions + blockIdx.z)),
+        num_heads(p.num_heads),
+        first_head(static_cast<int>(blockIdx.y) * group) {
+    count = (*static_cast<const volatile int32_t*>(p.starts + blockIdx.z + 1) - first_token) * group;
   }
-  const int end = highest + 1;
-  const int begin = p.window > 0 ? max(0, lowest - p.window + 1) / kTile * kTile : 0;
-  fetch_tile<HD, F>(stages, keys, values, begin, end);
-
-  uint32_t q[kSteps][4];
-#pragma unroll
-  for (int s = 0; s < kSteps; s++) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const bf16* from = p.q + offset[j & 1] + s * 16 + 2 * t + 8 * (j >> 1);
-      q[s][j] = operand_from_bf16<F>(*reinterpret_cast<const uint32_t*>(from));
-    }
+  __device__ __forceinline__ int position(int row) const { return base + min(first + row, count - 1) / group; }
+  // Of a row's query and output, in head_dims. Rows past the last are the last.
+  __device__ __forceinline__ std::size_t offset(int row) const {
+    const int inside = min(first + row, count - 1);
+    return static_cast<std::size_t>(first_token + inside / group) * num_heads + first_head + inside % group;
   }
-  float out[kOutTiles][4] = {};
-  float top[2] = {-1e30f, -1e30f}, total[2] = {};  // finite, so that a row without scores yet gives no NaN
+};
 
-  int stage = 0;
-  for (int tile = begin; tile < end; tile += kTile, stage ^= 1) {
-    wait_for_copies();
-    __syncthreads();  // the tile is there, and all warps are done with the other stage
-    if (tile + kTile < end) {
-      fetch_tile<HD, F>(stages + (stage ^ 1) * kStageElements<HD>, keys, values, tile + kTile, end);
-    }
-    const bf16* key_tile = stages + stage * kStageElements<HD>;
-    const bf16* value_tile = key_tile + kTile * kStride<HD>;
-
-    float scores[kScoreTiles][4] = {};
-#pragma unroll
-    for (int s = 0; s < kSteps; s++) {
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; n += 2) {
-        uint32_t b[4];
-        load_matrices(b,
-                      key_tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * kStride<HD> + s * 16 + ((lane >> 3) & 1) * 8);
-        operand_mma<F>(scores[n], q[s], b[0], b[1]);
-        operand_mma<F>(scores[n + 1], q[s], b[2], b[3]);
-      }
-    }
-    const bool masked = tile + kTile - 1 > lowest || (p.window > 0 && tile <= highest - p.window);
-    float higher[2] = {top[0], top[1]};
-#pragma unroll
-    for (int n = 0; n < kScoreTiles; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float score = scores[n][i] * p.scale;
-        if (masked) {
-          const int at = tile + n * 8 + 2 * t + (i & 1), own = position[i >> 1];
-          if (at > own || (p.window > 0 && at <= own - p.window)) score = -INFINITY;
-        }
-        scores[n][i] = score;
-        higher[i >> 1] = fmaxf(higher[i >> 1], score);
-      }
-    }
-    float shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      higher[i] = fmaxf(higher[i], __shfl_xor_sync(kAllLanes, higher[i], 1));
-      higher[i] = fmaxf(higher[i], __shfl_xor_sync(kAllLanes, higher[i], 2));
-      shrink[i] = exp2f(top[i] - higher[i]);
-      top[i] = higher[i];
-      total[i] *= shrink[i];
-    }
-#pragma unroll
-    for (int n = 0; n < kScoreTiles; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        scores[n][i] = exp2f(scores[n][i] - top[i >> 1]);
-        total[i >> 1] += scores[n][i];
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < kOutTiles; d++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) out[d][i] *= shrink[i >> 1];
-    }
-#pragma unroll
-    for (int s = 0; s < kTile / 16; s++) {
-      const uint32_t a[4] = {operand_pack<F>(scores[2 * s][0], scores[2 * s][1]),
-                             operand_pack<F>(scores[2 * s][2], scores[2 * s][3]),
-                             operand_pack<F>(scores[2 * s + 1][0], scores[2 * s + 1][1]),
-                             operand_pack<F>(scores[2 * s + 1][2], scores[2 * s + 1][3])};
-#pragma unroll
-      for (int d = 0; d < kOutTiles; d += 2) {
-        uint32_t b[4];
-        load_matrices_transposed(
-            b, value_tile + (s * 16 + ((lane >> 3) & 1) * 8 + (lane & 7)) * kStride<HD> + d * 8 + (lane >> 4) * 8);
-        operand_mma<F>(out[d], a, b[0], b[1]);
-        operand_mma<F>(out[d + 1], a, b[2], b[3]);
-      }
-    }
-  }
-
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    total[i] += __shfl_xor_sync(kAllLanes, total[i], 1);
-    total[i] += __shfl_xor_sync(kAllLanes, total[i], 2);
-    if (!valid[i]) continue;
-    const float inverse = 1.0f / total[i];
-#pragma unroll
-    for (int d = 0; d < kOutTiles; d++) {
-      *reinterpret_cast<uint32_t*>(p.out + offset[i] + d * 8 + 2 * t) =
-          pack_bf16(out[d][2 * i] * inverse, out[d][2 * i + 1] * inverse);
+template <int HD, KvFormat F, int kRows>
+__device__ __forceinline__ void fetch_queries(bf16* to, const bf16* q, const Rows& rows) {
+  constexpr int kChunks = HD / 8;
+  static_assert(kRows * kChunks % kThreads == 0);
+#pragma unroll 4
+  for (int i = 0; i < kRows * kChunks / kThreads; i++) {
+    const int index = i * kThreads + static_cast<int>(threadIdx.x), row = index / kChunks, column = index % kChunks * 8;
+    const bf16* from = q + rows.offset(row) * HD + column;
+    bf16* place = to + row * kStride<HD> + column;
+    if constexpr (F != KvFormat::fp16) {
+      copy_16_async(place, from, true);
+    } else {
+      const uint4 v = load_activation(from);
+      *reinterpret_cast<uint4*>(place) = make_uint4(operand_from_bf16<F>(v.x), operand_from_bf16<F>(v.y),
+                                                    operand_from_bf16<F>(v.z), operand_from_bf16<F>(v.w));
     }
   }
 }
 
+template <int HD, KvFormat F, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 3 : 2) prefill_attention_kernel(const Params p) {
+  using Element = typename Kv<F>::Element;
+  constexpr int kRows = kWarps * kRowTiles * 16;
+  constexpr int kOutTiles = HD / 8;  // of the output's dims
+  constexpr int kScoreTiles = kTile / 8;
+  extern __shared__ uint4 shared_memory[];
+  bf16* queries = reinterpret_cast<bf16*>(shared_memory);
+  bf16* key_tile = queries + kRows * kStride<HD>;
+  bf16* value_tile = key_tile + kTile * kStride<HD>;
+  start_dependents();
+  wait_for_predecessor();
+
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int g = lane >> 2, t = lane & 3;
+  const Rows rows(p, kRows);
+  if (rows.first >= rows.count) return;
+  const int lowest = rows.position(0), end = rows.position(kRows - 1) + 1;
+  const int begin = p.window > 0 ? max(0, lowest - p.window + 1) / kTile * kTile : 0;
+  // This thread's share of a tile.
+  const int copied_row = threadIdx.x / kRowThreads<HD>, copied_column = threadIdx.x % kRowThreads<HD> * 8;
+  const std::size_t head_size = static_cast<std::size_t>(p.capacity) * HD;
+  const Element* from = static_cast<const Element*>(p.cache) +
+                        (static_cast<std::size_t>(p.slots[blockIdx.z]) * 2 * p.num_kv_heads + blockIdx.y) * head_size +
+                        static_cast<std::size_t>(begin + copied_row) * HD + copied_column;
+  bf16* copied = key_tile + copied_row * kStride<HD> + copied_column;
+
+  fetch_queries<HD, F, kRows>(queries, p.q, rows);
+  fetch_tile<HD, F>(copied, from, end - begin - copied_row, p.cache);
+  commit_copies();
+
+  const int warp_row = warp * kRowTiles * 16;
+  float out[kRowTiles][kOutTiles][4] = {};
+  float top[kRowTiles][2], total[kRowTiles][2] = {};  // before and after scaling
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++) top[m][0] = top[m][1] = -1e30f;  // finite: a row without scores yet gives no NaN
+
+  // What a lane's address adds in ldmatrix: of a 16 x 16 tile of queries or values, and of two 8 x 16 tiles of keys.
+  const bf16* query_from = queries + (warp_row + (lane & 15)) * kStride<HD> + (lane >> 4) * 8;
+  const bf16* key_from = key_tile + ((lane >> 4) * 8 + (lane & 7)) * kStride<HD> + ((lane >> 3) & 1) * 8;
+  const bf16* value_from = value_tile + (lane & 15) * kStride<HD> + (lane >> 4) * 8;
+
+  for (int tile = begin; tile < end; tile += kTile, from += kTile * HD) {
+    wait_for_copies();
+    __syncthreads();  // the keys are there, and all warps are done with the values of the tile before
+    fetch_tile<HD, F>(copied + kTile * kStride<HD>, from + p.values_offset, end - tile - copied_row, p.cache);
+    commit_copies();
+
+    float scores[kRowTiles][kScoreTiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < HD / 16; s++) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; m++) load_matrices(a[m], query_from + m * 16 * kStride<HD> + s * 16);
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; n += 2) {
+        uint32_t b[4];
+        load_matrices(b, key_from + n * 8 * kStride<HD> + s * 16);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; m++) {
+          operand_mma<F>(scores[m][n], a[m], b[0], b[1]);
+          operand_mma<F>(scores[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+    wait_for_copies();
+    __syncthreads();  // the values are there, and all warps are done with the keys
+    if (tile + kTile < end) {
+      fetch_tile<HD, F>(copied, from + kTile * HD, end - tile - kTile - copied_row, p.cache);
+      commit_copies();
+    }
+
+    if (tile + kTile - 1 > lowest || (p.window > 0 && tile < end - p.window)) {
+      const Rows again(p, kRows);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; m++) {
+        const int first = warp_row + m * 16 + g, positions[2] = {again.position(first), again.position(first + 8)};
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int at = tile + n * 8 + 2 * t + (i & 1), own = positions[i >> 1];
+            if (at > own || (p.window > 0 && at <= own - p.window)) scores[m][n][i] = -INFINITY;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; m++) {
+      float shrink[2], offset[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float higher = top[m][i];
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; n++) {
+          higher = fmaxf(higher, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+        }
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 1));
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, 2));
+        shrink[i] = exp2_fast((top[m][i] - higher) * p.scale);
+        offset[i] = -higher * p.scale;
+        top[m][i] = higher;
+      }
+      float sums[2] = {};
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          scores[m][n][i] = exp2_fast(fmaf(scores[m][n][i], p.scale, offset[i >> 1]));
+          sums[i >> 1] += scores[m][n][i];
+        }
+      }
+      // Written as one operation, so that every instance of this kernel rounds once here.
+#pragma unroll
+      for (int i = 0; i < 2; i++) total[m][i] = fmaf(total[m][i], shrink[i], sums[i]);
+#pragma unroll
+      for (int d = 0; d < kOutTiles; d++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[m][d][i] *= shrink[i >> 1];
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kTile / 16; s++) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; m++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float* two = &scores[m][2 * s + (j >> 1)][2 * (j & 1)];
+          a[m][j] = operand_pack<F>(two[0], two[1]);
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kOutTiles; d += 2) {
+        uint32_t b[4];
+        load_matrices_transposed(b, value_from + s * 16 * kStride<HD> + d * 8);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; m++) {
+          operand_mma<F>(out[m][d], a[m], b[0], b[1]);
+          operand_mma<F>(out[m][d + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  const Rows again(p, kRows);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float sum = total[m][i];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      const int row = warp_row + m * 16 + g + 8 * i;
+      if (again.first + row >= again.count) continue;
+      const float inverse = 1.0f / sum;
+      bf16* to = p.out + again.offset(row) * HD + 2 * t;
+#pragma unroll
+      for (int d = 0; d < kOutTiles; d++) {
+        *reinterpret_cast<uint32_t*>(to + d * 8) =
+            pack_bf16(out[m][d][2 * i] * inverse, out[m][d][2 * i + 1] * inverse);
+      }
+    }
+  }
+}
+
+template <int HD, KvFormat F, int kRowTiles>
+void launch_rows(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
+  const auto kernel = prefill_attention_kernel<HD, F, kRowTiles>;
+  constexpr std::size_t kBytes = kSharedBytes<HD, kRowTiles>;
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
+  const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
+  launch(kernel, dim3(ceil_div(num_rows, kWarps * kRowTiles * 16), args.kv.num_kv_heads, args.num_sequences),
+         dim3(kThreads), kBytes, stream, pdl, p);
+}
+
 template <int HD, KvFormat F>
 void launch_prefill(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
-  const auto kernel = prefill_attention_kernel<HD, F>;
-  EDGELLM_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes<HD>)));
-  const int group = args.num_heads / args.kv.num_kv_heads;
-  launch(kernel, dim3(ceil_div(args.max_tokens * group, kRows), args.kv.num_kv_heads, args.num_sequences),
-         dim3(kThreads), kSharedBytes<HD>, stream, pdl, p);
+  // A multiprocessor takes two blocks of the larger kind; fewer than that, and smaller ones share the work better.
+  const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
+  const int num_large = ceil_div(num_rows, kWarps * kMostRowTiles * 16) * args.kv.num_kv_heads * args.num_sequences;
+  if (num_large >= 2 * device_traits().num_sms) return launch_rows<HD, F, kMostRowTiles>(args, p, stream, pdl);
+  launch_rows<HD, F, 1>(args, p, stream, pdl);
 }
 
 template <int HD>
@@ -277,17 +362,13 @@ void launch_format(const PrefillAttentionArgs& args, const Params& p, cudaStream
 
 void prefill_attention_async(const PrefillAttentionArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.num_heads % args.kv.num_kv_heads == 0);
-  const Params p = {args.q,
-                    args.kv.data,
-                    args.starts,
-                    args.slots,
-                    args.positions,
-                    args.out,
-                    args.num_heads,
-                    args.kv.num_kv_heads,
-                    args.kv.capacity,
-                    args.window,
-                    args.scale * 1.4426950408889634f};
+  const Params p = {
+      args.q,           args.kv.data,
+      args.starts,      args.slots,
+      args.positions,   args.out,
+      args.num_heads,   args.kv.num_kv_heads,
+      args.kv.capacity, static_cast<std::size_t>(args.kv.num_kv_heads) * args.kv.capacity * args.kv.head_dim,
+      args.window,      args.scale * 1.4426950408889634f};
   switch (args.kv.head_dim) {
     case 64:
       return launch_format<64>(args, p, stream, pdl);

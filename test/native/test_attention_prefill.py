@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
 from test_attention_decode import CAPACITY, EPS, reference, rotate, tables
@@ -128,3 +130,48 @@ def test_a_window_hides_what_lies_before_it(window: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int) -> None:
     check(head_dim, 8, 2, [(0, 99), (300, 70)], fp8=True)
+
+
+def attend(q: Any, kv: Any, position: int) -> Any:
+    """One sequence in slot 0 whose first token is at `position`."""
+    tokens, head_dim = q.shape[0], kv.shape[-1]
+    starts, slots, positions = (
+        torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([0, tokens], [0], [position])
+    )
+    out = poisoned(tokens, q.shape[1], dtype=torch.bfloat16)
+    K.prefill_attention(q, kv, starts, slots, positions, out, tokens, head_dim**-0.5, stream=stream())
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, fp8: bool) -> None:
+    """The whole fills a large GPU with large blocks, the pieces do not."""
+    heads, kv_heads, tokens = 64, 16, 1100
+    kv = random_bf16(1, 2, kv_heads, tokens, head_dim)
+    if fp8:
+        kv = kv.to(torch.float8_e4m3fn).view(torch.uint8)
+    q = random_bf16(tokens, heads * head_dim, scale=2.0)
+    whole = attend(q, kv, 0)
+    for first, last in ((0, 64), (64, 99), (99, 611), (611, 1100)):
+        assert torch.equal(attend(q[first:last].clone(), kv, first), whole[first:last]), first
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("window", [0, 300])
+def test_large_blocks_agree_with_fp64(head_dim: int, window: int) -> None:
+    heads, kv_heads, position, tokens = 64, 16, 70, 1099
+    kv = random_bf16(1, 2, kv_heads, position + tokens + 9, head_dim)
+    kv[:, :, :, position + tokens :] = float("nan")  # must never be read
+    q = random_bf16(tokens, heads * head_dim, scale=2.0)
+    ints = [torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([0, tokens], [0], [position])]
+    out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
+    K.prefill_attention(q, kv, *ints, out, tokens, head_dim**-0.5, window, stream=stream())
+    for j in (0, 1, 31, 32, 33, 500, 1097, 1098):
+        wanted = reference(
+            q[j].view(heads, head_dim).double(), *kv[0].double(), position + j + 1, window, head_dim**-0.5
+        )
+        got = out[j].view(heads, head_dim).double()
+        assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (j, float((got - wanted).abs().max()))
+    assert not bool(torch.isnan(out).any())
+    assert_untouched(out)
