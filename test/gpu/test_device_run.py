@@ -209,6 +209,20 @@ def test_a_mask_set_before_a_launch_holds_for_its_token(temperature: float, open
     members[2].check(executor)
 
 
+@pytest.mark.parametrize("feature", ["greedy", "all of those", "everything"])
+def test_a_replayed_run_gives_what_plain_launches_give(feature: str, open_cuda: OpenCuda) -> None:
+    executor = open_cuda("gpu_llama", "int4")
+    members = members_of(executor, [SamplingParams(seed=20 + i, **FEATURES[feature]) for i in range(3)])
+    begin(executor, members)
+    decode(executor, members, 12)
+    again = [Member(m.slot, m.ids, m.params, m.answer[0]) for m in members]
+    executor._decoder.use_graphs(False)
+    begin(executor, again)
+    decode(executor, again, 12)
+    for one, other in zip(members, again, strict=True):
+        assert one.answer == other.answer and one.logprobs == other.logprobs
+
+
 def test_a_mask_is_refused_where_it_could_not_hold(open_cuda: OpenCuda) -> None:
     executor = open_cuda("gpu_qwen3", "fp16")
     members = members_of(executor, [SamplingParams(seed=1), SamplingParams(seed=2)])
