@@ -147,11 +147,11 @@ struct MatrixProducts::State {
   cublasLtMatmulDesc_t product(ProductType type) const { return products[static_cast<std::size_t>(type)]; }
 
   void run_async(ProductType type, const Layouts& layouts, const cublasLtMatmulAlgo_t& algorithm, const void* x,
-                 const void* weight, void* y, cudaStream_t stream) const {
+                 const void* weight, void* y, cudaStream_t stream, std::byte* own_workspace) const {
     const float one = 1.0F;
     const float zero = 0.0F;
     EDGELLM_CUBLAS_TRY(cublasLtMatmul(handle, product(type), &one, weight, layouts.weight.get(), x, layouts.x.get(),
-                                      &zero, y, layouts.y.get(), y, layouts.y.get(), &algorithm, workspace,
+                                      &zero, y, layouts.y.get(), y, layouts.y.get(), &algorithm, own_workspace,
                                       kWorkspaceBytes, stream));
   }
 
@@ -215,7 +215,7 @@ float MatrixProducts::State::measure_ms(ProductType type, const Layouts& layouts
       EDGELLM_CUDA_TRY(cudaMemsetAsync(trial.evictions.data(), 0, trial.evictions.size(), stream));
     }
     begin.record(stream);
-    run_async(type, layouts, algorithm, trial.x, trial.weight, trial.y, stream);
+    run_async(type, layouts, algorithm, trial.x, trial.weight, trial.y, stream, workspace);
     end.record(stream);
     end.wait();
     if (i == 0) continue;  // its code was loaded
@@ -233,7 +233,7 @@ MatrixProducts::State::Sums MatrixProducts::State::checksums(ProductType type, c
   // NaN everywhere, so that rows that an algorithm leaves out show.
   EDGELLM_CUDA_TRY(cudaMemsetAsync(trial.y, 0xff, row_bytes * static_cast<std::size_t>(counts.back()), stream));
   EDGELLM_CUDA_TRY(cudaMemsetAsync(sums, 0, sizeof(Sums), stream));
-  run_async(type, layouts, algorithm, trial.x, trial.weight, trial.y, stream);
+  run_async(type, layouts, algorithm, trial.x, trial.weight, trial.y, stream, workspace);
   for (std::size_t i = 0; i < counts.size(); ++i) {
     kernels::checksum_async(trial.y, row_bytes * static_cast<std::size_t>(counts[i]), sums + i, stream);
   }
@@ -319,7 +319,8 @@ bool MatrixProducts::prepare(ProductType type, int out_features, int in_features
 }
 
 void MatrixProducts::run_async(ProductType type, const void* x, const void* weight, void* y, int num_rows,
-                               int out_features, int in_features, int stride, cudaStream_t stream) {
+                               int out_features, int in_features, int stride, cudaStream_t stream,
+                               std::byte* workspace) {
   const auto found = state_->algorithms.find(State::Key{type, out_features, in_features});
   if (found == state_->algorithms.end() || num_rows > state_->max_rows) {
     throw std::logic_error("a product that was not prepared");
@@ -327,7 +328,8 @@ void MatrixProducts::run_async(ProductType type, const void* x, const void* weig
   const auto row_class = std::find_if(found->second.begin(), found->second.end(),
                                       [num_rows](const RowClass& c) { return num_rows <= c.most_rows; });
   const Layouts layouts(type, num_rows, out_features, in_features, stride);
-  state_->run_async(type, layouts, row_class->algorithm, x, weight, y, stream);
+  state_->run_async(type, layouts, row_class->algorithm, x, weight, y, stream,
+                    workspace != nullptr ? workspace : state_->workspace);
 }
 
 }  // namespace edgellm
@@ -346,7 +348,8 @@ MatrixProducts::~MatrixProducts() = default;
 
 bool MatrixProducts::prepare(ProductType, int, int, const ProductTrial&, cudaStream_t) { return false; }
 
-void MatrixProducts::run_async(ProductType, const void*, const void*, void*, int, int, int, int, cudaStream_t) {}
+void MatrixProducts::run_async(ProductType, const void*, const void*, void*, int, int, int, int, cudaStream_t,
+                               std::byte*) {}
 
 }  // namespace edgellm
 

@@ -66,6 +66,20 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
   return bytes;
 }
 
+// For every second part of what prefill dequantises in parts, so that two are under way; 0 when nothing is cut. An fp8
+// weight that is multiplied as it is has no need of it.
+std::size_t side_scratch_bytes(const DecoderConfig& config) {
+  if (config.layer_format == WeightFormat::bf16) return 0;
+  if (config.layer_format == WeightFormat::fp8 && config.fp8_prefill) return 0;
+  std::size_t bytes = 0;
+  for (const LinearShape& linear : layer_linears(config)) {
+    const int part = dequantised_rows(linear.rows, linear.cols);
+    if (part == linear.rows) continue;
+    bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
+  }
+  return bytes;
+}
+
 }  // namespace
 
 bool DecoderConfig::has_bias(const std::string& stem) const {
@@ -194,6 +208,10 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
              kernels::tree_attention_workspace_bytes(verified, config.num_heads, config.head_dim));
   }
   plan.add("workspace", "scratch", scratch_bytes(config));
+  if (const std::size_t side = side_scratch_bytes(config); side > 0) {
+    plan.add("workspace", "side_scratch", side);
+    plan.add("workspace", "side_cublaslt", MatrixProducts::kWorkspaceBytes);
+  }
   plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
   if (config.layer_format == WeightFormat::fp8 && config.fp8_prefill) {
     plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));

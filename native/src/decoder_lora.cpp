@@ -78,11 +78,11 @@ void Decoder::adapt_async(const kernels::GemvArgs& args, bool pdl) {
   kernels::lora_down_async(down, stream_.get(), pdl);
 }
 
-void Decoder::adapt_product_async(int adapter, int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y,
-                                  int num_tokens) {
-  if (adapter == 0) return;
+bool Decoder::adapt_product_async(int adapter, int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y,
+                                  int num_tokens, bool pdl) {
+  if (adapter == 0) return pdl;
   const kernels::LoraLinear& part = adapters_.part(adapter, layer, linear);
-  if (part.num_a_rows == 0) return;
+  if (part.num_a_rows == 0) return pdl;
   kernels::LoraPrefillArgs args;
   args.linear = part;
   const std::vector<int> rows = adapters_.target_rows(linear);
@@ -94,7 +94,8 @@ void Decoder::adapt_product_async(int adapter, int layer, Linear linear, const _
   args.y = y;
   args.num_tokens = num_tokens;
   args.cols = layer_linears(config_)[static_cast<std::size_t>(linear)].cols;
-  kernels::lora_prefill_async(args, stream_.get(), pdl_);
+  kernels::lora_prefill_async(args, stream_.get(), pdl);
+  return pdl_;
 }
 
 }  // namespace edgellm

@@ -104,11 +104,18 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
                : kernels::ProductScales{};
   };
 
-  if (fp8) {
-    fp8_product_async(layer.qkv, qkv, count);
-  } else if (products) {
-    product_async(layer.qkv, false, normed, qkv, count);
-    adapt_product_async(adapter, index, Linear::kQkv, normed, qkv, count);
+  const auto product_async = [&](const LinearView& linear, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y) {
+    if (fp8) {
+      fp8_product_async(linear, y, count);
+      return pdl_;
+    }
+    const bool next = this->product_async(linear, which == Linear::kGateUp, x, y, count);
+    return adapt_product_async(adapter, index, which, x, y, count, next);
+  };
+
+  bool pdl = pdl_;
+  if (products) {
+    pdl = product_async(layer.qkv, Linear::kQkv, normed, qkv);
   } else {
     gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16, index, Linear::kQkv,
                     adapter);
@@ -124,7 +131,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   rope.q_out = q;
   rope.num_tokens = count;
   rope.num_heads = config_.num_heads;
-  kernels::rope_kv_write_async(rope, stream, pdl_);
+  kernels::rope_kv_write_async(rope, stream, pdl);
 
   kernels::PrefillAttentionArgs attention;
   attention.q = q;
@@ -140,12 +147,10 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   attention.scale = attention_scale(config_);
   kernels::prefill_attention_async(attention, stream, pdl_);
 
-  if (fp8) {
-    quantize_x_async(attended, count, config_.q_width());
-    fp8_product_async(layer.o, delta, count);
-  } else if (products) {
-    product_async(layer.o, false, attended, delta, count);
-    adapt_product_async(adapter, index, Linear::kO, attended, delta, count);
+  if (fp8) quantize_x_async(attended, count, config_.q_width());
+  pdl = pdl_;
+  if (products) {
+    pdl = product_async(layer.o, Linear::kO, attended, delta);
   } else {
     gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16, index, Linear::kO, adapter);
   }
@@ -161,7 +166,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   residual.normed_scales = x_scales;
   residual.num_tokens = count;
   residual.hidden = hidden;
-  kernels::residual_norm_async(residual, stream, pdl_);
+  kernels::residual_norm_async(residual, stream, pdl);
 
   if (products) {
     kernels::SwigluArgs swiglu;
@@ -173,20 +178,11 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
     swiglu.out_scales = x_scales;
     swiglu.num_tokens = count;
     swiglu.width = config_.intermediate_size;
-    if (fp8) {
-      fp8_product_async(layer.gate_up, arena_.get<__nv_bfloat16>("gate_up"), count);
-    } else {
-      product_async(layer.gate_up, true, normed, arena_.get<__nv_bfloat16>("gate_up"), count);
-      adapt_product_async(adapter, index, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"), count);
-    }
-    kernels::swiglu_async(swiglu, stream, pdl_);
-    if (fp8) {
-      fp8_product_async(layer.down, delta, count);
-    } else {
-      product_async(layer.down, false, activated, delta, count);
-      adapt_product_async(adapter, index, Linear::kDown, activated, delta, count);
-    }
+    pdl = product_async(layer.gate_up, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"));
+    kernels::swiglu_async(swiglu, stream, pdl);
+    pdl = product_async(layer.down, Linear::kDown, activated, delta);
   } else {
+    pdl = pdl_;
     gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu, index,
                     Linear::kGateUp, adapter);
     gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16, index, Linear::kDown, adapter);
@@ -196,7 +192,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   residual.bias = products ? layer.down.bias : nullptr;
   residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;
   residual.residual_bf16 = last ? arena_.get<__nv_bfloat16>("residual_bf16") : nullptr;  // for the head
-  kernels::residual_norm_async(residual, stream, pdl_);
+  kernels::residual_norm_async(residual, stream, pdl);
 }
 
 void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,

@@ -72,22 +72,41 @@ void Decoder::prepare_products() {
   }
 }
 
-// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache.
-void Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
+// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache. Parts go to
+// two streams in turn: one is dequantised, or multiplied by few blocks, beside the product of the other.
+bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
                             int count) {
   const kernels::WeightView& weight = linear.weight;
   cudaStream_t stream = stream_.get();
   if (weight.format == WeightFormat::bf16) {
     products_->run_async(ProductType::bf16, x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
-    return;
+    return pdl_;
   }
-  auto* wide = arena_.get<__nv_bfloat16>("scratch");
   const int part = dequantised_rows(weight.rows, weight.cols);
+  const bool forks = part < weight.rows && arena_.plan().contains("side_scratch");
+  auto* wide = arena_.get<__nv_bfloat16>("scratch");
+  auto* side_wide = forks ? arena_.get<__nv_bfloat16>("side_scratch") : nullptr;
+  auto* side_workspace = forks ? arena_.get<std::byte>("side_cublaslt") : nullptr;
+  if (forks) {
+    fork_.record(stream);
+    EDGELLM_CUDA_TRY(cudaStreamWaitEvent(side_stream_.get(), fork_.get(), 0));
+  }
+  bool side = false;
   for (int first = 0; first < weight.rows; first += part) {
     const int rows = std::min(part, weight.rows - first);
-    kernels::dequantize_async(weight, gate_up, first, rows, wide, stream, pdl_);
-    products_->run_async(ProductType::bf16, x, wide, y + first, count, rows, weight.cols, weight.rows, stream);
+    cudaStream_t own_stream = side ? side_stream_.get() : stream;
+    __nv_bfloat16* own_wide = side ? side_wide : wide;
+    // A stream's first part follows an event.
+    kernels::dequantize_async(weight, gate_up, first, rows, own_wide, own_stream, pdl_ && !forks);
+    products_->run_async(ProductType::bf16, x, own_wide, y + first, count, rows, weight.cols, weight.rows, own_stream,
+                         side ? side_workspace : nullptr);
+    side = forks && !side;
   }
+  if (forks) {
+    join_.record(side_stream_.get());
+    EDGELLM_CUDA_TRY(cudaStreamWaitEvent(stream, join_.get(), 0));
+  }
+  return pdl_ && !forks;
 }
 
 void Decoder::quantize_x_async(const __nv_bfloat16* x, int count, int width) {

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgellm_ros import native
+from edgellm_ros.benchmark import random_bundle
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import SequenceStep
@@ -104,3 +105,20 @@ def test_a_prompts_bits_do_not_depend_on_how_it_is_cut(
         for a, b in itertools.pairwise([0, *cuts, 200]):
             # One row: a short step that asks for all of them verifies a draft and has the decode kernels' bits.
             assert np.array_equal(executor.step([step(1, ids[a:b], a)])[0], whole[b - 1]), (cuts, b)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decoding_gives(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers as wide as an 8B model's: gate_up goes in four parts, down in two."""
+    wide = dataclasses.replace(random_bundle.SHAPES["llama-8b"], num_layers=2, vocab_size=4096, max_context=256)
+    monkeypatch.setitem(random_bundle.SHAPES, "wide", wide)
+    executor = CudaExecutor(random_bundle.RandomBundle("wide", weights), EngineConfig(max_slots=2, max_context=128))
+    ids = RNG.integers(5, 4000, 40).astype(np.int32)
+    together = executor.step([step(0, ids, 0, 40)]).copy()
+    for _ in range(5):
+        assert np.array_equal(executor.step([step(0, ids, 0, 40)]), together)
+    alone = np.concatenate([executor.step([step(1, ids[i : i + 1], i)]).copy() for i in range(40)])
+    executor.close()
+    assert relative_error(together, alone) < 0.05

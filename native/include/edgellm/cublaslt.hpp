@@ -46,9 +46,10 @@ class MatrixProducts {
   bool prepare(ProductType type, int out_features, int in_features, const ProductTrial& trial, cudaStream_t stream);
 
   // x: (num_rows, in), at least two rows; weight: (out, in); y: (num_rows, out) bf16 whose rows are `stride` elements
-  // apart; device memory, 256-byte aligned.
+  // apart; device memory, 256-byte aligned. workspace: kWorkspaceBytes, or null for the one in `memory`; products that
+  // may run at the same time need different ones.
   void run_async(ProductType type, const void* x, const void* weight, void* y, int num_rows, int out_features,
-                 int in_features, int stride, cudaStream_t stream);
+                 int in_features, int stride, cudaStream_t stream, std::byte* workspace = nullptr);
 
  private:
   struct State;

@@ -162,9 +162,10 @@ class Decoder {
   void upload_adapters_async(std::span<const std::int32_t> adapters);
   // Computes A x, to which a linear layer's call with args.lora will apply B.
   void adapt_async(const kernels::GemvArgs& args, bool pdl);
-  // y += B (A x) after a prefill product, unless the adapter has nothing for this linear layer.
-  void adapt_product_async(int adapter, int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y,
-                           int num_tokens);
+  // y += B (A x) after a prefill product, unless the adapter has nothing for this linear layer. pdl: of its first
+  // kernel, or, where there is none, of the next one; returns what the next one may have.
+  bool adapt_product_async(int adapter, int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y,
+                           int num_tokens, bool pdl);
   // The loaded adapters may be for other linear layers than before: captures the graphs that look for those.
   void capture_adapted();
   void warm_up_adapters();
@@ -189,7 +190,8 @@ class Decoder {
   void prefill_layer_async(int layer, int num_tokens, bool products, int adapter);
   // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
   void prepare_products();
-  void product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
+  // Returns whether the next kernel may be launched with programmatic dependent launch.
+  bool product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
   // Rounds x, (num_tokens, width), to x_fp8 with x_scales.
   void quantize_x_async(const __nv_bfloat16* x, int num_tokens, int width);
   void fp8_product_async(const LinearView& linear, __nv_bfloat16* y, int num_tokens);
@@ -213,6 +215,9 @@ class Decoder {
   std::unique_ptr<MatrixProducts> products_;
   std::string products_reason_;
   bool fp8_products_ = false;
+  Stream side_stream_;  // of every second part of a dequantised product
+  Event fork_;
+  Event join_;
   std::map<std::pair<std::string, int>, int> tiles_;
   std::map<StepKey, Graph> graphs_;
   bool use_graphs_ = true;
