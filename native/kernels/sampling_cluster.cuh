@@ -78,6 +78,15 @@ __device__ __forceinline__ uint64 warp_sum64(uint64 v) {
   return v;
 }
 
+// *p += v in shared memory, as two 32-bit additions, for the 64-bit one is a loop of compare-and-swap. A carry goes up
+// whenever the low half wraps, in whatever order the threads come: *p is whole after the next barrier.
+__device__ __forceinline__ void shared_add64(uint64* p, uint64 v) {
+  auto* halves = reinterpret_cast<uint32_t*>(p);
+  const uint32_t low = static_cast<uint32_t>(v), before = atomicAdd(halves, low);
+  const uint32_t high = static_cast<uint32_t>(v >> 32) + (before + low < before ? 1u : 0u);
+  if (high) atomicAdd(halves + 1, high);
+}
+
 // Sum over the lanes up to this one.
 __device__ __forceinline__ uint64 warp_running_sum64(uint64 v, int lane) {
 #pragma unroll

@@ -94,7 +94,7 @@ __device__ inline bool draw_among_few(FewShared& shared, Exchange& exchange, con
       if (place >= kMaxFew) continue;
       const uint64 mass = scores.mass(score);
       shared.own[place] = {static_cast<uint64>(rank) << 32 | static_cast<uint32_t>(scores.first_id + i), mass};
-      if (has_top_p && !has_top_k) atomicAdd(&shared.own_mass, mass);
+      if (has_top_p && !has_top_k) shared_add64(&shared.own_mass, mass);
     }
   }
   if (has_top_p && !has_top_k) {

@@ -45,8 +45,8 @@ __device__ Border select_border(SelectionShared& shared, const Cluster& cluster,
       if (rank > limit || rank == kMaskedRank) continue;
       if (shift < 24 && rank >> (shift + 8) != border.rank >> (shift + 8)) continue;
       const uint32_t digit = (rank >> shift) & (kDigits - 1);
-      atomicAdd(&histogram.counts[digit], 1u);
-      if (kByMass) atomicAdd(&histogram.masses[digit], scores.mass(scores.values[i]));
+      if (!kByMass || shift == 0) atomicAdd(&histogram.counts[digit], 1u);  // of masses, only the border's is needed
+      if (kByMass) shared_add64(&histogram.masses[digit], scores.mass(scores.values[i]));
     }
     cluster.barrier();
     if (threadIdx.x < kDigits) {
