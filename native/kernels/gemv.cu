@@ -92,14 +92,20 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   const FmaConfig c = fma_config(tile.config, is_8bit(w));
   const float used = static_cast<float>(chunks_of(w)) / static_cast<float>(tile.threads * c.chunks);
   // By the rows of a single token's kernel: several tokens must get the same configuration.
-  const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / static_cast<float>(2 * num_sms);
+  const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / (1.5f * static_cast<float>(num_sms));
   const int in_flight = c.chunks * c.rows;  // loads a thread
   float preference = tile.threads < 96 ? 0.5f : 1.0f;
   if (is_8bit(w)) {
-    preference *= in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : 0.97f;
-    if (c.max_threads == 512) preference *= 1.01f;
+    const float by_loads = in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : c.chunks == 2 ? 0.998f : 0.97f;
+    preference *= tile.threads > 256 ? by_loads * 1.01f : by_loads;
   } else {
-    preference *= in_flight == 4 ? 0.9f : in_flight == 16 && fill > 2.0f ? 1.02f : 1.0f;
+    // Many rows come as many short-lived blocks; few are spread best by blocks with much under way.
+    const bool many_rows = w.rows >= 40 * num_sms;
+    if (many_rows) {
+      preference *= in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : 0.99f;
+    } else {
+      preference *= in_flight == 16 && c.chunks <= 2 ? 1.0f : in_flight == 8 ? 0.99f : 0.97f;
+    }
   }
   return used * (preference - 0.005f * static_cast<float>(c.chunks)) * (fill < 1.0f ? fill : 1.0f);
 }

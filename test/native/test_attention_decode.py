@@ -86,9 +86,9 @@ def check(
             continue
         q, key, value = qkv[b].double().split([heads, kv_heads, kv_heads])
         written = plain(kv[slot, :, :, position])
-        rtol, atol = WRITTEN[form]
-        assert torch.allclose(written[0], rotate(key, position, cos, sin, gains[1]), rtol=rtol, atol=atol)
-        assert torch.allclose(written[1], value, rtol=rtol, atol=atol)
+        rtol, least = WRITTEN[form]
+        assert torch.allclose(written[0], rotate(key, position, cos, sin, gains[1]), rtol=rtol, atol=least)
+        assert torch.allclose(written[1], value, rtol=rtol, atol=least)
         before[slot, :, :, position] = kv[slot, :, :, position]
         attended = reference(rotate(q, position, cos, sin, gains[0]), *kv[slot], position + 1, window, scale)
         # The output's own rounding, and that of the weights, which are fp16 where the cache is not bf16.
