@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kSamplingThreads, 1) sampling_kernel(const Sam
   __syncthreads();
 
   uint64 key = 0;
-  for (int i = threadIdx.x; i < count; i += kSamplingThreads) key = larger(key, max_key(own[i] + 0.0f, first_id + i));
+  for (int i = threadIdx.x; i < count; i += kSamplingThreads) key = larger(key, max_key(own[i], first_id + i));
   const float own_best = key ? key_value(key) : -INFINITY;
   key = cluster_combine<Combine::max>(shared.exchange, cluster, key, 0);
   const uint32_t best_bits = static_cast<uint32_t>(key >> 32);

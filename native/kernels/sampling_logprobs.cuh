@@ -13,7 +13,7 @@ struct LogprobsShared {
 __device__ __forceinline__ uint64 largest_below(const float* logits, int count, int first_id, uint64 bound) {
   uint64 key = 0;
   for (int i = threadIdx.x; i < count; i += kSamplingThreads) {
-    const uint64 candidate = max_key(__ldcg(logits + i) + 0.0f, first_id + i);
+    const uint64 candidate = max_key(__ldcg(logits + i), first_id + i);
     if (candidate < bound) key = larger(key, candidate);
   }
   return key;
