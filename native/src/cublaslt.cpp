@@ -261,7 +261,8 @@ MatrixProducts::MatrixProducts(std::byte* memory, int max_rows, bool row_invaria
     EDGELLM_CUBLAS_TRY(
         cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof(transpose)));
     if (type == ProductType::fp8) {
-      // Sums of E4M3 products with the tensor cores' own precision: far finer than the operands' three bits.
+      // Sums with the tensor cores' own 13 bits: 0.2 to 0.4 % of a sum of 4,096 to 14,336 products (emulated), beside
+      // the 2.6 % that E4M3 takes from each operand.
       const std::int8_t fast = 1;
       EDGELLM_CUBLAS_TRY(cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
     }
