@@ -71,6 +71,9 @@ def build(nvcc: Path, check: bool) -> None:
             configure += ["-G", "Ninja"]
         run(configure, "native-configure")
         run([cmake, "--build", directory, "--parallel", str(os.cpu_count() or 1)], "native-build")
+        # A shared library links with symbols missing, and tests skip a module that cannot be loaded.
+        environment = {**os.environ, "PYTHONPATH": str(output)}
+        run([sys.executable, "-c", "import _native; print(_native.__file__)"], "native-import", environment)
 
 
 def forget_other_tools(directory: Path, tools: list[str]) -> None:
