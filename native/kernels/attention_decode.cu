@@ -23,7 +23,7 @@ std::size_t counter_bytes(int num_heads) {
   return static_cast<std::size_t>(kMaxDecodeBatch) * num_heads * kMaxCluster * sizeof(unsigned int);
 }
 
-bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
+[[maybe_unused]] bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
 
 }  // namespace
 
