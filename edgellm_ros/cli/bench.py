@@ -83,8 +83,8 @@ def execute(args: argparse.Namespace) -> int:
 
     _check_counts(args)
     if args.plot is not None:
-        check_plot(args.plot)
         _check_target("--plot", args.plot)
+        check_plot(args.plot)
     if args.json not in (None, "-"):
         _check_target("--json", Path(args.json))
     executors = _executors(args)

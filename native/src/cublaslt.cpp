@@ -114,6 +114,8 @@ constexpr int kCandidates = 16;
 constexpr int kTimings = 4;
 constexpr std::chrono::seconds kMostTrialTime{2};  // a weight shape; then the algorithms not yet tried are left out
 constexpr float kHopeless = 1.2F;                  // times the best time: not timed again
+// Weights of fewer numbers are multiplied in no time by any algorithm: cuBLASLt's first guess serves all rows.
+constexpr std::int64_t kFewestTimed = std::int64_t{1} << 21;
 
 struct RowClass {
   int most_rows = 0;
@@ -283,6 +285,10 @@ bool MatrixProducts::prepare(ProductType type, int out_features, int in_features
   const auto first = state_->candidates(type, state_->max_rows, 2, out_features, in_features);
   if (first.empty()) return false;
   const cublasLtMatmulAlgo_t reference = first.front();
+  if (std::int64_t{out_features} * in_features < kFewestTimed) {
+    state_->algorithms.emplace(key, std::vector{RowClass{state_->max_rows, reference}});
+    return true;
+  }
 
   const auto fill = type == ProductType::fp8 ? kernels::fill_random_fp8_async : kernels::fill_random_bf16_async;
   const std::size_t element = type == ProductType::fp8 ? 1 : 2;
