@@ -136,6 +136,16 @@ Choice choose(const GemvArgs& args) {
   for (int i = 1; i < count; i++) {
     if (score(args, choices[i], num_sms) > score(args, choices[best], num_sms)) best = i;
   }
+  if (choices[best].family != Family::int4 || args.num_tokens == 1) return choices[best];
+  // Staging several tokens' x costs more than the weights: as many tiles share it as leave a block for most SMs. With
+  // the same number of warps the sums, and with them a token's bits, stay what they are for one token.
+  const int warps = kInt4Configs[choices[best].tile.config].warps;
+  for (int i = 0; i < count; i++) {
+    if (choices[i].family != Family::int4) continue;
+    const Int4Config& c = kInt4Configs[choices[i].tile.config];
+    const bool fills = ceil_div(gemv_blocks(args, kMmaRows), c.tiles) >= num_sms * 3 / 4;
+    if (c.warps == warps && c.tiles > kInt4Configs[choices[best].tile.config].tiles && fills) best = i;
+  }
   return choices[best];
 }
 
