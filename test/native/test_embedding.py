@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kernel_case import AWKWARD, K, assert_untouched, make_weight, needs_gpu, poisoned, stream, torch
+from kernel_case import AWKWARD, K, assert_untouched, make_weight, needs_gpu, poisoned, random_bf16, stream, torch
 
 pytestmark = needs_gpu
 
@@ -29,3 +29,16 @@ def test_ids_outside_the_table_give_zeros() -> None:
     residual, copy = (poisoned(2, 64, dtype=d) for d in (torch.float32, torch.bfloat16))
     K.embedding(table.view, torch.tensor([-1, 19], device="cuda", dtype=torch.int32), residual, copy, stream=stream())
     assert bool((residual == 0).all()) and bool((copy == 0).all())
+
+
+@pytest.mark.parametrize("tokens", AWKWARD)
+@pytest.mark.parametrize("hidden", [16, 577, 4096])
+def test_embeddings_of_images_arrive_as_they_are(tokens: int, hidden: int) -> None:
+    embeddings = random_bf16(tokens, hidden, scale=3.0)
+    residual = poisoned(tokens, hidden, dtype=torch.float32)
+    copy = poisoned(tokens, hidden, dtype=torch.bfloat16)
+    K.embeddings_from_bf16(embeddings, residual, copy, stream=stream())
+    assert torch.equal(residual, embeddings.float())
+    assert torch.equal(copy, embeddings)
+    assert_untouched(residual)
+    assert_untouched(copy)
