@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import bench, chat, doctor, export, inspect, run
+from edgellm_ros.cli import bench, chat, doctor, export, inspect, plan, run
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (export, inspect, run, chat, bench, doctor)
+VERBS = (export, inspect, run, chat, bench, plan, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:
@@ -23,6 +23,7 @@ from a checkpoint to an answer:
   edgellm chat smollm2                                       talk to it
   edgellm run --bundle smollm2 --input-file in.json --output-file out.json
   edgellm bench --bundle smollm2                             see how fast it is here
+  edgellm plan --bundle smollm2 --device orin-nano           does it fit the robot?
   ros2 launch edgellm_ros llm.launch.py bundle:=smollm2      serve it over ROS 2
 
 exit codes: 0 done, 1 an unexpected failure, 2 a mistake that the message explains, 130 interrupted

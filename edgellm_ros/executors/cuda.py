@@ -47,6 +47,18 @@ def unsupported_reason(bundle: Bundle) -> str:
     return ""
 
 
+def plan_memory(bundle: Bundle, config: EngineConfig) -> dict[str, int]:
+    """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
+
+    Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
+    settings that the bundle cannot have.
+    """
+    settings = _settings(bundle, config)
+    module, _ = native.import_module()
+    plan: dict[str, int] = module.plan_memory(settings)
+    return plan
+
+
 class CudaExecutor(Executor):
     """Runs a bundle's decoder on the current NVIDIA GPU."""
 
@@ -58,7 +70,7 @@ class CudaExecutor(Executor):
         """
         module = native.load()
         settings = _settings(bundle, config)
-        plan: dict[str, int] = module.plan_memory(settings)
+        plan = plan_memory(bundle, config)
         info: dict[str, Any] = module.device_info()
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         _log.info("GPU memory planned: %s; %.0f MB are free", planned, info["free_bytes"] / 1e6)

@@ -1,0 +1,140 @@
+"""Whether a model fits a robot's computer, and how fast its memory lets it decode; arithmetic only.
+
+Decoding reads every weight once a token, so the memory's bandwidth bounds its speed. What a plan adds to that bound are
+assumptions; each is a constant here and is printed with the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes, layer_weights
+from edgellm_ros.benchmark.devices import Device
+from edgellm_ros.bundle import ModelSpec, QuantSpec
+from edgellm_ros.config import EngineConfig
+
+SYSTEM_GB = 1.5  # Linux without a desktop, ROS 2 and the node's own process
+CONTEXT_GB = 0.4  # what the CUDA driver takes for a process
+# Share of the stated bandwidth that decoding reaches. On an H100 a kernel that only reads reaches 94 % of what is
+# stated, and decoding 78 to 95 % of that at 8B; a Jetson was never measured.
+REACHED = 0.75
+# Microseconds that a stage costs beside its bytes: measured as 1.0 to 1.5 on an H100, with dependent launch.
+STAGE_US, STAGE_US_PLAIN = 1.5, 3.0
+STAGES_PER_LAYER, STAGES_PER_STEP = 5, 3
+
+_MIB = 1 << 20
+_DEQUANTISED_BYTES = 64 * _MIB  # decoder_config.cpp: kDequantisedBytes
+_CUBLAS_BYTES = 32 * _MIB
+_GRAPH_BYTES = 64 * _MIB
+_BATCH, _LOGIT_ROWS = 8, 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes by purpose, what the device has, and the speed at some contexts."""
+
+    device: Device
+    parts: dict[str, int]  # purpose -> bytes; all of the executor
+    exact: bool  # from the native module's own plan, not from the formula
+    tokens_per_s: dict[int, float]  # context -> one sequence's
+    bound_tokens_per_s: dict[int, float]  # the same at the stated bandwidth, with nothing else
+
+    @property
+    def total(self) -> int:
+        """Bytes of the executor, the CUDA context and the system."""
+        return sum(self.parts.values()) + int((SYSTEM_GB + CONTEXT_GB) * 1e9)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that."""
+        return self.total <= self.device.memory_gb * 1e9
+
+
+def kv_bytes_per_token(model: ModelSpec, kv_cache: str) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    element = 1 if kv_cache == "fp8" else 2
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
+
+
+def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> dict[str, int]:
+    """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors."""
+    tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
+    hidden, width, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    q_width = model.num_heads * model.head_dim
+    qkv = q_width + 2 * model.num_kv_heads * model.head_dim
+    table = hidden * vocab
+    tied = quant.head_tensor(model) == "embed"
+
+    def stored(count: int, scheme: str) -> int:
+        per_weight = {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}[scheme]
+        return int(count * (per_weight + (2 / quant.group_size if scheme in ("int8", "int4") else 0)))
+
+    weights = stored(model.num_layers * layer_weights(model), quant.weights) + stored(table, quant.embedding)
+    weights += 0 if tied else stored(table, quant.lm_head)
+    weights += model.max_context * model.head_dim * 4  # the rope tables
+    largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
+    workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES
+    if quant.weights in ("int8", "int4"):
+        workspace += min(_DEQUANTISED_BYTES, largest)
+        if largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
+            workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES
+    elif quant.weights == "fp8":
+        workspace += min(_DEQUANTISED_BYTES, largest) + tokens * max(hidden, q_width, width)
+    else:
+        workspace += 32 * _MIB  # weights on their way to bf16
+    return {
+        "weights": weights,
+        "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
+        "workspace": workspace,
+        "logits": vocab * 4 * (_LOGIT_ROWS + 2 * _BATCH) + vocab * _BATCH * 4,
+        "graphs": _GRAPH_BYTES,
+    }
+
+
+def capacity_of(model: ModelSpec, config: EngineConfig) -> int:
+    """Tokens that a slot holds."""
+    return config.max_context or min(model.max_context, 4096)
+
+
+def predict_ms(model: ModelSpec, quant: QuantSpec, device: Device, context: int, kv_cache: str) -> float:
+    """Milliseconds of one sequence's decode step with `context` tokens in its cache."""
+    read = decode_bytes(model, quant) + kv_bytes(model, kv_bytes_per_token(model, kv_cache), context)
+    stages = STAGES_PER_LAYER * model.num_layers + STAGES_PER_STEP
+    stage_us = STAGE_US if device.has_dependent_launch else STAGE_US_PLAIN
+    return read / (REACHED * device.bandwidth_gb_per_s) * 1e-6 + stages * stage_us * 1e-3
+
+
+def make_budget(
+    model: ModelSpec, quant: QuantSpec, config: EngineConfig, device: Device, exact: dict[str, int] | None = None
+) -> Budget:
+    """The budget on `device`; `exact` is the native module's plan without its "total", where the module is installed."""
+    capacity = capacity_of(model, config)
+    contexts = sorted({min(512, capacity), capacity})
+    per_token = kv_bytes_per_token(model, config.kv_cache)
+    bound = {c: (decode_bytes(model, quant) + kv_bytes(model, per_token, c)) for c in contexts}
+    return Budget(
+        device,
+        exact or estimate_parts(model, quant, config),
+        exact is not None,
+        {c: 1e3 / predict_ms(model, quant, device, c, config.kv_cache) for c in contexts},
+        {c: device.bandwidth_gb_per_s * 1e9 / read for c, read in bound.items()},
+    )
+
+
+def remedies(model: ModelSpec, quant: QuantSpec, config: EngineConfig, budget: Budget) -> list[str]:
+    """What would make the model fit, each alone enough; empty when nothing of these does or it fits already."""
+    if budget.fits:
+        return []
+    room = budget.device.memory_gb * 1e9 - (budget.total - budget.parts["kv_cache"])
+    found = []
+    per_token = config.max_slots * kv_bytes_per_token(model, config.kv_cache)
+    tokens = int(room // per_token) // 64 * 64 if room > 0 else 0
+    if tokens >= 512:
+        found.append(f"--max-context {tokens}")
+    one_slot = capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache)
+    slots = int(room // one_slot) if room > 0 else 0
+    if 1 <= slots < config.max_slots:
+        found.append(f"--max-slots {slots}")
+    if config.kv_cache != "fp8" and budget.total - budget.parts["kv_cache"] // 2 <= budget.device.memory_gb * 1e9:
+        found.append("--kv-cache fp8")
+    return found

@@ -1,0 +1,159 @@
+"""`edgellm plan`: does a model fit a robot's computer, and how fast could it be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm_ros.benchmark.devices import DEVICES
+from edgellm_ros.benchmark.shapes import SCHEME_FIELDS, SHAPE_FIELDS
+from edgellm_ros.cli.options import add_settings, settings_from
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgellm_ros.benchmark.budget import Budget
+    from edgellm_ros.bundle import Bundle
+
+HELP = "compute whether a model fits a robot's computer, and about how fast it decodes there"
+EXAMPLES = """\
+examples:
+  edgellm plan --shape llama-8b --weights int4 --device orin-nano            4 slots of 4,096 tokens, the defaults
+  edgellm plan --shape llama-8b --weights int4 --device orin-nx --max-slots 1 --max-context 8192
+  edgellm plan --bundle smollm2 --device orin-nano thor                      side by side
+  edgellm plan --shape qwen3-4b --weights int4 --device agx-orin --json      for a script
+
+Nothing is built, loaded or measured: memory is arithmetic (from the native module's own plan where it is installed),
+and speed is what the memory's bandwidth allows under the assumptions that are printed.
+exit code: 0 when it fits every device named, 1 when it does not
+"""
+_USED = (
+    "max_slots",
+    "max_context",
+    "prefill_chunk",
+    "prefill_chunk_busy",
+    "kv_cache",
+    "fp8_prefill",
+    "decode_batching",
+)
+_MB = 1e6
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
+    model.add_argument("--shape", choices=tuple(SHAPE_FIELDS), help="a published model's shape")
+    parser.add_argument("--weights", choices=tuple(SCHEME_FIELDS), help="weights of a --shape (default int4)")
+    parser.add_argument(
+        "--device", nargs="+", choices=tuple(DEVICES), required=True, metavar="DEVICE",
+        help=f"one or more of {', '.join(DEVICES)}",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    skipped = [name for name in EngineConfig.__dataclass_fields__ if name not in _USED]
+    add_settings(parser, EngineConfig, "engine", skip=skipped)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Compute and show one budget a device."""
+    from edgellm_ros.benchmark.budget import capacity_of, make_budget
+
+    if args.bundle is not None and args.weights is not None:
+        raise ConfigError("--weights belongs to --shape: a bundle's weights are what they are")
+    bundle = _open(args)
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    config = settings_from(args, EngineConfig(executor="cuda"))
+    capacity = capacity_of(model, config)
+    if capacity > model.max_context:
+        raise ConfigError(f"--max-context {capacity} exceeds the model's {model.max_context}")
+    exact = _exact_plan(bundle, config)
+    budgets = [make_budget(model, quant, config, DEVICES[name], exact) for name in args.device]
+    if args.json:
+        print(json.dumps([_as_dict(budget) for budget in budgets], indent=1))
+    else:
+        _print(bundle, config, budgets)
+    return 0 if all(budget.fits for budget in budgets) else 1
+
+
+def _open(args: argparse.Namespace) -> Bundle:
+    from edgellm_ros.benchmark.random_bundle import RandomBundle
+    from edgellm_ros.bundle import Bundle
+
+    if args.bundle is not None:
+        return Bundle.open(args.bundle, verify=False)
+    return RandomBundle(args.shape, args.weights or "int4")
+
+
+def _exact_plan(bundle: Bundle, config: EngineConfig) -> dict[str, int] | None:
+    """The native module's own plan; None where it is not installed. A model that it refuses is refused here."""
+    from edgellm_ros import native
+    from edgellm_ros.executors.cuda import plan_memory
+
+    if native.import_module()[0] is None:
+        return None
+    plan = plan_memory(bundle, config)
+    plan.pop("total")
+    return plan
+
+
+def _as_dict(budget: Budget) -> dict[str, Any]:
+    return {
+        "device": budget.device.name,
+        "memory_bytes": int(budget.device.memory_gb * 1e9),
+        "needed_bytes": budget.total,
+        "fits": budget.fits,
+        "parts": budget.parts,
+        "exact": budget.exact,
+        "tokens_per_s": budget.tokens_per_s,
+        "bound_tokens_per_s": budget.bound_tokens_per_s,
+    }
+
+
+def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from edgellm_ros.benchmark import budget as assumed
+
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{escape(model.name)}[/bold], {quant.weights} weights, head {quant.lm_head}; {config.max_slots} slots "
+        f"of {assumed.capacity_of(model, config)} tokens, KV cache {config.kv_cache}"
+    )
+    table = Table()
+    table.add_column("MB")
+    for budget in budgets:
+        table.add_column(escape(budget.device.name), justify="right")
+    for name in budgets[0].parts:
+        table.add_row(name.replace("_", " "), *(f"{budget.parts[name] / _MB:,.0f}" for budget in budgets))
+    table.add_row("CUDA context", *(f"{assumed.CONTEXT_GB * 1e3:,.0f}" for _ in budgets))
+    table.add_row("system, ROS 2", *(f"{assumed.SYSTEM_GB * 1e3:,.0f}" for _ in budgets))
+    table.add_section()
+    table.add_row("needed", *(f"{budget.total / _MB:,.0f}" for budget in budgets))
+    table.add_row("there", *(f"{budget.device.memory_gb * 1e3:,.0f}" for budget in budgets))
+    table.add_row("", *("[green]fits[/green]" if b.fits else "[bold red]does not fit[/bold red]" for b in budgets))
+    table.add_section()
+    for context in budgets[0].tokens_per_s:
+        table.add_row(
+            f"tokens/s at {context}",
+            *(f"{b.tokens_per_s[context]:,.0f} (bound {b.bound_tokens_per_s[context]:,.0f})" for b in budgets),
+        )
+    console.print(table)
+    for budget in budgets:
+        if not budget.fits:
+            ways = assumed.remedies(model, quant, config, budget)
+            text = ", or ".join(ways) if ways else "a smaller model, or weights of fewer bits"
+            console.print(f"{escape(budget.device.name)}: would fit with {text}")
+    source = "the native module's own plan" if budgets[0].exact else "a formula (the native module is not installed)"
+    console.print(
+        f"[dim]memory from {source}. Speed assumes that decoding reaches {assumed.REACHED:.0%} of the stated "
+        "bandwidth "
+        f"and {assumed.STAGE_US_PLAIN} us a stage ({assumed.STAGE_US} from compute capability 9.0), one sequence, in "
+        "the power mode "
+        + "; ".join(sorted({b.device.power_mode for b in budgets}))
+        + ". No Jetson was measured.[/dim]"
+    )

@@ -1,0 +1,100 @@
+"""`edgellm plan`: the memory of the native module's own plan, speed from the bandwidth, and what would fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edgellm_ros import native
+from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
+from edgellm_ros.benchmark.devices import DEVICES
+from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
+from edgellm_ros.cli.main import main
+from edgellm_ros.config import EngineConfig
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.skipif(bool(native.import_module()[1]), reason=native.import_module()[1])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_formula_is_within_five_percent_of_the_native_plan(shape: str, scheme: str) -> None:
+    from edgellm_ros.executors.cuda import plan_memory
+
+    for config in (EngineConfig(), EngineConfig(max_slots=1, max_context=16384, prefill_chunk=2048, kv_cache="fp8")):
+        plan = plan_memory(RandomBundle(shape, scheme), config)
+        parts = estimate_parts(SHAPES[shape], SCHEMES[scheme], config)
+        assert sum(parts.values()) == pytest.approx(plan["total"], rel=0.05)
+        assert parts["kv_cache"] == plan["kv_cache"]
+        assert parts["weights"] == pytest.approx(plan["weights"], rel=0.01)
+
+
+def test_the_cache_of_llama_8b_is_128_kib_a_token() -> None:
+    model = SHAPES["llama-8b"]
+    assert kv_bytes_per_token(model, "bf16") == kv_bytes_per_token(model, "auto") == 131072
+    assert kv_bytes_per_token(model, "fp8") == 65536
+
+
+def test_speed_is_below_what_the_bandwidth_allows_and_falls_with_the_context() -> None:
+    model, quant = SHAPES["llama-8b"], SCHEMES["int4"]
+    for device in DEVICES.values():
+        budget = make_budget(model, quant, EngineConfig(max_slots=1, max_context=8192), device)
+        assert list(budget.tokens_per_s) == [512, 8192]
+        for context, speed in budget.tokens_per_s.items():
+            assert 0 < speed < budget.bound_tokens_per_s[context]
+        assert budget.tokens_per_s[8192] < budget.tokens_per_s[512]
+        # 7.5e9 weights of 4.25 bits and the head's 0.53e9 of 8.25 are 4.26 GB; the cache of 512 tokens 0.07 GB.
+        assert budget.bound_tokens_per_s[512] == pytest.approx(device.bandwidth_gb_per_s / 4.33, rel=0.02)
+    fewer_stages = predict_ms(model, quant, DEVICES["thor"], 512, "bf16")
+    assert fewer_stages < predict_ms(model, quant, DEVICES["agx-orin"], 512, "bf16")
+
+
+def test_every_remedy_that_is_named_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--shape", "llama-8b", "--device", "orin-nano")
+    assert code == 1 and "does not fit" in out
+    model, quant, config = SHAPES["llama-8b"], SCHEMES["int4"], EngineConfig(executor="cuda")
+    ways = remedies(model, quant, config, make_budget(model, quant, config, DEVICES["orin-nano"]))
+    assert len(ways) == 3
+    for way in ways:
+        assert way in " ".join(out.split())
+        code, out_with, _ = run(capsys, "--shape", "llama-8b", "--device", "orin-nano", *way.split())
+        assert code == 0 and "fits" in out_with
+
+
+def test_what_nothing_helps_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--shape", "llama-8b", "--weights", "bf16", "--device", "orin-nano-4gb")
+    assert code == 1 and "a smaller model, or weights of fewer bits" in " ".join(out.split())
+
+
+def test_json_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--shape", "qwen3-4b", "--device", "agx-orin", "thor", "--max-slots", "1", "--json")
+    budgets = json.loads(out)
+    assert code == 0 and [b["device"] for b in budgets] == ["Jetson AGX Orin 64GB", "Jetson AGX Thor T5000"]
+    for budget in budgets:
+        assert budget["fits"] and budget["needed_bytes"] < budget["memory_bytes"]
+        assert budget["parts"]["kv_cache"] == 4096 * 2 * 36 * 8 * 128 * 2
+        assert budget["exact"] is not bool(native.import_module()[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "llama-1b", "--device", "orin-nano", "--max-context", "99999"], ["99999", "32768"]),
+        (["--bundle", "nowhere", "--device", "thor", "--weights", "int4"], ["--weights", "--shape"]),
+        (["--bundle", "nowhere", "--device", "thor"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and all(word in err for word in words)
+
+
+def test_an_unknown_device_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run(capsys, "--shape", "llama-1b", "--device", "toaster")
+    assert exit_info.value.code == 2 and "orin-nano" in capsys.readouterr().err
