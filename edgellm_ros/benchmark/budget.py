@@ -107,7 +107,7 @@ def predict_ms(model: ModelSpec, quant: QuantSpec, device: Device, context: int,
 def make_budget(
     model: ModelSpec, quant: QuantSpec, config: EngineConfig, device: Device, exact: dict[str, int] | None = None
 ) -> Budget:
-    """The budget on `device`; `exact` is the native module's plan without its "total", where the module is installed."""
+    """The budget on `device`; `exact` is the native module's plan without its "total", where that is installed."""
     capacity = capacity_of(model, config)
     contexts = sorted({min(512, capacity), capacity})
     per_token = kv_bytes_per_token(model, config.kv_cache)
