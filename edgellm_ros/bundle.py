@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.errors import BundleError
+from edgellm_ros.vocab_map import VocabMap
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,6 +29,7 @@ DECODER = "decoder.onnx"
 DECODER_ORT = "decoder.ort.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+VOCAB_MAP = "vocab_map.safetensors"  # its one tensor, `vocab_map`: (head_rows,) int32, the tokens that have a row
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
@@ -56,6 +58,12 @@ class ModelSpec:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
     embed_scale: float = 1.0
+    head_rows: int = 0  # tokens that have a row in the head where a vocabulary map cuts it; 0 is all of them
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the head: how many logits a position has."""
+        return self.head_rows or self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,9 @@ class QuantSpec:
     embedding: str = ""
 
     def head_tensor(self, model: ModelSpec) -> str:
-        """Stem of the tensors that hold the head: the embedding's own when it is tied and stored the same way."""
-        return "embed" if model.tied_head and self.lm_head == self.embedding else "head"
+        """Stem of the tensors that hold the head: the embedding's own when it is tied, uncut and stored alike."""
+        shared = model.tied_head and not model.head_rows and self.lm_head == self.embedding
+        return "embed" if shared else "head"
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class GraphSpec:
     seqlens_k: str = "seqlens_k"  # [B] int32, last position of each sequence (ORT graph)
     total_length: str = "total_sequence_length"  # [] int32 (ORT graph)
     logit_indices: str = "logit_indices"  # [num_logits] int64, rows of the flattened [B * S]
-    logits: str = "logits"  # [num_logits, vocab] fp32
+    logits: str = "logits"  # [num_logits, num_rows] fp32
     past_key: str = "past_key.{layer}"  # [B, kv_heads, capacity, head_dim]
     past_value: str = "past_value.{layer}"
     present_key: str = "present_key.{layer}"
@@ -282,6 +291,27 @@ class Bundle:
     def weights(self) -> WeightFile:
         """The decoder's weights, memory-mapped."""
         return WeightFile(self.file(WEIGHTS))
+
+    def vocab_map(self) -> VocabMap | None:
+        """Which tokens the head has rows for; None when it has all of them.
+
+        Raises BundleError when the map is not one of this model, or lacks one of its stop ids.
+        """
+        model = self.manifest.model
+        if not model.head_rows:
+            return None
+        path = self.file(VOCAB_MAP)
+        try:
+            found = VocabMap(WeightFile(path)["vocab_map"], model.vocab_size)
+        except ValueError as error:
+            raise BundleError(f"{path}: {error}; export the model again") from error
+        lost = [token for token in self.manifest.tokens.stop_ids if token not in found]
+        if len(found) != model.head_rows or lost:
+            raise BundleError(
+                f"{path} has {len(found)} tokens, the head {model.head_rows} rows, and stop ids without a row are "
+                f"{lost}; export the model again"
+            )
+        return found
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -24,8 +24,8 @@ def layer_weights(model: ModelSpec) -> int:
 
 def num_parameters(model: ModelSpec) -> int:
     """Elements of all matrices; a tied head is counted once. Norms and biases are not counted."""
-    table = model.hidden_size * model.vocab_size
-    return model.num_layers * layer_weights(model) + table * (1 if model.tied_head else 2)
+    table, head = model.hidden_size * model.vocab_size, model.hidden_size * model.num_rows
+    return model.num_layers * layer_weights(model) + table + (0 if model.tied_head else head)
 
 
 def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> int:
@@ -35,7 +35,7 @@ def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> 
     def size(count: int, scheme: str) -> float:
         return count * (per_weight[scheme] + (per_scale / quant.group_size if scheme in _INTEGERS else 0.0))
 
-    head = model.hidden_size * model.vocab_size
+    head = model.hidden_size * model.num_rows
     return int(size(model.num_layers * layer_weights(model), quant.weights) + size(head, quant.lm_head))
 
 
@@ -52,7 +52,7 @@ def prefill_flops(model: ModelSpec, num_tokens: int) -> float:
     Two for each weight and token; attention's two products count what the causal mask and the windows leave.
     """
     products = 2.0 * num_tokens * model.num_layers * layer_weights(model)
-    head = 2.0 * model.hidden_size * model.vocab_size
+    head = 2.0 * model.hidden_size * model.num_rows
     pairs = 0.0
     for window in model.sliding_windows or (0,) * model.num_layers:
         seen = min(num_tokens, window or num_tokens)

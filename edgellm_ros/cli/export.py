@@ -11,6 +11,7 @@ examples:
   edgellm export SmolLM2-135M-Instruct -o smollm2               int4, the smallest and fastest
   edgellm export Qwen3-0.6B -o qwen3 --weights int8             closer to the original
   edgellm export model-Q4_1.gguf -o model --max-context 16384
+  edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
 
 No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
 """
@@ -31,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens that prompt and answer may take together (default: the model's)",
+    )
+    parser.add_argument(
+        "--vocab-map", type=Path, metavar="FILE", help="keep only these tokens' rows of the head (edgellm reduce-vocab)"
     )
     parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -71,6 +75,7 @@ def execute(args: argparse.Namespace) -> int:
             name=args.name,
             overwrite=args.force,
             progress=show,
+            vocab_map=args.vocab_map,
         )
     print_bundle(bundle, "just written")
     return 0

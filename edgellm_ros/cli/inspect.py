@@ -101,7 +101,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("attention", "; ".join([heads, *extras])),
         ("rope", rope),
         ("context", f"{model.max_context} tokens"),
-        ("vocabulary", f"{model.vocab_size} tokens"),
+        ("vocabulary", f"{model.vocab_size} tokens" + (f", {model.head_rows} in the head" if model.head_rows else "")),
         ("stop ids", ", ".join(map(str, tokens.stop_ids)) or "none"),
         ("BOS", f"{tokens.bos_id} {tokens.bos_token!r}" + (", added to raw prompts" if tokens.add_bos else "")),
         ("reasoning", thinking),

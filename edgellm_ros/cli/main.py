@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import bench, chat, doctor, export, inspect, plan, run
+from edgellm_ros.cli import bench, chat, doctor, export, inspect, plan, reduce_vocab, run
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (export, inspect, run, chat, bench, plan, doctor)
+VERBS = (export, reduce_vocab, inspect, run, chat, bench, plan, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for module in VERBS:
         verb = verbs.add_parser(
-            module.__name__.rpartition(".")[2],
+            module.__name__.rpartition(".")[2].replace("_", "-"),
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
             epilog=module.EXAMPLES,

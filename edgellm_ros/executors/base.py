@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.core import SamplingParams, TokenLogprob
+from edgellm_ros.vocab_map import VocabMap
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class ExecutorInfo:
     precision: str  # weights and cache, for people: "int4 weights, fp32 KV cache"
     num_slots: int
     capacity: int  # tokens a slot holds
-    vocab_size: int
+    vocab_size: int  # token ids that a prompt may have
     kv_bytes_per_token: int
     memory_bytes: int  # weights + KV cache + workspace, as planned at load
     rounding: float = 0.0  # relative error of logits that the executor's own number formats add to the bundle's
+    vocab_map: VocabMap | None = None  # which tokens the logits' columns are; None: all, in order
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ class Executor(abc.ABC):
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """Compute all sequences of `batch` (distinct slots) and return their logits.
 
-        Returns (sum of num_logits, vocab) fp32: the sequences in the batch's order, positions ascending. The array is
-        only valid until the next call. Results do not depend on what else is in the batch.
+        Returns (sum of num_logits, vocab) fp32: the sequences in the batch's order, positions ascending; where `info`
+        has a vocab_map, the columns are its tokens only. The array is only valid until the next call. Results do not
+        depend on what else is in the batch.
         """
 
     @abc.abstractmethod

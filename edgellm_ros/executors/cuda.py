@@ -224,6 +224,11 @@ class CudaExecutor(Executor):
 
 def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     """The native DecoderConfig; raises ConfigError and UnsupportedError."""
+    if bundle.manifest.model.head_rows:
+        raise UnsupportedError(
+            f"the bundle's head is cut to {bundle.manifest.model.head_rows} tokens by a vocabulary map, which the cuda "
+            "executor cannot run; export without --vocab-map for it"
+        )
     module, reason = native.import_module()
     if module is None:
         raise UnsupportedError(reason)

@@ -54,6 +54,7 @@ class OnnxRuntimeExecutor(Executor):
             )
         self._model = model
         self._layers = model.num_layers
+        vocab_map = bundle.vocab_map()
         threads = config.num_threads or physical_cores()
         kv_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
         weight_bytes = bundle.manifest.files[WEIGHTS].size
@@ -78,8 +79,8 @@ class OnnxRuntimeExecutor(Executor):
         self._seqlens = np.zeros(config.max_slots, np.int32)
         self._total = np.zeros((), np.int32)
         self._indices = np.zeros(rows, np.int64)
-        self._logits = np.zeros((config.max_slots, model.vocab_size), np.float32)
-        self._scratch = np.zeros((config.max_slots, model.vocab_size), np.float32)  # one run's share of a step
+        self._logits = np.zeros((config.max_slots, model.num_rows), np.float32)
+        self._scratch = np.zeros((config.max_slots, model.num_rows), np.float32)  # one run's share of a step
         self._bindings: dict[tuple[int, int], Any] = {}
         quant = bundle.manifest.quantization
         self._batches = config.decode_batching == "fast" or not _rounds_single_rows_apart(quant)
@@ -92,6 +93,7 @@ class OnnxRuntimeExecutor(Executor):
             vocab_size=model.vocab_size,
             kv_bytes_per_token=kv_per_token,
             memory_bytes=planned,
+            vocab_map=vocab_map,
         )
 
     def _load(self, bundle: Bundle, threads: int) -> Any:
@@ -114,7 +116,7 @@ class OnnxRuntimeExecutor(Executor):
             starts.append(total)
             total += item.num_logits
         if total > len(self._logits):
-            self._logits = np.zeros((total, self._model.vocab_size), np.float32)  # verifying drafts, self-test
+            self._logits = np.zeros((total, self._model.num_rows), np.float32)  # verifying drafts, self-test
         single = sorted((i for i, s in enumerate(batch) if len(s.token_ids) == 1), key=lambda i: batch[i].slot)
         groups: list[list[int]] = []
         for i in single:
@@ -165,7 +167,7 @@ class OnnxRuntimeExecutor(Executor):
         elif computed <= len(self._scratch):
             result = self._scratch[:computed]
         else:
-            result = np.empty((computed, self._model.vocab_size), np.float32)
+            result = np.empty((computed, self._model.num_rows), np.float32)
         binding = self._binding(first, count)
         names = self._graph
         _bind(binding, names.embeds, self._embeds, (count, length, self._model.hidden_size))

@@ -29,16 +29,20 @@ class SelfTestResult:
 def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
     """Run the bundle's self-test cases in slot 0, which must be unused, and measure."""
     test = manifest.self_test
+    vocab = executor.info.vocab_map
     difference = reference_energy = 0.0
     agreeing = tokens = 0
     for case in test.cases:
         prompt = np.asarray(case.prompt_ids, np.int32)
         logits = executor.step([SequenceStep(0, prompt, 0, len(case.next_ids))])
         expected = np.asarray(case.logits, np.float64)
-        got = logits[-1, list(case.logit_ids)].astype(np.float64)
+        columns, best = np.asarray(case.logit_ids), logits.argmax(-1)
+        if vocab is not None:
+            columns, best = vocab.rows(columns), vocab.token_ids[best]
+        got = logits[-1, columns].astype(np.float64)
         difference += float(np.sum((got - expected) ** 2))
         reference_energy += float(np.sum((expected - expected.mean()) ** 2))
-        agreeing += int(np.sum(logits.argmax(-1) == np.asarray(case.next_ids)))
+        agreeing += int(np.sum(best == np.asarray(case.next_ids)))
         tokens += len(case.next_ids)
     error = float(np.sqrt(difference / reference_energy)) if reference_energy else 0.0
     return SelfTestResult(error, test.max_error + executor.info.rounding, agreeing, tokens)

@@ -70,17 +70,18 @@ class Engine:
     def submit(self, job: Job) -> Generation:
         """Accept a job and return at once.
 
-        Raises, before any work: RequestError for token ids that the model does not have or an adapter that is not
-        loaded, ContextOverflowError for a
-        prompt that leaves no room for one token, QueueFullError, ShuttingDownError after `close`, and DeviceError
-        after the executor has failed. An answer longer than the rest of the context ends with FinishReason.LENGTH.
+        Raises, before any work: RequestError for token ids that the model does not have, a bias for a token that its
+        head lacks or an adapter that is not loaded, ContextOverflowError for a prompt that leaves no room for one
+        token, QueueFullError, ShuttingDownError after `close`, and DeviceError after the executor has failed. An
+        answer longer than the rest of the context ends with FinishReason.LENGTH.
         """
         self._check(job)
         adapter = self._adapter(job.lora)
         with self._changed:
             self._num_submitted += 1
             order = self._num_submitted
-        sequence = Sequence(job, order, self._tokenizer, self._info.vocab_size, self._info.capacity, adapter)
+        info = self._info
+        sequence = Sequence(job, order, self._tokenizer, info.vocab_size, info.capacity, adapter, info.vocab_map)
         with self._changed:
             if self._failure is not None:
                 raise DeviceError(f"the executor failed earlier and must be loaded again: {self._failure}")
@@ -129,9 +130,16 @@ class Engine:
         ids = np.asarray(job.prompt_ids)
         if ids.dtype.kind not in "iu" or int(ids.min()) < 0 or int(ids.max()) >= vocab:
             raise RequestError(f"the prompt has a token id that is not a whole number from 0 to {vocab - 1}")
-        for token in job.sampling.logit_bias:
+        kept = self._info.vocab_map
+        for token, bias in job.sampling.logit_bias.items():
             if token >= vocab:
                 raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
+            if bias > 0 and kept is not None and token not in kept:
+                raise RequestError(
+                    f"logit_bias favours token {token} ({self._tokenizer.id_to_token(token)!r}), which the model "
+                    f"cannot give: its head was cut to {len(kept)} of {vocab} tokens; leave it out, or export with a "
+                    "vocabulary map that keeps it"
+                )
 
     def _adapter(self, name: str) -> LoadedAdapter:
         if not name:

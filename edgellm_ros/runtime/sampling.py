@@ -3,6 +3,8 @@
 The order is that of Hugging Face's processors and warpers: logit bias, repetition penalty, frequency and presence
 penalty, token mask, temperature, top-k, top-p, min-p. The draw is a function of (seed, index of the token) and of the
 logits alone, so a request with a seed gives the same tokens whatever else runs.
+
+Where the head is cut, logits have a column for each token of a VocabMap: ids go in and come out, columns stay inside.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from edgellm_ros.core import SamplingParams, TokenLogprob
 from edgellm_ros.errors import DeviceError
+from edgellm_ros.vocab_map import VocabMap
 
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
@@ -41,36 +44,53 @@ def _mix(value: int) -> int:
 class Sampler:
     """Draws the tokens of one answer. `seed` is the one in use, also when the request left it open."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int] = ()) -> None:
-        """`prompt_ids` count for the repetition penalty; logit_bias ids must be below `vocab_size`."""
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: Sequence[int] = (),
+        vocab_map: VocabMap | None = None,
+    ) -> None:
+        """`prompt_ids` count for the repetition penalty; logit_bias ids must be below `vocab_size`.
+
+        Logits have `vocab_size` columns, or with a `vocab_map` its columns: tokens that it drops are never drawn, and
+        a bias on them has no effect.
+        """
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._index = 0
         self._temperature = max(params.temperature, _MIN_TEMPERATURE)
-        self._top_k = params.top_k if params.top_k < vocab_size else 0
+        self._map = vocab_map
+        num_columns = vocab_size if vocab_map is None else len(vocab_map)
+        self._top_k = params.top_k if params.top_k < num_columns else 0
         self._bias_ids = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        if vocab_map is not None:
+            columns = vocab_map.rows(self._bias_ids).astype(np.int64)
+            self._bias_ids, self._bias = columns[columns >= 0], self._bias[columns >= 0]
+            columns = vocab_map.rows(prompt_ids).astype(np.int64)
+            prompt_ids = columns[columns >= 0].tolist()
         self._penalised = bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
         self._seen: _SeenTokens | None = _SeenTokens(prompt_ids) if self._penalised else None
-        self._plain = not self._penalised and not params.logit_bias
+        self._plain = not self._penalised and not len(self._bias_ids)
 
     def draw(self, logits: Floats, mask: npt.NDArray[np.bool_] | None = None) -> int:
-        """Draw the next token from `logits` (vocab,), which are left as they are, and count it as part of the answer.
+        """Draw the next token from `logits` (columns,), which are left as they are, and count it for the answer.
 
         `mask` (vocab,) allows tokens. Raises DeviceError when the logits are not finite.
         """
         scores = logits if self._plain and mask is None else self._processed(logits, mask)
-        token = int(scores.argmax())
-        best = float(scores[token])
+        column = int(scores.argmax())
+        best = float(scores[column])
         if not math.isfinite(best):
-            raise DeviceError(f"the model's logits are not finite (token {token} has {best})")
+            raise DeviceError(f"the model's logits are not finite (token {self._token(column)} has {best})")
         if not self.params.greedy:
-            ids, weights = self._candidates(scores, best)
-            token = _pick(ids, weights, uniform(self.seed, self._index))
+            columns, weights = self._candidates(scores, best)
+            column = _pick(columns, weights, uniform(self.seed, self._index))
         self._index += 1
         if self._seen is not None:
-            self._seen.add(token)
-        return token
+            self._seen.add(column)
+        return self._token(column)
 
     def distribution(self, logits: Floats, mask: npt.NDArray[np.bool_] | None = None) -> Floats:
         """The probabilities (vocab,) fp64 that the next `draw` draws from; changes nothing."""
@@ -78,10 +98,17 @@ class Sampler:
         probabilities = np.zeros(len(scores))
         if self.params.greedy:
             probabilities[int(scores.argmax())] = 1.0
+        else:
+            columns, weights = self._candidates(scores, float(scores.max()))
+            probabilities[slice(None) if columns is None else columns] = weights / weights.sum(dtype=np.float64)
+        if self._map is None:
             return probabilities
-        ids, weights = self._candidates(scores, float(scores.max()))
-        probabilities[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
-        return probabilities
+        spread = np.zeros(self._map.vocab_size)
+        spread[self._map.token_ids] = probabilities
+        return spread
+
+    def _token(self, column: int) -> int:
+        return column if self._map is None else int(self._map.token_ids[column])
 
     def _processed(self, logits: Floats, mask: npt.NDArray[np.bool_] | None) -> Floats:
         scores: Floats = logits.astype(np.float32)
@@ -90,12 +117,13 @@ class Sampler:
         if self._seen is not None:
             self._seen.penalise(scores, self.params)
         if mask is not None:
+            mask = mask if self._map is None else mask[self._map.token_ids]
             assert mask.shape == scores.shape and mask.any(), "a mask allows at least one token"
             scores[~mask] = -np.inf
         return scores
 
     def _candidates(self, scores: Floats, best: float) -> tuple[Ids | None, Floats]:
-        """The ids that can be drawn (None: all) and their weights, the most likely token's being 1."""
+        """The columns that can be drawn (None: all) and their weights, the most likely token's being 1."""
         top_p, min_p, ids = self.params.top_p, self.params.min_p, None
         if self._top_k:
             ids = np.flatnonzero(scores >= _kth_largest(scores, self._top_k))
@@ -116,16 +144,21 @@ class Sampler:
         return ids, weights
 
 
-def logprob_of(logits: Floats, token: int, num_top: int) -> TokenLogprob:
-    """Log-probability of `token` and of the `num_top` most likely ones under the model's own distribution."""
+def logprob_of(logits: Floats, token: int, num_top: int, vocab_map: VocabMap | None = None) -> TokenLogprob:
+    """Log-probability of `token` and of the `num_top` most likely ones under the model's own distribution.
+
+    With a `vocab_map` that is the distribution over the tokens that it keeps, of which `token` must be one.
+    """
     best = float(logits.max())
     total = best + math.log(float(np.exp(logits - np.float32(best)).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         ids = np.flatnonzero(logits >= _kth_largest(logits, min(num_top, len(logits))))
         ids = ids[np.argsort(-logits[ids], kind="stable")][:num_top]
-        top = tuple((int(i), float(logits[i]) - total) for i in ids)
-    return TokenLogprob(token, float(logits[token]) - total, top)
+        named = ids if vocab_map is None else vocab_map.token_ids[ids]
+        top = tuple((int(i), float(value) - total) for i, value in zip(named, logits[ids], strict=True))
+    column = token if vocab_map is None else int(vocab_map.rows(token))
+    return TokenLogprob(token, float(logits[column]) - total, top)
 
 
 class _SeenTokens:

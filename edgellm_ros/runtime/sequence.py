@@ -18,6 +18,7 @@ from edgellm_ros.runtime.generation import Channel
 from edgellm_ros.runtime.sampling import Floats, Sampler, logprob_of
 from edgellm_ros.runtime.stop import StopStrings
 from edgellm_ros.tokenizer import Tokenizer
+from edgellm_ros.vocab_map import VocabMap
 
 
 class Splitter(Protocol):
@@ -58,6 +59,7 @@ class Sequence:
         vocab_size: int,
         capacity: int,
         adapter: LoadedAdapter = NO_ADAPTER,
+        vocab_map: VocabMap | None = None,
     ) -> None:
         self.job = job
         self.adapter = adapter
@@ -75,7 +77,8 @@ class Sequence:
         self.num_computed = 0  # tokens whose keys and values are in the slot
         self.num_cached = 0  # of the prompt, found and not computed
         self.queue_position = -1
-        self._sampler = Sampler(job.sampling, vocab_size, job.prompt_ids)
+        self._vocab_map = vocab_map
+        self._sampler = Sampler(job.sampling, vocab_size, job.prompt_ids, vocab_map)
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(job.sampling.stop)
         self._stopped = False  # by a stop text
@@ -114,10 +117,10 @@ class Sequence:
         return self._sampler.seed
 
     def accept_logits(self, logits: Floats) -> FinishReason | None:
-        """Draw the next token from `logits` (vocab,) and `accept` it."""
+        """Draw the next token from the executor's `logits` for one position and `accept` it."""
         token = self._sampler.draw(logits)
         num_top = self.job.sampling.logprobs
-        return self.accept(token, None if num_top is None else logprob_of(logits, token, num_top))
+        return self.accept(token, None if num_top is None else logprob_of(logits, token, num_top, self._vocab_map))
 
     def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
         """Take the next token, show its text, and say whether the answer ends with it.

@@ -27,7 +27,9 @@ from edgellm_ros.toolchain.quantize_weights import quantize_int4, quantize_int8
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
 from edgellm_ros.toolchain.rope import rope_tables
 from edgellm_ros.toolchain.self_test import encode_prompts, finish_self_test, make_cases
+from edgellm_ros.toolchain.vocab_file import load_vocab_map, tokenizer_hash, write_vocab_file
 from edgellm_ros.toolchain.weights import Progress, WeightWriter
+from edgellm_ros.vocab_map import VocabMap
 
 DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises it to the model's own limit
 # Input features that share a scale, the first that divides every layer's. 64 decodes 13 % faster than 32 on a CPU, and
@@ -51,11 +53,13 @@ def export_bundle(
     name: str = "",
     overwrite: bool = False,
     progress: Progress | None = None,
+    vocab_map: Path | None = None,
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
     weights: a key of SCHEMES. max_context: tokens the bundle can be run with, at most the model's own limit.
-    progress is called with (stage, done, total). Raises ToolchainError and its kinds; then nothing is left behind.
+    progress is called with (stage, done, total). vocab_map: a file by `edgellm reduce-vocab`; the head then has rows
+    for its tokens only. Raises ToolchainError and its kinds; then nothing is left behind.
     """
     if weights not in SCHEMES:
         raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join(SCHEMES)}")
@@ -68,7 +72,7 @@ def export_bundle(
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _write(source, partial, SCHEMES[weights], max_context, name, progress or _silent)
+        _write(source, partial, SCHEMES[weights], max_context, name, progress or _silent, vocab_map)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
@@ -80,14 +84,19 @@ def export_bundle(
 
 
 def _write(
-    source: Checkpoint, root: Path, quant: QuantSpec, max_context: int | None, name: str, progress: Progress
+    source: Checkpoint,
+    root: Path,
+    quant: QuantSpec,
+    max_context: int | None,
+    name: str,
+    progress: Progress,
+    vocab_map: Path | None,
 ) -> None:
     family, model = load_spec(source)
     check_tensors(source, family, model)
     _check_supported(model)
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
-    if quant.weights in ("int4", "int8"):
-        quant = replace(quant, group_size=_group_size(model))
+    quant = with_groups(quant, model)
     tokens = source.token_spec()
     tokenizer_json = source.tokenizer_json()
     (root / names.TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
@@ -95,7 +104,11 @@ def _write(
     if template:
         (root / names.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     prompts = encode_prompts(tokenizer_json, model.vocab_size)
-    logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress)
+    vocab = load_vocab_map(vocab_map, source, model) if vocab_map is not None else None
+    if vocab is not None:
+        write_vocab_file(root / names.VOCAB_MAP, vocab, tokenizer_hash(tokenizer_json))
+        model = replace(model, head_rows=len(vocab))
+    logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab)
     graph = GraphSpec(activation_dtype="float32" if quant.weights == "fp32" else "float16")
     stored = WeightFile(root / names.WEIGHTS)
     write_portable_graph(root / names.DECODER, model, quant, graph, stored)
@@ -109,7 +122,7 @@ def _write(
         graph=graph,
         provenance=_provenance(source),
         files=files,
-        self_test=SelfTest("the original weights in fp32 (NumPy)", 1.0, make_cases(prompts, logits)),
+        self_test=SelfTest("the original weights in fp32 (NumPy)", 1.0, make_cases(prompts, logits, vocab)),
     )
     progress("self-test", 0, 1)
     manifest = finish_self_test(root, manifest)
@@ -118,7 +131,13 @@ def _write(
 
 
 def _write_weights(
-    source: Checkpoint, path: Path, model: ModelSpec, quant: QuantSpec, prompts: list[np.ndarray], progress: Progress
+    source: Checkpoint,
+    path: Path,
+    model: ModelSpec,
+    quant: QuantSpec,
+    prompts: list[np.ndarray],
+    progress: Progress,
+    vocab: VocabMap | None,
 ) -> list[FloatArray]:
     """Write all weights, and return the reference's logits for the prompts: both in one walk over the checkpoint."""
     cos, sin = rope_tables(model, model.max_context)
@@ -145,6 +164,8 @@ def _write_weights(
         final_norm = source.read(FINAL_NORM)
         writer.write("final_norm.weight", final_norm)
         head = embedding if model.tied_head else source.read(HEAD)
+        if vocab is not None:
+            head = head[vocab.token_ids]
         if quant.head_tensor(model) == "head":
             _write_linear(writer, "head", head, quant.lm_head, quant.group_size)
         logits = reference.logits(final_norm, head, last=8)
@@ -171,6 +192,11 @@ def _check_supported(model: ModelSpec) -> None:
         raise ToolchainError(
             f"{model.name} has head_dim {model.head_dim}; the attention kernels take multiples of {_HEAD_DIM_MULTIPLE}"
         )
+
+
+def with_groups(quant: QuantSpec, model: ModelSpec) -> QuantSpec:
+    """One of SCHEMES with the group size that fits `model`; raises ToolchainError when none does."""
+    return replace(quant, group_size=_group_size(model)) if quant.weights in ("int4", "int8") else quant
 
 
 def _group_size(model: ModelSpec) -> int:

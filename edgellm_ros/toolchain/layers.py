@@ -76,7 +76,7 @@ def plan_weights(checkpoint: Checkpoint, model: ModelSpec, quant: QuantSpec) -> 
     table = (model.vocab_size, model.hidden_size)
     plan += plan_linear("embed", *table, quant.embedding, quant.group_size)
     if quant.head_tensor(model) == "head":
-        plan += plan_linear("head", *table, quant.lm_head, quant.group_size)
+        plan += plan_linear("head", model.num_rows, model.hidden_size, quant.lm_head, quant.group_size)
     plan.append(TensorPlan("final_norm.weight", np.float32, (model.hidden_size,)))
     half = model.head_dim // 2
     return plan + [TensorPlan(f"rope.{t}", np.float32, (model.max_context, half)) for t in ("cos", "sin")]

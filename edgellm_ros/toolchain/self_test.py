@@ -14,6 +14,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.executors.selftest import measure_self_test
 from edgellm_ros.toolchain.reference import FloatArray
+from edgellm_ros.vocab_map import VocabMap
 
 # Own sentences of the kinds a robot meets; long enough that a wrong position or mask shows.
 _TEXTS = (
@@ -44,20 +45,24 @@ def encode_prompts(tokenizer_json: str, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def make_cases(prompts: list[np.ndarray], logits: list[FloatArray]) -> tuple[SelfTestCase, ...]:
-    """One case a prompt; logits are (last positions, vocab)."""
+def make_cases(
+    prompts: list[np.ndarray], logits: list[FloatArray], vocab: VocabMap | None = None
+) -> tuple[SelfTestCase, ...]:
+    """One case a prompt; logits are (last positions, vocab), or have the columns of a vocabulary map."""
     cases = []
     for prompt, rows in zip(prompts, logits, strict=True):
         last = rows[-1]
         top = np.argsort(-last)[:_NUM_TOP]
         spread = np.linspace(0, len(last) - 1, min(_NUM_SPREAD, len(last))).astype(np.int64)
-        ids = np.unique(np.concatenate([top, spread]))
+        columns = np.unique(np.concatenate([top, spread]))
+        best = rows.argmax(-1)
+        ids, next_ids = (columns, best) if vocab is None else (vocab.token_ids[columns], vocab.token_ids[best])
         cases.append(
             SelfTestCase(
                 prompt_ids=tuple(map(int, prompt)),
-                next_ids=tuple(map(int, rows.argmax(-1))),
+                next_ids=tuple(map(int, next_ids)),
                 logit_ids=tuple(map(int, ids)),
-                logits=tuple(round(float(v), 5) for v in last[ids]),
+                logits=tuple(round(float(v), 5) for v in last[columns]),
             )
         )
     return tuple(cases)

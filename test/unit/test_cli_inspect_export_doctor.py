@@ -72,6 +72,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         "max_context": 128,
         "name": "n",
         "overwrite": True,
+        "vocab_map": None,
     }
     assert "tiny [bold] robot" in capsys.readouterr().out
 

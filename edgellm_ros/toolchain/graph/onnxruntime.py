@@ -48,7 +48,7 @@ class _Decoder:
         g.input(names.seqlens_k, TensorProto.INT32, ["batch"])
         g.input(names.total_length, TensorProto.INT32, [])
         g.input(names.logit_indices, TensorProto.INT64, ["num_logits"])
-        g.output(names.logits, _FLOAT, ["num_logits", m.vocab_size])
+        g.output(names.logits, _FLOAT, ["num_logits", m.num_rows])
         cache: list[int | str] = ["batch", m.num_kv_heads, "capacity", m.head_dim]
         for layer in range(m.num_layers):
             for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
@@ -107,7 +107,7 @@ class _Decoder:
         self._linear(
             y,
             self.quant.head_tensor(m),
-            m.vocab_size,
+            m.num_rows,
             m.hidden_size,
             scheme=self.quant.lm_head,
             output=self.graph.logits,

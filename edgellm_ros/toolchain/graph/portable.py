@@ -47,7 +47,7 @@ class _Decoder:
         g.input(names.positions, TensorProto.INT64, ["batch", "sequence"])
         g.input(names.write_indices, TensorProto.INT64, ["batch"])
         g.input(names.logit_indices, TensorProto.INT64, ["num_logits"])
-        g.output(names.logits, TensorProto.FLOAT, ["num_logits", m.vocab_size])
+        g.output(names.logits, TensorProto.FLOAT, ["num_logits", m.num_rows])
         cache: list[int | str] = ["batch", m.num_kv_heads, "capacity", m.head_dim]
         for layer in range(m.num_layers):
             for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
@@ -128,7 +128,7 @@ class _Decoder:
         flat = g.node("Reshape", [x, g.constant("rows", [-1, m.hidden_size], np.int64)], "flat")
         rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
         y = self._norm(rows, "final_norm", m.hidden_size)
-        y = self._linear(y, self.quant.head_tensor(m), m.vocab_size, m.hidden_size, scheme=self.quant.lm_head)
+        y = self._linear(y, self.quant.head_tensor(m), m.num_rows, m.hidden_size, scheme=self.quant.lm_head)
         g.node("Cast", [y], self.graph.logits, to=TensorProto.FLOAT)
 
     def _norm(self, x: str, name: str, width: int) -> str:
