@@ -13,8 +13,8 @@ import onnx
 import pytest
 import safetensors.numpy
 import torch
-from tiny import VOCAB_SIZE, make_model
 from test_export import PROMPT, hf_logits, run_executor, run_portable
+from tiny import VOCAB_SIZE, make_model
 from transformers.generation import logits_process as hf
 
 from edgellm_ros.bundle import DECODER, MANIFEST, VOCAB_MAP, Bundle, hash_file
