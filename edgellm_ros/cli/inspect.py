@@ -63,6 +63,8 @@ def bundle_table(bundle: Bundle, files_state: str) -> Table:
     table.add_row("files", f"{len(files)}, {human_bytes(sum(f.size for f in files.values()))}; {files_state}")
     for name, entry in sorted(files.items(), key=lambda item: -item[1].size):
         table.add_row(f"  {escape(name)}", f"{human_bytes(entry.size):>10}  {entry.sha256[:12]}")
+    for key, text in _engines(bundle):
+        table.add_row(f"  {escape(key)}", escape(text))
     return table
 
 
@@ -73,6 +75,25 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _engines(bundle: Bundle) -> list[tuple[str, str]]:
+    """The bundle's engines, and whether each is whole, of these weights, and for the GPU that is here."""
+    from edgellm_ros.errors import ToolchainError
+    from edgellm_ros.toolchain.build import report, targets
+
+    found, here = [], targets.current_target()
+    for path in report.list_engines(bundle):
+        try:
+            engine = report.read_engine(path)
+            target = engine.report.get("target")
+            fits = "for the GPU here" if target == here else f"for {target}; here is {here or 'no GPU'}"
+            if engine.report.get("sources") != report.source_hashes(bundle):
+                fits = "built from other weights or another graph"
+            found.append((path.name, f"{human_bytes(engine.report['engine']['size']):>10}  {fits}"))
+        except ToolchainError as error:
+            found.append((path.name, str(error)))
+    return [("engines", str(len(found))), *found] if found else []
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:

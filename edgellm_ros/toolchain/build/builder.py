@@ -1,0 +1,203 @@
+"""Builds an engine with TensorRT or TensorRT-RTX, whose Python interfaces are alike, and puts it into engines/KEY.
+
+The directory is written under another name and renamed at the end, so an engine is whole or not there. Nothing here
+executes an engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import edgellm_ros
+from edgellm_ros.bundle import DECODER, Bundle, hash_file
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.toolchain.build import report as reports
+from edgellm_ros.toolchain.build import targets
+from edgellm_ros.toolchain.build.check import check_network
+from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
+from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, Engine
+from edgellm_ros.toolchain.build.targets import BuildOptions
+
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+_REMEDIES = (
+    (r"HW-specific datatypes", "export with --weights int8 or fp16, or choose a newer target"),
+    (r"block|divide", "export again: the groups of a quantised layer have to divide its input features"),
+    (r"out of memory|alloc|memory", "close other programs, or lower --max-context, --max-input or --max-batch"),
+    (r"static sequence length", "export the model again: the cache's capacity is not named 'capacity'"),
+)
+
+
+def build_engine(
+    bundle: Bundle, target: str = "current", options: BuildOptions | None = None, builder: str = "auto",
+    force: bool = False, progress: Progress | None = None,
+) -> tuple[Engine, bool]:  # fmt: skip
+    """Build an engine of `bundle` for `target`; returns it, and whether it was built now or was there already.
+
+    builder: auto, tensorrt or tensorrt_rtx. Raises ToolchainError; then nothing is left behind.
+    """
+    here = targets.current_target()
+    target = targets.resolve_target(target, here)
+    targets.check_formats(bundle, target)
+    options = (options or BuildOptions()).resolved(bundle)
+    flavour, trt = targets.load_builder(builder, target, here)
+    final = bundle.path / ENGINES / reports.engine_key(flavour, trt.__version__, target, options)
+    if final.exists() and not force:
+        engine = reports.read_engine(final)
+        reports.check_engine(engine, bundle)
+        return engine, False
+    targets.check_resources(bundle, targets.memory_available())
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        facts = _build(trt, flavour, bundle, target, options, partial / ENGINE, progress or _silent)
+        facts["key"] = final.name
+        (partial / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except OSError as error:
+        raise ToolchainError(f"cannot write {final}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            final.parent.rmdir()  # only when it is empty
+    return reports.read_engine(final), True
+
+
+def _build(
+    trt: Any, flavour: str, bundle: Bundle, target: str, options: BuildOptions, output: Path, progress: Progress
+) -> dict[str, Any]:
+    assert options.max_context is not None, "options are resolved"
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
+    graph = targets.load_graph(bundle, options.max_context)
+    log: list[tuple[str, str]] = []
+    logger = _logger(trt, log)
+    maker = trt.Builder(logger)
+    network = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    started = time.monotonic()
+    _parse(trt, network, logger, graph, bundle, log)
+    parsed = time.monotonic()
+    warnings = [text for level, text in log if level == "WARNING"]
+    table = check_network(network, graph, bundle.manifest, options.max_context, warnings)
+    inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
+    profiles = profile_ranges(inputs, bundle.manifest.graph, options)
+    config = maker.create_builder_config()
+    add_profiles(maker, config, profiles)
+    config.clear_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.memory_limit:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit << 20)
+    if flavour == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    serialized = maker.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if serialized is None:
+        raise ToolchainError(_explain("the builder failed", [text for level, text in log if "ERROR" in level], graph))
+    output.write_bytes(serialized)
+    entry = hash_file(output)
+    activation = [int(n) for _, text in log for n in re.findall(r"Total Activation Memory: (\d+)", text)]
+    return {
+        "builder": {"name": flavour, "version": trt.__version__, "edgellm_ros": edgellm_ros.__version__},
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "target": target,
+        "options": dataclasses.asdict(options),
+        "profiles": profiles,
+        "seconds": {"parse": round(parsed - started, 3), "build": round(time.monotonic() - parsed, 3)},
+        "peak_memory_bytes": _peak_memory(),
+        "activation_memory_bytes": activation,  # of the engine on the GPU, for each profile
+        "engine": {"size": entry.size, "sha256": entry.sha256},
+        "sources": reports.source_hashes(bundle),
+        "network": table,
+        "warnings": warnings,
+        "executed": False,  # building proves shapes and layers, not numbers
+    }
+
+
+def _parse(trt: Any, network: Any, logger: Any, graph: Any, bundle: Bundle, log: list[tuple[str, str]]) -> None:
+    parser = trt.OnnxParser(network, logger)
+    for node in graph.graph.node:
+        if not parser.supports_operator(node.op_type):
+            raise ToolchainError(f"the builder {trt.__version__} has no operator {node.op_type} ({_place(node.name)}); "
+                                 "use a newer TensorRT, or export for this one")  # fmt: skip
+    if not parser.parse(graph.SerializeToString(), str(bundle.file(DECODER))):
+        errors = []
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            errors.append(f"{_place(error.node_name())}, operator {error.node_operator()}: {error.desc()}")
+        raise ToolchainError(_explain(f"{DECODER} cannot be parsed", errors or [text for _, text in log], graph))
+
+
+def _explain(what: str, errors: list[str], graph: Any) -> str:
+    text = "\n  ".join(errors[:5]) or "it gave no reason"
+    names = [node.name for node in graph.graph.node if node.name and node.name in text]
+    places = [_place(max(names, key=len))] if names else []
+    remedy = next((r for pattern, r in _REMEDIES if re.search(pattern, text, re.IGNORECASE)),
+                  "export the model again with this version, or use another version of the builder")  # fmt: skip
+    return f"{what}{' at ' + places[0] if places else ''}:\n  {text}\n  {remedy}"
+
+
+def _place(node: str) -> str:
+    found = re.match(r"layers\.(\d+)\.([^/]+)", node)
+    return f"node {node}" + (f" (layer {found[1]}, {found[2]})" if found else "")
+
+
+def _peak_memory() -> int:
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
+    return 0
+
+
+def _logger(trt: Any, log: list[tuple[str, str]]) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = str(severity).rpartition(".")[2]
+            if level != "VERBOSE":
+                log.append((level, message))
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interrupted = False
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            try:
+                progress(phase, step + 1, self.steps.get(phase, 0))
+            except KeyboardInterrupt:  # it must not pass through the builder; false makes that stop
+                self.interrupted = True
+            return not self.interrupted
+
+    return Monitor()
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """No progress wanted."""

@@ -1,0 +1,98 @@
+"""Decides whether the parsed network is the one that the manifest promises, with fused attention and cache updates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from edgellm_ros.bundle import Manifest
+from edgellm_ros.errors import ToolchainError
+
+_DTYPES = {"float16": "HALF", "float32": "FLOAT"}
+
+
+def check_network(network: Any, graph: Any, manifest: Manifest, capacity: int, warnings: list[str]) -> dict[str, Any]:
+    """Compare names, shapes and layers; returns the layer table for the report.
+
+    network: an INetworkDefinition after parsing; graph: the onnx model it came from. Raises ToolchainError that lists
+    everything that differs.
+    """
+    faults = [*_tensors(network, manifest, capacity), *(w for w in warnings if "unused input" in w.lower())]
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    faults += _attention(layers, graph, manifest)
+    kinds = Counter(_kind(layer.type) for layer in layers)
+    operators = Counter(node.op_type for node in graph.graph.node)
+    if kinds["DEQUANTIZE"] != operators["DequantizeLinear"]:
+        faults.append(f"{operators['DequantizeLinear']} DequantizeLinear became {kinds['DEQUANTIZE']} layers")
+    if faults:
+        shown = "\n  ".join(faults[:12]) + (f"\n  and {len(faults) - 12} more" if len(faults) > 12 else "")
+        raise ToolchainError(f"the parsed network is not what the manifest says; export the model again:\n  {shown}")
+    return {"layers": len(layers), "kinds": dict(kinds.most_common())}
+
+
+def _tensors(network: Any, manifest: Manifest, capacity: int) -> list[str]:
+    graph, model = manifest.graph, manifest.model
+    half = _DTYPES[graph.activation_dtype]
+    rows = getattr(model, "num_rows", model.vocab_size)
+    cache = (-1, model.num_kv_heads, capacity, model.head_dim)
+    inputs = {
+        graph.embeds: ((-1, -1, model.hidden_size), half),
+        graph.positions: ((-1, -1), "INT64"),
+        graph.write_indices: ((-1,), "INT64"),
+        graph.logit_indices: ((-1,), "INT64"),
+    }
+    outputs = {graph.logits: ((-1, rows), "FLOAT")}
+    for layer in range(model.num_layers):
+        inputs |= {name.format(layer=layer): (cache, half) for name in (graph.past_key, graph.past_value)}
+        outputs |= {name.format(layer=layer): (cache, half) for name in (graph.present_key, graph.present_value)}
+    found_in = [network.get_input(i) for i in range(network.num_inputs)]
+    found_out = [network.get_output(i) for i in range(network.num_outputs)]
+    return [*_compare("input", inputs, found_in), *_compare("output", outputs, found_out)]
+
+
+def _compare(what: str, wanted: dict[str, tuple[tuple[int, ...], str]], found: list[Any]) -> list[str]:
+    have = {tensor.name: (tuple(tensor.shape), _kind(tensor.dtype)) for tensor in found}
+    faults = [f"{what} {name} is missing" for name in wanted if name not in have]
+    for name, value in have.items():
+        if name in wanted and value != wanted[name]:
+            faults.append(
+                f"{what} {name} is {value[1]} {value[0]}; the manifest says {wanted[name][1]} {wanted[name][0]}"
+            )
+        elif name not in wanted:
+            faults.append(f"{what} {name} {value[0]} is not in the manifest")
+    return faults
+
+
+def _attention(layers: list[Any], graph: Any, manifest: Manifest) -> list[str]:
+    names, faults = manifest.graph, []
+    updates = {}
+    for layer in layers:
+        if _kind(layer.type) == "KV_CACHE_UPDATE":
+            updates[layer.get_output(0).name] = layer.get_input(0).name
+    fused = [layer for layer in layers if _kind(layer.type) == "ATTENTION_INPUT"]
+    masked = {layer.get_output(0).name for layer in fused if layer.num_inputs >= 4}
+    ends = {}
+    for layer in layers:
+        if _kind(layer.type) == "ATTENTION_OUTPUT":
+            ends[layer.get_output(0).name] = layer.get_input(0).name
+    for node in graph.graph.node:
+        if node.op_type != "Attention":
+            continue
+        if ends.get(node.output[0]) is None:
+            faults.append(f"{node.name} did not become one fused attention")
+        elif ends[node.output[0]] not in masked:
+            faults.append(f"{node.name} lost its mask")
+        if any(a.name == "TRT_decomposable" and a.i for a in node.attribute):
+            faults.append(f"{node.name} is marked as decomposable, so it need not be fused")
+    if len(ends) != manifest.model.num_layers:
+        faults.append(f"{len(ends)} fused attentions for {manifest.model.num_layers} layers")
+    for index in range(manifest.model.num_layers):
+        for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
+            source, target = past.format(layer=index), present.format(layer=index)
+            if updates.get(target) != source:
+                faults.append(f"{target} is not a KV_CACHE_UPDATE of {source} (it is made from {updates.get(target)})")
+    return faults
+
+
+def _kind(value: Any) -> str:
+    return str(value).rpartition(".")[2]

@@ -1,0 +1,68 @@
+"""Decides an engine's key and what its report says; reads the reports of a bundle's engines, without TensorRT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, hash_file
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.toolchain.build.targets import BuildOptions
+
+ENGINES, ENGINE, REPORT = "engines", "decoder.engine", "report.json"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine: its directory and its report."""
+
+    path: Path
+    report: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name of the directory below engines/."""
+        return self.path.name
+
+
+def engine_key(builder: str, version: str, target: str, options: BuildOptions) -> str:
+    """Flavour, version, architecture and options, as a directory's name."""
+    parts = [builder, version, target, f"b{options.max_batch}", f"s{options.max_input}", f"c{options.max_context}"]
+    parts += [f"v{options.max_verify}", options.profile]
+    return "-".join(parts + ([f"m{options.memory_limit}"] if options.memory_limit else []))
+
+
+def source_hashes(bundle: Bundle) -> dict[str, str]:
+    """sha256 of the files that an engine is made from."""
+    return {name: bundle.manifest.files[name].sha256 for name in (DECODER, WEIGHTS)}
+
+
+def read_engine(path: Path) -> Engine:
+    """The engine in `path`; raises ToolchainError when its report or its file is missing or damaged."""
+    remedy = "build it again with --force"
+    try:
+        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+        size = (path / ENGINE).stat().st_size
+        if size != report["engine"]["size"]:
+            raise ToolchainError(f"{path / ENGINE} has {size} bytes instead of {report['engine']['size']}; {remedy}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ToolchainError(f"{path} is not a whole engine ({error}); {remedy}") from error
+    return Engine(path, report)
+
+
+def check_engine(engine: Engine, bundle: Bundle) -> None:
+    """Raise ToolchainError unless the engine is unchanged and was built from this bundle's files."""
+    if engine.report.get("sources") != source_hashes(bundle):
+        raise ToolchainError(
+            f"{engine.path} was built from other weights or another graph; build it again with --force"
+        )
+    if hash_file(engine.path / ENGINE).sha256 != engine.report["engine"]["sha256"]:
+        raise ToolchainError(f"{engine.path / ENGINE} was changed; build it again with --force")
+
+
+def list_engines(bundle: Bundle) -> list[Path]:
+    """Directories of the bundle's engines, by name."""
+    root = bundle.path / ENGINES
+    return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []

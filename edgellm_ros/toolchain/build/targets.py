@@ -1,0 +1,168 @@
+"""Decides what may be built for which GPU: the options of a build, and everything that is refused before it starts."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.fields import check_settings, setting
+
+TARGETS = {
+    "sm80": "A100", "sm86": "RTX 30, A10", "sm87": "Jetson Orin", "sm89": "RTX 40, L4", "sm110": "Jetson Thor",
+    "sm120": "RTX 50", "sm121": "DGX Spark",
+}  # fmt: skip
+LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
+MAX_OPSET = 24  # the newest that this graph was built with
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for; the command line is derived from these fields."""
+
+    max_batch: int = setting(1, "sequences that decode together", minimum=1, maximum=256)
+    max_input: int = setting(1024, "tokens of one prefill step; longer prompts take several", minimum=1, unit="tokens")
+    max_context: int | None = setting(
+        None, f"tokens of prompt and answer: the KV cache's size (default: the bundle's, at most {DEFAULT_CONTEXT})",
+        minimum=2, unit="tokens",
+    )  # fmt: skip
+    max_verify: int = setting(8, "tokens of one decode step: 1 and the drafts that it verifies", minimum=2, maximum=64)
+    profile: str = setting(
+        "split", "split: one profile for decode and one for prefill; single: one for both", choices=("split", "single")
+    )
+    memory_limit: int = setting(0, "scratch memory the engine may take; 0 is the builder's own limit", minimum=0,
+                                unit="MiB")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_settings(self, ToolchainError)
+
+    def resolved(self, bundle: Bundle) -> BuildOptions:
+        """With every default filled in; raises ToolchainError for a context that the bundle does not have."""
+        limit = bundle.manifest.model.max_context
+        context = self.max_context or min(limit, DEFAULT_CONTEXT)
+        if context > limit:
+            raise ToolchainError(
+                f"max-context {context} exceeds the bundle's {limit}; export it again with --max-context {context}"
+            )
+        if self.max_verify > context:
+            raise ToolchainError(f"max-verify {self.max_verify} exceeds max-context {context}; lower it")
+        prefill = max(min(self.max_input, context), self.max_verify)
+        return dataclasses.replace(self, max_context=context, max_input=prefill)
+
+
+def current_target() -> str | None:
+    """`sm89` and the like of the first NVIDIA GPU here, asked from the driver; None without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, number = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in zip(number, (75, 76), strict=True):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return f"sm{number[0].value}{number[1].value}"
+
+
+def resolve_target(target: str, here: str | None) -> str:
+    """`current` as the GPU that is here; raises ToolchainError for a target that nobody knows."""
+    if target == "current":
+        if here is None:
+            raise ToolchainError("target current needs an NVIDIA GPU, and there is none here; name the robot's, "
+                                 f"one of {', '.join(TARGETS)}")  # fmt: skip
+        return here
+    if target not in TARGETS:
+        raise ToolchainError(f"target is {target!r}; allowed are current, {', '.join(TARGETS)}")
+    return target
+
+
+def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
+    """Name and module of the builder for `target`: TensorRT on that very GPU, TensorRT-RTX anywhere else."""
+    if wanted == "tensorrt" or (wanted == "auto" and here == target and _has("tensorrt")):
+        if here != target:
+            raise ToolchainError(f"tensorrt builds for the GPU that it runs on ({here or 'none here'}), not for "
+                                 f"{target}; build on the robot, or with --builder tensorrt_rtx")  # fmt: skip
+        return "tensorrt", _import("tensorrt", "it comes with JetPack, or pip install tensorrt")
+    remedy = "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT"
+    trt = _import("tensorrt_rtx", remedy)
+    known = sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
+    if target not in known:
+        raise ToolchainError(
+            f"TensorRT-RTX {trt.__version__} builds for {', '.join(known)}, not for {target} "
+            f"({TARGETS.get(target, 'unknown')}); build on that machine with its TensorRT: edgellm build --target current"
+        )
+    return "tensorrt_rtx", trt
+
+
+def check_formats(bundle: Bundle, target: str) -> None:
+    """Raise ToolchainError for a weight format that `target` cannot compute with."""
+    quant = bundle.manifest.quantization
+    for scheme in {quant.weights, quant.lm_head or quant.weights}:
+        if scheme not in LOWEST:
+            raise ToolchainError(f"weights are {scheme}; engines have fused attention in 16 bit only; export with one "
+                                 f"of --weights {', '.join(LOWEST)}")  # fmt: skip
+        if int(target[2:]) < LOWEST[scheme]:
+            raise ToolchainError(f"{target} has no {scheme} (it needs sm{LOWEST[scheme]} or newer); "
+                                 "export with --weights int8 or fp16")  # fmt: skip
+
+
+def check_resources(bundle: Bundle, available: int | None) -> None:
+    """Raise ToolchainError when memory (`available` bytes, None is unknown) or disk is too small for the build."""
+    weights = bundle.manifest.files[WEIGHTS].size
+    needed = 4 * weights + 2**29  # measured with SmolLM2-135M: 0.9 GB for 98 MB of weights
+    if available is not None and available < needed:
+        raise ToolchainError(f"building needs about {needed >> 20} MiB of memory, {available >> 20} MiB are free; "
+                             "close other programs or build on a larger machine")  # fmt: skip
+    free = shutil.disk_usage(bundle.path).free
+    if free < 2 * weights:
+        raise ToolchainError(f"the engine needs up to {2 * weights >> 20} MiB in {bundle.path}, {free >> 20} MiB are "
+                             "free; make room")  # fmt: skip
+
+
+def memory_available() -> int | None:
+    """Bytes that programs can still take, as Linux says."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def load_graph(bundle: Bundle, capacity: int) -> Any:
+    """decoder.onnx with its cache capacity fixed, as TensorRT needs it; raises ToolchainError for a newer opset."""
+    import onnx
+
+    model = onnx.load(str(bundle.file(DECODER)), load_external_data=False)
+    for opset in model.opset_import:
+        if opset.domain not in ("", "ai.onnx"):
+            raise ToolchainError(f"{DECODER} uses operators of {opset.domain}, which TensorRT has not; export again")
+        if opset.version > MAX_OPSET:
+            raise ToolchainError(f"{DECODER} has ONNX opset {opset.version}; the builder is known to take up to "
+                                 f"{MAX_OPSET}; export the model again with this version")  # fmt: skip
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "capacity":
+                dim.dim_value = capacity
+    return model
+
+
+def _has(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def _import(name: str, remedy: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ToolchainError(f"the builder {name} cannot be imported ({error}); {remedy}") from error
