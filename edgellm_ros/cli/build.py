@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from edgellm_ros.cli.options import add_settings, settings_from
-from edgellm_ros.toolchain.build.targets import TARGETS, BuildOptions
+from edgellm_ros.toolchain.build.options import TARGETS, BuildOptions
 
 HELP = "build a TensorRT engine of a bundle"
 EXAMPLES = """\

@@ -15,8 +15,8 @@ from edgellm_ros.cli.main import main
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
+from edgellm_ros.toolchain.build.options import BuildOptions
 from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT
-from edgellm_ros.toolchain.build.targets import BuildOptions
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
 onnx = pytest.importorskip("onnx")

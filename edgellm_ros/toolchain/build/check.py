@@ -35,13 +35,13 @@ def _tensors(network: Any, manifest: Manifest, capacity: int) -> list[str]:
     half = _DTYPES[graph.activation_dtype]
     rows = getattr(model, "num_rows", model.vocab_size)
     cache = (-1, model.num_kv_heads, capacity, model.head_dim)
-    inputs = {
+    inputs: dict[str, tuple[tuple[int, ...], str]] = {
         graph.embeds: ((-1, -1, model.hidden_size), half),
         graph.positions: ((-1, -1), "INT64"),
         graph.write_indices: ((-1,), "INT64"),
         graph.logit_indices: ((-1,), "INT64"),
     }
-    outputs = {graph.logits: ((-1, rows), "FLOAT")}
+    outputs: dict[str, tuple[tuple[int, ...], str]] = {graph.logits: ((-1, rows), "FLOAT")}
     for layer in range(model.num_layers):
         inputs |= {name.format(layer=layer): (cache, half) for name in (graph.past_key, graph.past_value)}
         outputs |= {name.format(layer=layer): (cache, half) for name in (graph.present_key, graph.present_value)}

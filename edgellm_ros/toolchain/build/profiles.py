@@ -6,7 +6,7 @@ from typing import Any
 
 from edgellm_ros.bundle import GraphSpec
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.build.targets import BuildOptions
+from edgellm_ros.toolchain.build.options import BuildOptions
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]  # smallest, the one to be fastest at, largest
@@ -38,6 +38,7 @@ def add_profiles(builder: Any, config: Any, profiles: list[dict[str, Range]]) ->
 def _range(name: str, shape: Shape, graph: GraphSpec, options: BuildOptions, length: Shape) -> Range:
     batch, verify = options.max_batch, options.max_verify
     batches = (1, batch, batch)
+    rows: list[Shape]
     if name == graph.embeds:
         rows = [(b, s, shape[2]) for b, s in zip(batches, length, strict=True)]
     elif name == graph.positions:
