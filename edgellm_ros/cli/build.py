@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from edgellm_ros.cli.options import add_settings, settings_from
-from edgellm_ros.toolchain.build.options import TARGETS, BuildOptions
+from edgellm_ros.config import BUILD_TARGETS, BuildOptions
 
 HELP = "build a TensorRT engine of a bundle"
 EXAMPLES = """\
@@ -24,7 +24,8 @@ Building checks names, shapes and layers; it never executes the engine. docs/bui
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
-    parser.add_argument("--target", default="current", metavar="GPU", help=f"current (default), {', '.join(TARGETS)}")
+    names = ", ".join(BUILD_TARGETS)
+    parser.add_argument("--target", default="current", metavar="GPU", help=f"current (default), {names}")
     parser.add_argument("--builder", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto",
                         help="auto (default) takes tensorrt on the target itself, else tensorrt_rtx")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="build again where the key is there already")

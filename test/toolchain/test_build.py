@@ -12,10 +12,10 @@ import pytest
 
 from edgellm_ros.bundle import DECODER, Bundle
 from edgellm_ros.cli.main import main
+from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
-from edgellm_ros.toolchain.build.options import BuildOptions
 from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")

@@ -26,7 +26,7 @@ from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.check import check_network
 from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
 from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, Engine
-from edgellm_ros.toolchain.build.options import BuildOptions
+from edgellm_ros.config import BuildOptions
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 _REMEDIES = (

@@ -6,7 +6,7 @@ from typing import Any
 
 from edgellm_ros.bundle import GraphSpec
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.build.options import BuildOptions
+from edgellm_ros.config import BuildOptions
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]  # smallest, the one to be fastest at, largest

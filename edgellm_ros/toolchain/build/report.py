@@ -9,7 +9,7 @@ from typing import Any
 
 from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.build.options import BuildOptions
+from edgellm_ros.config import BuildOptions
 
 ENGINES, ENGINE, REPORT = "engines", "decoder.engine", "report.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.build.options import TARGETS
+from edgellm_ros.config import BUILD_TARGETS
 
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
 MAX_OPSET = 24  # the newest that this graph was built with
@@ -35,10 +35,10 @@ def resolve_target(target: str, here: str | None) -> str:
     if target == "current":
         if here is None:
             raise ToolchainError("target current needs an NVIDIA GPU, and there is none here; name the robot's, "
-                                 f"one of {', '.join(TARGETS)}")  # fmt: skip
+                                 f"one of {', '.join(BUILD_TARGETS)}")  # fmt: skip
         return here
-    if target not in TARGETS:
-        raise ToolchainError(f"target is {target!r}; allowed are current, {', '.join(TARGETS)}")
+    if target not in BUILD_TARGETS:
+        raise ToolchainError(f"target is {target!r}; allowed are current, {', '.join(BUILD_TARGETS)}")
     return target
 
 
@@ -55,7 +55,7 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
     if target not in known:
         raise ToolchainError(
             f"TensorRT-RTX {trt.__version__} builds for {', '.join(known)}, not for {target} "
-            f"({TARGETS.get(target, 'unknown')}); build on that machine with its TensorRT: edgellm build --target current"
+            f"({BUILD_TARGETS.get(target, 'unknown')}); build on that machine with its TensorRT: edgellm build --target current"
         )
     return "tensorrt_rtx", trt
 
