@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.errors import BundleError
+from edgellm_ros.errors import BundleError, RequestError
 from edgellm_ros.vocab_map import VocabMap
 
 SCHEMA_VERSION = 1
@@ -29,6 +29,7 @@ DECODER = "decoder.onnx"
 DECODER_ORT = "decoder.ort.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+LORA = "lora"  # holds NAME.safetensors for each packed adapter
 VOCAB_MAP = "vocab_map.safetensors"  # its one tensor, `vocab_map`: (head_rows,) int32, the tokens that have a row
 
 _SAFETENSORS_DTYPES = {
@@ -143,6 +144,16 @@ class SelfTest:
 
 
 @dataclass(frozen=True)
+class LoraEntry:
+    """A packed adapter, `lora/NAME.safetensors`; its hash is among the files'."""
+
+    rank: int  # the largest of its projections
+    targets: tuple[str, ...]  # the projections that it changes
+    base_sha256: str  # of the weights that it was packed for
+    source: str = ""  # the directory that it came from
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """A file's size in bytes and its sha256."""
 
@@ -162,6 +173,7 @@ class Manifest:
     provenance: dict[str, str]  # source, source sha256, tool versions, creation time
     files: dict[str, FileEntry]
     self_test: SelfTest = dataclasses.field(default_factory=SelfTest)
+    loras: dict[str, LoraEntry] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -291,6 +303,25 @@ class Bundle:
     def weights(self) -> WeightFile:
         """The decoder's weights, memory-mapped."""
         return WeightFile(self.file(WEIGHTS))
+
+    @staticmethod
+    def lora_key(name: str) -> str:
+        """The adapter's file as the manifest lists it."""
+        return f"{LORA}/{name}.safetensors"
+
+    def lora_file(self, name: str) -> Path:
+        """Path of the packed adapter `name`.
+
+        Raises RequestError that names the adapters which are there, BundleError for one packed for other weights.
+        """
+        loras = self.manifest.loras
+        if name not in loras:
+            raise RequestError(f"the bundle has no adapter {name!r}; it has {', '.join(sorted(loras)) or 'none'}")
+        if loras[name].base_sha256 != self.manifest.files[WEIGHTS].sha256:
+            raise BundleError(
+                f"{self.path}: adapter {name!r} was packed for other weights; pack it again with `edgellm lora pack`"
+            )
+        return self.file(self.lora_key(name))
 
     def vocab_map(self) -> VocabMap | None:
         """Which tokens the head has rows for; None when it has all of them.

@@ -128,5 +128,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("reasoning", thinking),
         ("weights", weights),
         ("self-test", checked),
+        *(
+            ("adapter", f"{name}: rank {lora.rank}, {', '.join(lora.targets)}")
+            for name, lora in sorted(manifest.loras.items())
+        ),
         *((f"from: {key}", value) for key, value in manifest.provenance.items()),
     ]

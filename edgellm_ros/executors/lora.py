@@ -44,6 +44,25 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # PiSSA, OLoRA, CorDA, LoftQ and MiCA begin by changing the base weights, so B A is not what they add to them.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# Keys that are read, and keys that matter to training or to PEFT alone. Any other that is set is refused: a new kind
+# of adapter announces itself that way.
+_KNOWN = {
+    *_UNUSED, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
+    "base_model_name_or_path", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "velora_config",
+}  # fmt: skip
+_REMEDIES = {
+    "init_lora_weights": "; convert it with PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)",
+    "modules_to_save": "; train without it, or merge the adapter with PEFT and export the result",
 }
 
 
@@ -64,6 +83,8 @@ class LoraAdapter:
 
     tensors: tuple[LoraTensors, ...]
     fingerprint: str
+    base: str = ""  # the model it was trained on, a name or a path; empty when it does not say
+    rslora: bool = False  # scales are alpha / sqrt(rank)
 
     @property
     def rank(self) -> int:
@@ -107,7 +128,9 @@ def read_adapter(path: str | Path) -> LoraAdapter:
         raise RequestError(f"{root / WEIGHTS} is damaged: {error}; copy the adapter again") from error
     digest = hashlib.sha256(config_bytes)
     digest.update(weight_bytes)
-    return LoraAdapter(_pair(root / WEIGHTS, dict(stored), config), digest.hexdigest())
+    tensors = _pair(root / WEIGHTS, dict(stored), config)
+    base = str(config.get("base_model_name_or_path") or "")
+    return LoraAdapter(tensors, digest.hexdigest(), base, bool(config.get("use_rslora")))
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -116,7 +139,14 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
     for key, unused in _UNUSED.items():
         if key in config and config[key] not in unused:
-            raise UnsupportedError(f"{path}: {key} is {config[key]!r}; adapters with it are not supported")
+            remedy = _REMEDIES.get(key, "")
+            raise UnsupportedError(f"{path}: {key} is {config[key]!r}; adapters with it are not supported{remedy}")
+    for key, value in config.items():
+        if key not in _KNOWN and value:
+            raise UnsupportedError(
+                f"{path}: {key} is {value!r}, which this version does not know; it may change what the adapter "
+                "computes. Update edgellm_ros, or remove the key if it does not"
+            )
     targets = config.get("target_modules")
     for target in targets if isinstance(targets, (list, tuple)) else ():
         if str(target).rpartition(".")[2] not in TARGETS:

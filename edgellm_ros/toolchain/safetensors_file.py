@@ -59,6 +59,10 @@ class SafetensorsFile:
         """Bytes that a tensor takes in the file."""
         return self._entries[name].end - self._entries[name].begin
 
+    def location(self, name: str) -> tuple[str, int]:
+        """The dtype that a tensor is stored in, by safetensors' name, and its first byte in the file."""
+        return self._entries[name].dtype, self._entries[name].begin
+
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of a tensor's first axis, as an own float32 array."""
         entry = self._entries[name]

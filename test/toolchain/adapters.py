@@ -1,0 +1,63 @@
+"""Random PEFT adapters, and what they make of a model by the formula of the LoRA paper (arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros.executors.lora import CONFIG, WEIGHTS
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+ALL = (*ATTENTION, *MLP)
+
+
+def projection(model: Any, layer: int, target: str) -> Any:
+    block = model.model.layers[layer]
+    return getattr(block.self_attn if target in ATTENTION else block.mlp, target)
+
+
+def write_adapter(path: Path, model: Any, ranks: dict[str, int], seed: int, rslora: bool = False, base: str = "") -> Path:
+    """A PEFT directory with random matrices that change each projection about half as much as it is."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(len(model.model.layers)):
+        for target, rank in ranks.items():
+            weight = projection(model, layer, target).weight
+            rows, cols = weight.shape
+            scale = 8 / (rank**0.5 if rslora else rank)
+            size = 0.5 * float(weight.detach().norm()) / (rows * rank * cols) ** 0.5 / scale
+            at = f"base_model.model.model.layers.{layer}.{'self_attn' if target in ATTENTION else 'mlp'}.{target}"
+            a, b = torch.randn((rank, cols), generator=generator), torch.randn((rows, rank), generator=generator)
+            tensors[f"{at}.lora_A.weight"], tensors[f"{at}.lora_B.weight"] = a, b * size
+    path.mkdir()
+    save_file(tensors, path / WEIGHTS)
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_rslora": rslora, "rank_pattern": ranks,
+        "target_modules": list(ranks), "base_model_name_or_path": base,
+    }  # fmt: skip
+    (path / CONFIG).write_text(json.dumps(config))
+    return path
+
+
+def merged(model: Any, path: Path) -> Any:
+    """A copy of `model` whose weights have the adapter in `path` added, by the formula of the LoRA paper."""
+    import torch
+    from safetensors.torch import load_file
+
+    config, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+    out = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, a in tensors.items():
+            if not name.endswith("lora_A.weight"):
+                continue
+            parts = name.split(".")
+            rank = a.shape[0]
+            scale = config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank)
+            b = tensors[name.replace("lora_A", "lora_B")]
+            projection(out, int(parts[4]), parts[6]).weight += scale * b @ a
+    return out
