@@ -82,18 +82,41 @@ class TokenSpec:
 
 
 @dataclass(frozen=True)
+class LinearFormat:
+    """How one linear layer is stored; STEM.weight and, by scheme, STEM.scale and what the flags say."""
+
+    scheme: str  # int4, int8, fp8, nvfp4, fp16, fp32
+    group_size: int = 0  # input features that share a scale; 0: a row (fp8), or nothing (fp16, fp32)
+    offset: bool = False  # STEM.offset [out, in / group] fp32 is added to every dequantised weight: zero points, minima
+    input_factor: bool = False  # STEM.input_factor [in] fp32 multiplies the layer's input: ModelOpt's pre_quant_scale
+
+
+@dataclass(frozen=True)
 class QuantSpec:
     """How weights.safetensors stores the linear layers, the head and the embedding."""
 
-    weights: str  # int4, int8, fp16, fp32
+    weights: str  # int4, int8, fp8, nvfp4, fp16, fp32: most layers' scheme, where they differ
     group_size: int = 0  # along the input features; 0 when not quantised
     lm_head: str = ""
     embedding: str = ""
+    # What differs from the above, by stem: layers.3.attn.qkv, attn.qkv for that of every layer, head, embed.
+    formats: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
+    kept: str = ""  # whose integers these are, such as "AWQ, 4 bit in groups of 128"; empty when export made them
+    notes: tuple[str, ...] = ()  # what keeping them changed, or left out
 
     def head_tensor(self, model: ModelSpec) -> str:
         """Stem of the tensors that hold the head: the embedding's own when it is tied, uncut and stored alike."""
         shared = model.tied_head and not model.head_rows and self.lm_head == self.embedding
         return "embed" if shared else "head"
+
+    def format_of(self, stem: str) -> LinearFormat:
+        """How the layer of `stem` (layers.0.attn.qkv, head, embed) is stored."""
+        kind = stem.split(".", 2)[2] if stem.startswith("layers.") else stem
+        found = self.formats.get(stem) or self.formats.get(kind)
+        if found is not None:
+            return found
+        scheme = {"head": self.lm_head, "embed": self.embedding}.get(stem) or self.weights
+        return LinearFormat(scheme, self.group_size if scheme in ("int4", "int8", self.weights) else 0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes, layer_weights
 from edgellm_ros.benchmark.devices import Device
-from edgellm_ros.bundle import ModelSpec, QuantSpec
+from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.config import EngineConfig
 
 SYSTEM_GB = 1.5  # Linux without a desktop, ROS 2 and the node's own process
@@ -65,12 +65,13 @@ def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> 
     table = hidden * vocab
     tied = quant.head_tensor(model) == "embed"
 
-    def stored(count: int, scheme: str) -> int:
-        per_weight = {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}[scheme]
-        return int(count * (per_weight + (2 / quant.group_size if scheme in ("int8", "int4") else 0)))
+    def stored(count: int, form: LinearFormat) -> int:
+        per_weight = {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5, "int8": 1.0, "int4": 0.5}[form.scheme]
+        return int(count * (per_weight + (2 / form.group_size if form.group_size else 0)))
 
-    weights = stored(model.num_layers * layer_weights(model), quant.weights) + stored(table, quant.embedding)
-    weights += 0 if tied else stored(table, quant.lm_head)
+    layers = quant.format_of("layers.0.mlp.gate_up")
+    weights = stored(model.num_layers * layer_weights(model), layers) + stored(table, quant.format_of("embed"))
+    weights += 0 if tied else stored(table, quant.format_of("head"))
     weights += model.max_context * model.head_dim * 4  # the rope tables
     largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES

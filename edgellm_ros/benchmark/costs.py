@@ -6,14 +6,15 @@ Runtime on a CPU in fp32, and it also widens the scales.
 
 from __future__ import annotations
 
-from edgellm_ros.bundle import ModelSpec, QuantSpec
+from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 
 _INTEGERS = {"int8": 1.0, "int4": 0.5}
-_BYTES_PER_WEIGHT = {
-    "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, **_INTEGERS},
-    "onnxruntime": {"fp32": 4.0, "fp16": 4.0, **_INTEGERS},
+_BYTES_PER_WEIGHT = {  # nvfp4 becomes int8 on a CPU, which holds twice its numbers exactly
+    "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5, **_INTEGERS},
+    "onnxruntime": {"fp32": 4.0, "fp16": 4.0, "fp8": 4.0, "nvfp4": 1.0, **_INTEGERS},
 }
 _BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0}
+_BYTES_PER_OFFSET = 4.0
 
 
 def layer_weights(model: ModelSpec) -> int:
@@ -30,13 +31,21 @@ def num_parameters(model: ModelSpec) -> int:
 
 def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> int:
     """Bytes of weights that one decode step reads: every layer and the head, with scales; not the embedding table."""
+    q_width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     per_weight, per_scale = _BYTES_PER_WEIGHT[executor], _BYTES_PER_SCALE[executor]
 
-    def size(count: int, scheme: str) -> float:
-        return count * (per_weight[scheme] + (per_scale / quant.group_size if scheme in _INTEGERS else 0.0))
+    def size(count: int, form: LinearFormat) -> float:
+        grouped = per_scale + (_BYTES_PER_OFFSET if form.offset else 0.0)
+        return count * (per_weight[form.scheme] + (grouped / form.group_size if form.group_size else 0.0))
 
-    head = model.hidden_size * model.num_rows
-    return int(size(model.num_layers * layer_weights(model), quant.weights) + size(head, quant.lm_head))
+    inner = model.intermediate_size
+    kinds = {"attn.qkv": q_width + 2 * kv_width, "attn.o": q_width, "mlp.gate_up": 2 * inner, "mlp.down": inner}
+    layers = sum(
+        size(model.hidden_size * width, quant.format_of(f"layers.{layer}.{kind}"))
+        for layer in range(model.num_layers)
+        for kind, width in kinds.items()
+    )
+    return int(layers + size(model.hidden_size * model.num_rows, quant.format_of(quant.head_tensor(model))))
 
 
 def kv_bytes(model: ModelSpec, kv_bytes_per_token: int, context: float) -> float:

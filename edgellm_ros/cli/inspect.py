@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edgellm_ros.bundle import Bundle, Manifest
+    from edgellm_ros.bundle import Bundle, LinearFormat, Manifest
 
 HELP = "show what a bundle holds"
 EXAMPLES = """\
@@ -96,6 +96,13 @@ def _engines(bundle: Bundle) -> list[tuple[str, str]]:
     return [("engines", str(len(found))), *found] if found else []
 
 
+def format_text(form: LinearFormat) -> str:
+    """'int4 in groups of 32 with offsets'."""
+    text = form.scheme + (f" in groups of {form.group_size}" if form.group_size else "")
+    parts = [name for name, here in (("offsets", form.offset), ("an input factor", form.input_factor)) if here]
+    return text + (f" with {' and '.join(parts)}" if parts else "")
+
+
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     model, tokens, quant, test = manifest.model, manifest.tokens, manifest.quantization, manifest.self_test
     heads = f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim}"
@@ -114,6 +121,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     weights = quant.weights + (f" in groups of {quant.group_size}" if quant.group_size else "")
     if quant.lm_head or quant.embedding:
         weights += f"; head {quant.lm_head or quant.weights}, embedding {quant.embedding or quant.weights}"
+    if quant.formats:
+        weights += "; " + ", ".join(f"{stem} {format_text(form)}" for stem, form in list(quant.formats.items())[:8])
+        weights += f" and {len(quant.formats) - 8} more" if len(quant.formats) > 8 else ""
     thinking = f"{tokens.think_start} … {tokens.think_end}" if tokens.think_start else "no tags"
     checked = f"{len(test.cases)} prompts against {test.reference}" if test.cases else "none"
     return [
@@ -127,6 +137,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("BOS", f"{tokens.bos_id} {tokens.bos_token!r}" + (", added to raw prompts" if tokens.add_bos else "")),
         ("reasoning", thinking),
         ("weights", weights),
+        *([("kept from", quant.kept)] if quant.kept else []),
+        *(("note", note) for note in quant.notes),
         ("self-test", checked),
         *(
             ("adapter", f"{name}: rank {lora.rank}, {', '.join(lora.targets)}")

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 # The bundle's schemes as the kernels have them. fp8 is made at load from weights that are stored as floats.
 _FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
+_KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
@@ -229,6 +230,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"the bundle's head is cut to {bundle.manifest.model.head_rows} tokens by a vocabulary map, which the cuda "
             "executor cannot run; export without --vocab-map for it"
         )
+    _check_formats(bundle)
     module, reason = native.import_module()
     if module is None:
         raise UnsupportedError(reason)
@@ -281,6 +283,33 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     except ValueError as error:
         raise UnsupportedError(f"{model.name}: {error}") from error
     return settings
+
+
+def _check_formats(bundle: Bundle) -> None:
+    """Raise UnsupportedError for a stored format that the kernels do not have."""
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    stems = [f"layers.{layer}.{kind}" for layer in range(model.num_layers) for kind in _KINDS]
+    forms = {stem: quant.format_of(stem) for stem in [*stems, quant.head_tensor(model), "embed"]}
+    usual = quant.format_of(stems[0])
+    for stem, form in forms.items():
+        problem = ""
+        if form.scheme not in _FORMATS:
+            problem = f"is {form.scheme}"
+        elif form.scheme == "fp8" and (quant.kept or form.group_size):
+            problem = "is stored as fp8"
+        elif form.offset:
+            problem = f"is {form.scheme} with an offset for each group (zero points)"
+        elif form.input_factor:
+            problem = "multiplies its input by a stored factor (pre_quant_scale)"
+        elif stem.startswith("layers.") and form != usual:
+            problem = f"is {form.scheme} in groups of {form.group_size}, {stems[0]} {usual.scheme} of {usual.group_size}"
+        elif form.scheme in ("int4", "int8") and form.group_size != quant.group_size:
+            problem = f"has groups of {form.group_size}, the layers of {quant.group_size}"
+        if problem:
+            raise UnsupportedError(
+                f"{stem} of the bundle {problem}, which the cuda executor does not have; use the executor onnxruntime, "
+                "or export again with --weights int4, int8 or fp16"
+            )
 
 
 def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:

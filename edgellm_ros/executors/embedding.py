@@ -20,6 +20,9 @@ class EmbeddingTable:
         self._scale: npt.NDArray[np.float16] | None = None  # (vocab, hidden / group)
         if "embed.scale" in weights:
             self._scale = weights["embed.scale"]
+        self._offset: npt.NDArray[np.float32] | None = None  # as scale
+        if "embed.offset" in weights:
+            self._offset = weights["embed.offset"]
         self._factor = np.float32(bundle.manifest.model.embed_scale)
 
     def lookup(self, token_ids: npt.NDArray[np.int32], out: npt.NDArray[np.float32]) -> None:
@@ -31,5 +34,7 @@ class EmbeddingTable:
             scale = self._scale[token_ids].astype(np.float32)
             groups = rows.reshape(len(rows), scale.shape[1], -1)
             np.multiply(groups, scale[..., None], out=out.reshape(groups.shape))
+            if self._offset is not None:
+                out.reshape(groups.shape)[...] += self._offset[token_ids][..., None]
         if self._factor != 1.0:
             out *= self._factor

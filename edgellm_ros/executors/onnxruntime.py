@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgellm_ros.bundle import DECODER_ORT, WEIGHTS, Bundle, QuantSpec
+from edgellm_ros.bundle import DECODER_ORT, WEIGHTS, Bundle, LinearFormat, QuantSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError
 from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
@@ -222,7 +222,11 @@ class OnnxRuntimeExecutor(Executor):
 
 
 def _rounds_single_rows_apart(quant: QuantSpec) -> bool:
-    return (quant.weights == "int4" and quant.group_size >= 64) or (quant.weights == "int8" and quant.group_size >= 128)
+    usual = LinearFormat(quant.weights, quant.group_size)
+    return any(
+        (form.scheme == "int4" and form.group_size >= 64) or (form.scheme == "int8" and form.group_size >= 128)
+        for form in (usual, *quant.formats.values())
+    )
 
 
 def _bind(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:

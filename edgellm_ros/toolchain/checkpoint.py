@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.toolchain.quantized.packed import PackedWeight, Scheme
 
 
 class Checkpoint(abc.ABC):
@@ -47,6 +48,22 @@ class Checkpoint(abc.ABC):
         shape = self.shape(name)
         return self.read_rows(name, 0, shape[0]) if shape else self.read_rows(name, 0, 1).reshape(())
 
+    def quantization(self) -> str:
+        """How others quantised it, in a few words; empty when the linear layers are floats."""
+        return ""
+
+    def quantization_notes(self) -> list[str]:
+        """What of the quantisation is not carried over, such as scales of activations."""
+        return []
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight `name` is quantised in the file; None when it is floats."""
+        return None
+
+    def packed(self, name: str) -> PackedWeight:
+        """A quantised weight's integers and scales; only for names that have a `scheme`."""
+        raise NotImplementedError(name)
+
     @abc.abstractmethod
     def num_bytes(self) -> int:
         """Bytes that all tensors take on disk."""
@@ -72,7 +89,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open the Hugging Face directory or the GGUF file at `path`.
 
     Raises CheckpointError when there is none, and for files that are missing, truncated or of a kind that export
-    cannot read (pickled weights, weights that are already quantised, parts of a split GGUF); the text says what to do.
+    cannot read (pickled weights, an unknown quantisation, parts of a split GGUF); the text says what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -90,9 +107,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if found:
             raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one, such as {found[0]}")
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face checkpoint, or not a whole one")
-    from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
+    from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint, quantization_config
+    from edgellm_ros.toolchain.quantized_checkpoint import QuantizedCheckpoint
+    from edgellm_ros.toolchain.tokenizer_files import read_json_object
 
-    return HfCheckpoint(path)
+    quantised = quantization_config(path, read_json_object(path / "config.json")) is not None
+    return QuantizedCheckpoint(path) if quantised else HfCheckpoint(path)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

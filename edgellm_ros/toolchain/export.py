@@ -22,6 +22,7 @@ from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
+from edgellm_ros.toolchain.keep import KeptWeights
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer
 from edgellm_ros.toolchain.quantize_weights import quantize_int4, quantize_int8
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
@@ -35,6 +36,7 @@ DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises i
 # Input features that share a scale, the first that divides every layer's. 64 decodes 13 % faster than 32 on a CPU, and
 # with the search of quantize_weights.py loses no more perplexity.
 GROUP_SIZES = (64, 32, 16)
+KEEP = "keep"
 _HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding
 # The head stays int8: in int4 it costs a small model more perplexity than all its layers together.
 SCHEMES: dict[str, QuantSpec] = {
@@ -48,7 +50,7 @@ SCHEMES: dict[str, QuantSpec] = {
 def export_bundle(
     checkpoint: Path,
     output: Path,
-    weights: str = "int4",
+    weights: str | None = None,
     max_context: int | None = None,
     name: str = "",
     overwrite: bool = False,
@@ -57,12 +59,13 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
-    weights: a key of SCHEMES. max_context: tokens the bundle can be run with, at most the model's own limit.
+    weights: a key of SCHEMES, or KEEP: what others quantised keeps its integers; None is KEEP for such a checkpoint and
+    int4 for any other. max_context: tokens the bundle can be run with, at most the model's own limit.
     progress is called with (stage, done, total). vocab_map: a file by `edgellm reduce-vocab`; the head then has rows
     for its tokens only. Raises ToolchainError and its kinds; then nothing is left behind.
     """
-    if weights not in SCHEMES:
-        raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join(SCHEMES)}")
+    if weights is not None and weights not in (*SCHEMES, KEEP):
+        raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join((*SCHEMES, KEEP))}")
     output = Path(output)
     if output.exists() and not overwrite:
         raise ToolchainError(f"{output} exists; choose another directory, or let it be replaced with --force")
@@ -72,7 +75,7 @@ def export_bundle(
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _write(source, partial, SCHEMES[weights], max_context, name, progress or _silent, vocab_map)
+        _write(source, partial, _scheme(source, weights), max_context, name, progress or _silent, vocab_map)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
@@ -86,7 +89,7 @@ def export_bundle(
 def _write(
     source: Checkpoint,
     root: Path,
-    quant: QuantSpec,
+    quant: QuantSpec | None,
     max_context: int | None,
     name: str,
     progress: Progress,
@@ -96,7 +99,8 @@ def _write(
     check_tensors(source, family, model)
     _check_supported(model)
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
-    quant = with_groups(quant, model)
+    kept = KeptWeights(source, model) if quant is None else None
+    quant = kept.quant if kept is not None else with_groups(quant, model)
     tokens = source.token_spec()
     tokenizer_json = source.tokenizer_json()
     (root / names.TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
@@ -108,7 +112,8 @@ def _write(
     if vocab is not None:
         write_vocab_file(root / names.VOCAB_MAP, vocab, tokenizer_hash(tokenizer_json))
         model = replace(model, head_rows=len(vocab))
-    logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab)
+    logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab, kept)
+    quant = kept.quant if kept is not None else quant  # with the notes that writing made
     graph = GraphSpec(activation_dtype="float32" if quant.weights == "fp32" else "float16")
     stored = WeightFile(root / names.WEIGHTS)
     write_portable_graph(root / names.DECODER, model, quant, graph, stored)
@@ -120,9 +125,9 @@ def _write(
         tokens=tokens,
         quantization=quant,
         graph=graph,
-        provenance=_provenance(source),
+        provenance=_provenance(source, quant),
         files=files,
-        self_test=SelfTest("the original weights in fp32 (NumPy)", 1.0, make_cases(prompts, logits, vocab)),
+        self_test=SelfTest(_reference(source), 1.0, make_cases(prompts, logits, vocab)),
     )
     progress("self-test", 0, 1)
     manifest = finish_self_test(root, manifest)
@@ -138,6 +143,7 @@ def _write_weights(
     prompts: list[np.ndarray],
     progress: Progress,
     vocab: VocabMap | None,
+    kept: KeptWeights | None,
 ) -> list[FloatArray]:
     """Write all weights, and return the reference's logits for the prompts: both in one walk over the checkpoint."""
     cos, sin = rope_tables(model, model.max_context)
@@ -149,7 +155,7 @@ def _write_weights(
         writer.write("rope.sin", sin)
         embedding = source.read(EMBEDDING)
         reference.embed(embedding, prompts)
-        _write_linear(writer, "embed", embedding, quant.embedding, quant.group_size)
+        _write_linear(writer, "embed", embedding, quant, kept)
         progress("weights", 1, total)
         for layer in range(model.num_layers):
             tensors = read_layer(source, model, layer)
@@ -157,9 +163,11 @@ def _write_weights(
             for stem, tensor in tensors.items():
                 at = f"layers.{layer}.{stem}"
                 if tensor.ndim == 2:
-                    _write_linear(writer, at.removesuffix(".weight"), tensor, quant.weights, quant.group_size)
+                    _write_linear(writer, at.removesuffix(".weight"), tensor, quant, kept)
+                elif at.endswith(".bias"):
+                    writer.write(at, tensor)
                 else:
-                    writer.write(at if at.endswith(".bias") else f"{at}.weight", tensor)
+                    writer.write(f"{at}.weight", tensor if kept is None else kept.gain(layer, stem, tensor))
             progress("weights", layer + 2, total)
         final_norm = source.read(FINAL_NORM)
         writer.write("final_norm.weight", final_norm)
@@ -167,7 +175,7 @@ def _write_weights(
         if vocab is not None:
             head = head[vocab.token_ids]
         if quant.head_tensor(model) == "head":
-            _write_linear(writer, "head", head, quant.lm_head, quant.group_size)
+            _write_linear(writer, "head", head, quant, kept, None if vocab is None else vocab.token_ids)
         logits = reference.logits(final_norm, head, last=8)
         progress("weights", total, total)
     except BaseException:
@@ -177,14 +185,43 @@ def _write_weights(
     return logits
 
 
-def _write_linear(writer: WeightWriter, stem: str, weight: FloatArray, scheme: str, group: int) -> None:
-    if scheme in ("int4", "int8"):
-        quantize = quantize_int4 if scheme == "int4" else quantize_int8
-        values, scales = quantize(weight, group)
+def _write_linear(
+    writer: WeightWriter,
+    stem: str,
+    weight: FloatArray,
+    quant: QuantSpec,
+    kept: KeptWeights | None,
+    rows: np.ndarray | None = None,
+) -> None:
+    """Write a layer's tensors: from `weight`, or the checkpoint's own integers (their `rows`) where they are kept."""
+    if kept is not None and kept.is_kept(stem):
+        for name, tensor in kept.tensors(stem, rows).items():
+            writer.write(f"{stem}.{name}", tensor)
+        return
+    form = quant.format_of(stem)
+    if form.scheme in ("int4", "int8"):
+        quantize = quantize_int4 if form.scheme == "int4" else quantize_int8
+        values, scales = quantize(weight, form.group_size)
         writer.write(f"{stem}.weight", values)
         writer.write(f"{stem}.scale", scales)
     else:
-        writer.write(f"{stem}.weight", weight.astype(np.float16 if scheme == "fp16" else np.float32))
+        writer.write(f"{stem}.weight", weight.astype(np.float16 if form.scheme == "fp16" else np.float32))
+
+
+def _scheme(source: Checkpoint, weights: str | None) -> QuantSpec | None:
+    """The entry of SCHEMES; None is to keep what the checkpoint has."""
+    if weights == KEEP and not source.quantization():
+        raise ToolchainError(
+            f"{source.path} is not quantised, so there is nothing to keep; choose --weights {', '.join(SCHEMES)}"
+        )
+    if weights in (None, KEEP):
+        return None if source.quantization() else SCHEMES["int4"]
+    return SCHEMES[weights]
+
+
+def _reference(source: Checkpoint) -> str:
+    whose = f"the checkpoint's dequantised weights ({source.quantization()})" if source.quantization() else ""
+    return f"{whose or 'the original weights'} in fp32 (NumPy)"
 
 
 def _check_supported(model: ModelSpec) -> None:
@@ -218,12 +255,14 @@ def _context(model: ModelSpec, asked: int | None) -> int:
     return asked
 
 
-def _provenance(source: Checkpoint) -> dict[str, str]:
+def _provenance(source: Checkpoint, quant: QuantSpec) -> dict[str, str]:
     import onnx
 
+    requantised = source.quantization() and not quant.kept
     return {
         "source": source.path.name,
         "source_kind": source.kind,
+        **({"quantised_again": f"{source.quantization()}, now {quant.weights}"} if requantised else {}),
         "source_sha256": ", ".join(f"{p.name} {hash_file(p).sha256}" for p in source.source_files()),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "edgellm_ros": edgellm_ros.__version__,

@@ -16,6 +16,7 @@ from edgellm_ros.toolchain.tokenizer_files import TOKENIZER_FILES, HfTokenizerFi
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MODELOPT = "hf_quant_config.json"
 
 
 class HfCheckpoint(Checkpoint):
@@ -27,12 +28,6 @@ class HfCheckpoint(Checkpoint):
         """Read config.json and map all weight files; raises CheckpointError for what is missing or not whole."""
         self.path = path
         self.config: dict[str, Any] = read_json_object(path / "config.json")
-        quantised = self.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-            raise CheckpointError(
-                f"{path} is already quantised (quantization_config: {method}); export the original checkpoint instead"
-            )
         self._files = _weight_files(path)
         self._home = {name: file for file in self._files for name in file.names()}
         _check_index(path, self._home)
@@ -65,7 +60,7 @@ class HfCheckpoint(Checkpoint):
 
     def source_files(self) -> list[Path]:
         """Configuration, weights and tokenizer files."""
-        small = [self.path / name for name in ("config.json", INDEX, *TOKENIZER_FILES)]
+        small = [self.path / name for name in ("config.json", MODELOPT, INDEX, *TOKENIZER_FILES)]
         return [path for path in small if path.is_file()] + [file.path for file in self._files]
 
     def tokenizer_json(self) -> str:
@@ -87,6 +82,12 @@ class HfCheckpoint(Checkpoint):
         if name not in self._home:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._home[name]
+
+
+def quantization_config(path: Path, config: dict[str, Any]) -> Any:
+    """What config.json says of weights that are already quantised, or None; ModelOpt also writes a file of its own."""
+    found = config.get("quantization_config")
+    return {"quant_method": "modelopt"} if not found and (path / MODELOPT).is_file() else found or None
 
 
 def _weight_files(path: Path) -> list[SafetensorsFile]:

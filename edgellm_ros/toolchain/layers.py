@@ -67,16 +67,16 @@ def plan_weights(checkpoint: Checkpoint, model: ModelSpec, quant: QuantSpec) -> 
     for layer in range(model.num_layers):
         at = f"layers.{layer}."
         for stem, (n, k) in shapes.items():
-            plan += plan_linear(at + stem, n, k, quant.weights, quant.group_size)
+            plan += plan_linear(at + stem, n, k, quant.format_of(at + stem))
             if has_bias(checkpoint, layer, stem):
                 plan.append(TensorPlan(f"{at}{stem}.bias", np.float32, (n,)))
         plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.hidden_size,)) for stem in NORMS]
         if model.qk_norm:
             plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.head_dim,)) for stem in HEAD_NORMS]
     table = (model.vocab_size, model.hidden_size)
-    plan += plan_linear("embed", *table, quant.embedding, quant.group_size)
+    plan += plan_linear("embed", *table, quant.format_of("embed"))
     if quant.head_tensor(model) == "head":
-        plan += plan_linear("head", model.num_rows, model.hidden_size, quant.lm_head, quant.group_size)
+        plan += plan_linear("head", model.num_rows, model.hidden_size, quant.format_of("head"))
     plan.append(TensorPlan("final_norm.weight", np.float32, (model.hidden_size,)))
     half = model.head_dim // 2
     return plan + [TensorPlan(f"rope.{t}", np.float32, (model.max_context, half)) for t in ("cos", "sin")]

@@ -19,7 +19,12 @@ import numpy.typing as npt
 
 from edgellm_ros.errors import CheckpointError
 
-_DTYPES: dict[str, npt.DTypeLike] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FLOATS: dict[str, npt.DTypeLike] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# What quantised checkpoints add; 8-bit floats are read as bytes.
+_PACKED: dict[str, npt.DTypeLike] = {
+    "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?",
+}  # fmt: skip
+_DTYPES = {**FLOATS, **_PACKED}
 _REMEDY = "download or copy the file again"
 
 
@@ -63,15 +68,27 @@ class SafetensorsFile:
         """The dtype that a tensor is stored in, by safetensors' name, and its first byte in the file."""
         return self._entries[name].dtype, self._entries[name].begin
 
+    def dtype(self, name: str) -> str:
+        """The dtype's name in the file: F32, BF16, U8, F8_E4M3, …"""
+        return self._entries[name].dtype
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """A read-only view of a tensor as it is stored; bfloat16 as uint16, FP8 as uint8."""
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.path}: {name} is stored as {entry.dtype}; read are {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        return np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.begin).reshape(entry.shape)
+
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of a tensor's first axis, as an own float32 array."""
         entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{self.path}: {name} is stored as {entry.dtype}; read are {', '.join(_DTYPES)}: "
-                "use the model's unquantised checkpoint"
+                f"{self.path}: {name} is stored as {entry.dtype} and config.json has no quantization_config that says "
+                f"what it means; read without one are {', '.join(FLOATS)}: use the model's unquantised checkpoint"
             )
-        dtype = np.dtype(_DTYPES[entry.dtype])
+        dtype = np.dtype(FLOATS[entry.dtype])
         row = math.prod(entry.shape[1:])
         raw = np.frombuffer(self._map, dtype, (stop - start) * row, entry.begin + start * row * dtype.itemsize)
         raw = raw.reshape(stop - start, *entry.shape[1:])

@@ -4,6 +4,10 @@ Linear layers keep Hugging Face's [out, in] order, so that rows of fused layers 
 int4 is two signed nibbles a byte along the input features, low nibble first: exactly ONNX's INT4 [out, in], which
 `decoder.onnx` names by byte offset; `decoder.ort.onnx` turns the same bytes into MatMulNBits' offset-8 nibbles with
 one constant-folded BitwiseXor. int8 is signed, one byte. Both have fp16 scales [out, in / group].
+
+Checkpoints quantised by others add fp8 (E4M3 bytes [out, in]; fp32 scales [out], or [out, in / 128] for blocks) and
+nvfp4 (two E2M1 a byte, low first; E4M3 scales [out, in / 16]; global_scale [out] fp32, one for ONNX's second level),
+and the tensors that bundle.LinearFormat names: offset and input_factor.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm_ros.bundle import LinearFormat
 from edgellm_ros.errors import ToolchainError
 
 ALIGNMENT = 64  # bytes: a cache line, and what vector loads of the native executor want
@@ -43,21 +48,36 @@ class TensorPlan:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def plan_linear(name: str, out_features: int, in_features: int, scheme: str, group: int) -> list[TensorPlan]:
-    """The tensors that store one linear layer's weight under `scheme` (int4, int8, fp16 or fp32)."""
-    weight = f"{name}.weight"
-    if scheme in ("int4", "int8"):
-        if in_features % group:
-            raise ToolchainError(
-                f"{name} has {in_features} input features, which do not divide into groups of {group}; "
-                "export with --weights fp16"
-            )
-        scale = TensorPlan(f"{name}.scale", np.float16, (out_features, in_features // group))
-        if scheme == "int4":
-            return [TensorPlan(weight, np.uint8, (out_features, in_features // 2)), scale]
-        return [TensorPlan(weight, np.int8, (out_features, in_features)), scale]
-    dtype = np.float16 if scheme == "fp16" else np.float32
-    return [TensorPlan(weight, dtype, (out_features, in_features))]
+def plan_linear(name: str, out_features: int, in_features: int, form: LinearFormat) -> list[TensorPlan]:
+    """The tensors that store one linear layer's weight in `form`."""
+    weight, group = f"{name}.weight", form.group_size
+    if group and in_features % group:
+        raise ToolchainError(
+            f"{name} has {in_features} input features, which do not divide into groups of {group}; "
+            "export with --weights fp16"
+        )
+    scales = (out_features, in_features // group) if group else (out_features,)
+    plan: list[TensorPlan]
+    if form.scheme == "int4":
+        plan = [TensorPlan(weight, np.uint8, (out_features, in_features // 2))]
+        plan.append(TensorPlan(f"{name}.scale", np.float16, scales))
+    elif form.scheme == "int8":
+        plan = [TensorPlan(weight, np.int8, (out_features, in_features))]
+        plan.append(TensorPlan(f"{name}.scale", np.float16, scales))
+    elif form.scheme == "fp8":
+        plan = [TensorPlan(weight, np.uint8, (out_features, in_features))]
+        plan.append(TensorPlan(f"{name}.scale", np.float32, scales))
+    elif form.scheme == "nvfp4":
+        plan = [TensorPlan(weight, np.uint8, (out_features, in_features // 2))]
+        plan.append(TensorPlan(f"{name}.scale", np.uint8, scales))
+        plan.append(TensorPlan(f"{name}.global_scale", np.float32, (out_features,)))
+    else:
+        plan = [TensorPlan(weight, np.float16 if form.scheme == "fp16" else np.float32, (out_features, in_features))]
+    if form.offset:
+        plan.append(TensorPlan(f"{name}.offset", np.float32, scales))
+    if form.input_factor:
+        plan.append(TensorPlan(f"{name}.input_factor", np.float32, (in_features,)))
+    return plan
 
 
 class WeightWriter:

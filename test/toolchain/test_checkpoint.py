@@ -170,14 +170,6 @@ def test_a_damaged_configuration_is_named(copy: Path, text: str) -> None:
         open_checkpoint(copy)
 
 
-def test_quantised_checkpoints_are_refused_by_their_method(copy: Path) -> None:
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"already quantised.*awq"):
-        open_checkpoint(copy)
-
-
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 something else")

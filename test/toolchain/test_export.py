@@ -188,7 +188,7 @@ def test_the_graph_contract_in_the_manifest_names_the_graphs_inputs(tiny_bundle:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "int3"}, "weights is 'int3'; allowed are int4, int8, fp16, fp32"),
+        ({"weights": "int3"}, "weights is 'int3'; allowed are int4, int8, fp16, fp32, keep"),
         ({"max_context": 1000}, "max-context is 1000; .* allows 1 to 256"),
         ({"max_context": 0}, "max-context is 0"),
     ],

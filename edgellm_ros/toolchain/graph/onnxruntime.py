@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.bundle import GraphSpec, LinearFormat, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
 _FLOAT = TensorProto.FLOAT
@@ -109,8 +110,8 @@ class _Decoder:
             self.quant.head_tensor(m),
             m.num_rows,
             m.hidden_size,
-            scheme=self.quant.lm_head,
             output=self.graph.logits,
+            flat=True,
         )
 
     def _norm(self, x: str, weight: str, name: str) -> str:
@@ -138,31 +139,43 @@ class _Decoder:
         y = g.node("SimplifiedLayerNormalization", [y, gain], name, axis=-1, epsilon=m.rms_norm_eps, stash_type=1)
         return g.node("Reshape", [y, joined], f"{name}.joined")
 
-    def _linear(self, x: str, name: str, n: int, k: int, *, scheme: str = "", output: str = "") -> str:
-        """X [..., k] times the stored [n, k] weight, plus its bias if there is one."""
-        scheme = scheme or self.quant.weights
+    def _linear(self, x: str, name: str, n: int, k: int, *, output: str = "", flat: bool = False) -> str:
+        """X [..., k], of two axes if flat, times the stored [n, k] weight, plus its bias if there is one."""
+        g, form = self.g, self.quant.format_of(name)
         bias = f"{name}.bias" if f"{name}.bias" in self.weights else ""
         result = output or f"{name}.out"
-        if scheme in ("int4", "int8"):
-            return self._matmul_nbits(x, name, n, k, scheme, bias, result)
-        g = self.g
-        dtype = _FLOAT if scheme == "fp32" else TensorProto.FLOAT16
-        weight = g.weight(f"{name}.weight", dtype, (n, k))
-        if scheme == "fp16":
-            weight = g.node("Cast", [weight], f"{name}.fp32", to=_FLOAT)
+        x = stored.input_of(g, x, name, form, k, self._float)
+        if form.offset:
+            y = self._product(x, name, n, k, bias, f"{name}.product")
+            return stored.add_offset(g, x, y, name, form, (n, k), self._float, flat=flat, output=result)
+        return self._product(x, name, n, k, bias, result)
+
+    def _product(self, x: str, name: str, n: int, k: int, bias: str, result: str) -> str:
+        g, form = self.g, self.quant.format_of(name)
+        if form.scheme in ("int4", "int8", "nvfp4"):
+            return self._matmul_nbits(x, name, n, k, form, bias, result)
+        if form.scheme == "fp8":
+            weight = stored.widened(g, name, form, n, k)
+        else:
+            weight = g.weight(f"{name}.weight", _FLOAT if form.scheme == "fp32" else TensorProto.FLOAT16, (n, k))
+            if form.scheme == "fp16":
+                weight = g.node("Cast", [weight], f"{name}.fp32", to=_FLOAT)
         transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])
-        y = g.node("MatMul", [x, transposed], f"{name}.product" if bias else result)
+        y = g.node("MatMul", [x, transposed], f"{name}.unbiased" if bias else result)
         return g.node("Add", [y, g.weight(bias, _FLOAT, (n,))], result) if bias else y
 
-    def _matmul_nbits(self, x: str, name: str, n: int, k: int, scheme: str, bias: str, result: str) -> str:
-        g, group = self.g, self.quant.group_size
-        bits = 4 if scheme == "int4" else 8
-        stored = g.weight(f"{name}.weight", TensorProto.UINT8, (n, k // group, group * bits // 8))
-        # Signed to offset binary: the sign bit of each nibble (or byte) flips.
-        flip = g.constant(f"flip_{bits}", 0x88 if bits == 4 else 0x80, np.uint8)
-        weight = g.node("BitwiseXor", [stored, flip], f"{name}.offset")
-        scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
-        scale = g.node("Cast", [scale], f"{name}.scale32", to=_FLOAT)
+    def _matmul_nbits(self, x: str, name: str, n: int, k: int, form: LinearFormat, bias: str, result: str) -> str:
+        g, group = self.g, form.group_size
+        bits = 4 if form.scheme == "int4" else 8
+        if form.scheme == "nvfp4":
+            weight, scale = stored.nvfp4_bytes(g, name, n, k, group)
+        else:
+            signed = g.weight(f"{name}.weight", TensorProto.UINT8, (n, k // group, group * bits // 8))
+            # Signed to offset binary: the sign bit of each nibble (or byte) flips.
+            flip = g.constant(f"flip_{bits}", 0x88 if bits == 4 else 0x80, np.uint8)
+            weight = g.node("BitwiseXor", [signed, flip], f"{name}.offset_bits")
+            scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
+            scale = g.node("Cast", [scale], f"{name}.scale32", to=_FLOAT)
         inputs = [x, weight, scale]
         if bias:
             inputs += ["", "", g.weight(bias, _FLOAT, (n,))]
@@ -170,3 +183,6 @@ class _Decoder:
             "MatMulNBits", inputs, result, contrib=True, K=k, N=n, bits=bits, block_size=group,
             accuracy_level=_INT8_ACTIVATIONS,
         )  # fmt: skip
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> str:
+        return self.g.weight(name, _FLOAT, shape)

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm_ros.bundle import GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
 OPSET = 24
@@ -128,7 +129,7 @@ class _Decoder:
         flat = g.node("Reshape", [x, g.constant("rows", [-1, m.hidden_size], np.int64)], "flat")
         rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
         y = self._norm(rows, "final_norm", m.hidden_size)
-        y = self._linear(y, self.quant.head_tensor(m), m.num_rows, m.hidden_size, scheme=self.quant.lm_head)
+        y = self._linear(y, self.quant.head_tensor(m), m.num_rows, m.hidden_size, flat=True)
         g.node("Cast", [y], self.graph.logits, to=TensorProto.FLOAT)
 
     def _norm(self, x: str, name: str, width: int) -> str:
@@ -143,20 +144,20 @@ class _Decoder:
         cast = f"{name}.cast"
         return cast if self.g.has(cast) else self.g.node("Cast", [weight], cast, to=self.dtype)
 
-    def _linear(self, x: str, name: str, n: int, k: int, *, scheme: str = "") -> str:
-        scheme = scheme or self.quant.weights
-        g, group = self.g, self.quant.group_size
-        if scheme in ("int4", "int8"):
-            dtype = TensorProto.INT4 if scheme == "int4" else TensorProto.INT8
-            stored = g.weight(f"{name}.weight", dtype, (n, k))
-            scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
-            if self.np_dtype is np.float32:
-                scale = g.node("Cast", [scale], f"{name}.scale32", to=TensorProto.FLOAT)
-            weight = g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=1, block_size=group)
+    def _linear(self, x: str, name: str, n: int, k: int, *, flat: bool = False) -> str:
+        """X [..., k], of two axes if flat, times the stored [n, k] weight, plus its bias if there is one."""
+        g, form = self.g, self.quant.format_of(name)
+        x = stored.input_of(g, x, name, form, k, self._activation)
+        if form.scheme in ("fp16", "fp32"):
+            weight = g.weight(f"{name}.weight", TensorProto.FLOAT if form.scheme == "fp32" else TensorProto.FLOAT16, (n, k))
         else:
-            weight = g.weight(f"{name}.weight", TensorProto.FLOAT if scheme == "fp32" else TensorProto.FLOAT16, (n, k))
+            weight = stored.dequantized(g, name, form, n, k, self.dtype)
         transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])
         y = g.node("MatMul", [x, transposed], f"{name}.product")
+        if form.offset:
+            y = stored.add_offset(
+                g, x, y, name, form, (n, k), self._activation, flat=flat, output=f"{name}.shifted"
+            )
         if f"{name}.bias" in self.weights:
             y = g.node("Add", [y, self._activation(f"{name}.bias", (n,))], f"{name}.out")
         return y

@@ -1,0 +1,95 @@
+"""How both graphs read a stored linear layer: the nodes between its bytes and a product.
+
+What multiplies a layer's input, and what is added to every weight of a group, are nodes around the product: TensorRT
+and MatMulNBits know scales only. A group's offset meets the sum of the inputs of that group:
+    sum_k x[k] * (q[n, k] * scale + offset[n, g]) = product(x, q * scale) + sum_g offset[n, g] * sum_{k in g} x[k]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import TensorProto
+
+from edgellm_ros.bundle import LinearFormat
+from edgellm_ros.toolchain.graph.builder import GraphBuilder
+
+# E2M1's sixteen numbers, doubled, as bytes with an offset of 128: what MatMulNBits takes for 8 bits.
+_E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+
+
+def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Callable[[str, tuple[int, ...]], str]) -> str:
+    """`x` times the layer's input factor, where it has one; `cast` names a stored fp32 tensor in x's dtype."""
+    if not form.input_factor:
+        return x
+    return g.node("Mul", [x, cast(f"{name}.input_factor", (k,))], f"{name}.scaled_input")
+
+
+def add_offset(
+    g: GraphBuilder, x: str, product: str, name: str, form: LinearFormat, shape: tuple[int, int],
+    cast: Callable[[str, tuple[int, ...]], str], *, flat: bool, output: str,
+) -> str:  # fmt: skip
+    """Add to the `product` of (n, k) `shape` what the groups' offsets contribute; x is (rows, k) if flat, else 3-D."""
+    n, k = shape
+    groups = k // form.group_size
+    lead = [0] if flat else [0, 0]
+    split = g.constant(f"groups_{len(lead)}_{groups}_{form.group_size}", [*lead, groups, form.group_size], np.int64)
+    last = g.constant("axis_last", [-1], np.int64)
+    sums = g.node("ReduceSum", [g.node("Reshape", [x, split], f"{name}.in_groups"), last], f"{name}.sums", keepdims=0)
+    offset = g.node("Transpose", [cast(f"{name}.offset", (n, groups))], f"{name}.offset_t", perm=[1, 0])
+    return g.node("Add", [product, g.node("MatMul", [sums, offset], f"{name}.shift")], output)
+
+
+def dequantized(g: GraphBuilder, name: str, form: LinearFormat, n: int, k: int, dtype: int) -> str:
+    """(n, k) of `dtype` (fp16 or fp32) by DequantizeLinear, for the portable graph."""
+    group = form.group_size
+    if form.scheme in ("int4", "int8"):
+        stored = g.weight(f"{name}.weight", TensorProto.INT4 if form.scheme == "int4" else TensorProto.INT8, (n, k))
+        scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
+        if dtype != TensorProto.FLOAT16:
+            scale = g.node("Cast", [scale], f"{name}.scale32", to=dtype)
+        return g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=1, block_size=group)
+    if form.scheme == "nvfp4":
+        small = g.weight(f"{name}.scale", TensorProto.FLOAT8E4M3FN, (n, k // group))
+        whole = _cast(g, g.weight(f"{name}.global_scale", TensorProto.FLOAT, (n,)), f"{name}.global", dtype)
+        scale = g.node("DequantizeLinear", [small, whole], f"{name}.scales", axis=0)
+        stored = g.weight(f"{name}.weight", TensorProto.FLOAT4E2M1, (n, k))
+        return g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=1, block_size=group)
+    stored = g.weight(f"{name}.weight", TensorProto.FLOAT8E4M3FN, (n, k))
+    shape = (n, k // group) if group else (n,)
+    scale = _cast(g, g.weight(f"{name}.scale", TensorProto.FLOAT, shape), f"{name}.scales", dtype)
+    if not group:
+        return g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=0)
+    return g.node("DequantizeLinear", [stored, scale], f"{name}.dequantized", axis=1, block_size=group)
+
+
+def widened(g: GraphBuilder, name: str, form: LinearFormat, n: int, k: int) -> str:
+    """(n, k) fp32 of an fp8 weight, which ONNX Runtime folds to a constant when it loads the graph."""
+    group = form.group_size or k
+    groups = k // group
+    stored = g.weight(f"{name}.weight", TensorProto.FLOAT8E4M3FN, (n, groups, group), alias=f"{name}.weight")
+    wide = g.node("Cast", [stored], f"{name}.fp32", to=TensorProto.FLOAT)
+    scale = g.weight(f"{name}.scale", TensorProto.FLOAT, (n, groups, 1))
+    whole = g.node("Mul", [wide, scale], f"{name}.scaled")
+    return g.node("Reshape", [whole, g.constant(f"shape_{n}_{k}", [n, k], np.int64)], f"{name}.dequantized")
+
+
+def nvfp4_bytes(g: GraphBuilder, name: str, n: int, k: int, group: int) -> tuple[str, str]:
+    """An nvfp4 weight as MatMulNBits' 8-bit one: exactly twice its numbers, (n, k / group, group), and fp32 scales."""
+    pairs = g.weight(f"{name}.weight", TensorProto.UINT8, (n, k // 2, 1))
+    low = g.node("BitwiseAnd", [pairs, g.constant("low_nibble", 15, np.uint8)], f"{name}.low")
+    high = g.node("BitShift", [pairs, g.constant("nibble", 4, np.uint8)], f"{name}.high", direction="RIGHT")
+    codes = g.node("Concat", [low, high], f"{name}.codes", axis=-1)
+    shape = g.constant(f"blocks_{n}_{k}_{group}", [n, k // group, group], np.int64)
+    codes = g.node("Reshape", [g.node("Cast", [codes], f"{name}.codes32", to=TensorProto.INT32), shape], f"{name}.index")
+    table = g.constant("e2m1_twice", _E2M1_TWICE + 128, np.uint8)
+    weight = g.node("Gather", [table, codes], f"{name}.bytes", axis=0)
+    small = g.weight(f"{name}.scale", TensorProto.FLOAT8E4M3FN, (n, k // group))
+    scale = g.node("Cast", [small], f"{name}.small_scale", to=TensorProto.FLOAT)
+    scale = g.node("Mul", [scale, g.weight(f"{name}.global_scale", TensorProto.FLOAT, (n, 1))], f"{name}.whole_scale")
+    return weight, g.node("Mul", [scale, g.constant("half", 0.5, np.float32)], f"{name}.half_scale")
+
+
+def _cast(g: GraphBuilder, stored: str, name: str, dtype: int) -> str:
+    return stored if dtype == TensorProto.FLOAT else g.node("Cast", [stored], f"{name}.cast", to=dtype)

@@ -1,0 +1,200 @@
+"""What a reader of a quantised checkpoint is: which modules are quantised, how, and one at a time their numbers.
+
+A reader checks the whole configuration against the tensors' names, dtypes and shapes before anything is read.
+"""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.errors import CheckpointError
+from edgellm_ros.toolchain.quantized.packed import FloatArray, PackedWeight, Scheme
+from edgellm_ros.toolchain.safetensors_file import FLOATS, SafetensorsFile
+
+SMALLEST_GROUP = 16  # input features: what every executor's integer products need at least
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantised linear layer."""
+
+    shape: tuple[int, int]  # (out, in), of the weight that it stands for
+    scheme: Scheme
+
+
+class Tensors:
+    """All tensors of a checkpoint's safetensors files, as they are stored."""
+
+    def __init__(self, path: Path, home: Mapping[str, SafetensorsFile]) -> None:
+        """`home` says which file holds which tensor of the checkpoint at `path`."""
+        self.path, self._home = path, home
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    def names(self) -> Iterable[str]:
+        """All names."""
+        return self._home
+
+    def dtype(self, name: str) -> str:
+        """As the file says: F16, BF16, U8, F8_E4M3, …"""
+        return self._home[name].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._home[name].shape(name)
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """A view of a tensor's numbers; FP8 as bytes."""
+        return self._home[name].raw(name)
+
+    def floats(self, name: str) -> FloatArray:
+        """A float tensor as float32; CheckpointError names it when a number is not finite."""
+        shape = self.shape(name)
+        rows = self._home[name].read_rows(name, 0, shape[0]) if shape else self._home[name].read_rows(name, 0, 1)
+        if not np.isfinite(rows).all():
+            raise CheckpointError(f"{self.path}: {name} holds a NaN or an infinity; {DAMAGED}")
+        return rows.reshape(shape)
+
+
+DAMAGED = "the checkpoint is damaged; download it again, or quantise the original model again"
+ORIGINAL = "export the original, unquantised checkpoint instead"
+
+
+class QuantReader(abc.ABC):
+    """One method's layout. `modules` is complete, and checked, once the constructor returns."""
+
+    method: ClassVar[str]  # for people
+
+    def __init__(self, config: Mapping[str, Any], tensors: Tensors) -> None:
+        """`config` is config.json's quantization_config; raises CheckpointError where it contradicts the tensors."""
+        self.path, self.config, self.tensors = tensors.path, config, tensors
+        self.modules: dict[str, Module] = {}  # by the module's name, such as model.layers.0.self_attn.q_proj
+        self.parts: set[str] = set()  # names of the tensors that belong to them
+        self.notes: list[str] = []  # what is left out, for the manifest
+        self.scan()
+
+    @abc.abstractmethod
+    def scan(self) -> None:
+        """Fill modules, parts and notes; check everything."""
+
+    @abc.abstractmethod
+    def read(self, module: str) -> PackedWeight:
+        """The numbers of one module."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Method, bits and groups in a few words, for `edgellm inspect`."""
+
+    # What scan and read are made of.
+
+    def error(self, what: str, remedy: str = ORIGINAL) -> CheckpointError:
+        """An error about this checkpoint."""
+        return CheckpointError(f"{self.path}: {what}; {remedy}")
+
+    def need(self, name: str, shape: Sequence[tuple[int, ...]], dtypes: Sequence[str], why: str) -> str:
+        """`name`, checked to be there with one of the shapes and dtypes; it becomes one of `parts`."""
+        if name not in self.tensors:
+            raise self.error(f"{name} is missing; {why} needs it", DAMAGED)
+        found, dtype = self.tensors.shape(name), self.tensors.dtype(name)
+        if found not in shape:
+            allowed = " or ".join(str(list(s)) for s in dict.fromkeys(shape))
+            raise self.error(f"{name} is {list(found)}; {why} needs {allowed}", "the configuration and the tensors do "
+                             "not belong together: download the checkpoint again")  # fmt: skip
+        if dtype not in dtypes:
+            raise self.error(f"{name} is stored as {dtype}; {why} needs {' or '.join(dtypes)}", DAMAGED)
+        self.parts.add(name)
+        return name
+
+    def groups(self, module: str, columns: int, group: int) -> int:
+        """How many groups of `group` (0 or -1: one) the module's input features make."""
+        if group in (0, -1):
+            group = columns
+        if group < 0 or columns % group:
+            raise self.error(
+                f"{module} has {columns} input features, which do not divide into groups of {group} as the "
+                "quantization_config says"
+            )
+        stored = group if group < columns else columns
+        if math.gcd(stored, columns) % SMALLEST_GROUP:
+            raise self.error(
+                f"{module}: groups of {stored} input features; what is stored are multiples of {SMALLEST_GROUP}"
+            )
+        return columns // group
+
+    def integer(self, key: str, allowed: Sequence[int], default: int | None = None) -> int:
+        """An integer of the quantization_config that must be one of `allowed`."""
+        value = self.config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise self.error(f"quantization_config: {key} is {value!r}; read are {known}")
+        return value
+
+    def group_size(self, key: str = "group_size", default: int | None = None) -> int:
+        """The quantization_config's group size, -1 for a whole row."""
+        value = self.config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not (value == -1 or value >= SMALLEST_GROUP):
+            raise self.error(
+                f"quantization_config: {key} is {value!r}; read are -1 (a row) and sizes from {SMALLEST_GROUP}"
+            )
+        return value
+
+    def check_covered(self, excluded: Sequence[str], prefixes: bool = False) -> None:
+        """Raise for a decoder layer's linear weight that is plain though `excluded` does not name it, or the reverse.
+
+        excluded: names or patterns of modules; a name also covers what lies below it. `prefixes`: any part of a name
+        counts, as transformers reads modules_to_not_convert.
+        """
+        for module in self.modules:
+            if is_excluded(module, excluded, prefixes):
+                raise self.error(
+                    f"{module} is quantised, yet the quantization_config excludes it", "correct the "
+                    "configuration: " + ", ".join(excluded)
+                )  # fmt: skip
+        for name in self.tensors.names():
+            module, _, kind = name.rpartition(".")
+            plain = kind == "weight" and name not in self.parts and len(self.tensors.shape(name)) == 2
+            if plain and ".layers." in module and not is_excluded(module, excluded, prefixes):
+                raise self.error(
+                    f"{name} is stored as {self.tensors.dtype(name)}, yet the quantization_config says that every "
+                    f"linear layer is quantised but {', '.join(excluded) or 'none'}",
+                    "add it to the list, or download the whole checkpoint",
+                )
+
+    def reject_leftovers(self, suffixes: Sequence[str]) -> None:
+        """Raise for a tensor with one of `suffixes` that belongs to no quantised module."""
+        for name in self.tensors.names():
+            if name not in self.parts and name.endswith(tuple(suffixes)):
+                raise self.error(f"{name} belongs to no quantised layer", DAMAGED)
+
+
+def is_excluded(module: str, patterns: Sequence[str], prefixes: bool = False) -> bool:
+    """Whether one of the names, `*` patterns or `re:` expressions covers a module."""
+    import re
+
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], module):
+                return True
+        elif fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern.rstrip("*").rstrip(".") + "."):
+            return True
+        elif prefixes and pattern in module:
+            return True
+    return False
+
+
+def text_list(value: Any) -> list[str]:
+    """A configuration's list of names; None is none."""
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else []
+
+
+PLAIN = tuple(FLOATS)

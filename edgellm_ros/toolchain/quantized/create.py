@@ -1,0 +1,27 @@
+"""Which reader a checkpoint's quantization_config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgellm_ros.errors import CheckpointError
+from edgellm_ros.toolchain.quantized.base import ORIGINAL, QuantReader, Tensors
+from edgellm_ros.toolchain.quantized.modelopt import ModelOpt
+
+READERS: dict[str, type[QuantReader]] = {  # by quant_method
+    "modelopt": ModelOpt,
+}
+
+
+def create_reader(config: Any, tensors: Tensors) -> QuantReader:
+    """The reader for config.json's quantization_config; CheckpointError for an unknown method, or what is contradictory."""
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{tensors.path}: quantization_config is {config!r}; it must be an object; {ORIGINAL}")
+    method = config.get("quant_method")
+    reader = READERS.get(method) if isinstance(method, str) else None
+    if reader is None:
+        raise CheckpointError(
+            f"{tensors.path}: quantization_config: quant_method is {method!r}; read are {', '.join(READERS)}; {ORIGINAL}"
+        )
+    return reader(config, tensors)
