@@ -11,7 +11,7 @@ examples:
   edgellm export SmolLM2-135M-Instruct -o smollm2               int4, the smallest and fastest
   edgellm export Qwen3-0.6B -o qwen3 --weights int8             closer to the original
   edgellm export model-Q4_1.gguf -o model --max-context 16384
-  edgellm export Qwen3-0.6B-FP8 -o qwen3        quantised by others: its numbers are kept, --weights int8 makes new ones
+  edgellm export Qwen3-0.6B-NVFP4 -o qwen3        quantised by others: its numbers are kept
   edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
 
 No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("keep", "int4", "int8", "fp16", "fp32"),
-        help="how weights are stored (default: keep the integers of a checkpoint that is quantised, int4 for any other)",
+        help="how weights are stored (default: keep what a quantised checkpoint has, else int4)",
     )
     parser.add_argument(
         "--max-context",

@@ -302,7 +302,8 @@ def _check_formats(bundle: Bundle) -> None:
         elif form.input_factor:
             problem = "multiplies its input by a stored factor (pre_quant_scale)"
         elif stem.startswith("layers.") and form != usual:
-            problem = f"is {form.scheme} in groups of {form.group_size}, {stems[0]} {usual.scheme} of {usual.group_size}"
+            first = f"{stems[0]} {usual.scheme} of {usual.group_size}"
+            problem = f"is {form.scheme} in groups of {form.group_size}, {first}"
         elif form.scheme in ("int4", "int8") and form.group_size != quant.group_size:
             problem = f"has groups of {form.group_size}, the layers of {quant.group_size}"
         if problem:

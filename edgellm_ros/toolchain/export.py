@@ -99,8 +99,12 @@ def _write(
     check_tensors(source, family, model)
     _check_supported(model)
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
-    kept = KeptWeights(source, model) if quant is None else None
-    quant = kept.quant if kept is not None else with_groups(quant, model)
+    kept = None
+    if quant is None:
+        kept = KeptWeights(source, model)
+        quant = kept.quant
+    else:
+        quant = with_groups(quant, model)
     tokens = source.token_spec()
     tokenizer_json = source.tokenizer_json()
     (root / names.TOKENIZER).write_text(tokenizer_json, encoding="utf-8")

@@ -68,9 +68,8 @@ class KeptWeights:
         usual = most.most_common(1)[0][0]
         embed = self._layers["embed"].format
         head = self._layers["head"].format if "head" in self._layers else embed
-        quant = QuantSpec(
-            usual.scheme, usual.group_size, head.scheme, embed.scheme, {}, self._source.quantization(), self._all_notes()
-        )
+        kept, notes = self._source.quantization(), self._all_notes()
+        quant = QuantSpec(usual.scheme, usual.group_size, head.scheme, embed.scheme, {}, kept, notes)
         kinds: dict[str, LinearFormat] = {}
         for kind in LINEARS:
             counts = Counter(f for stem, f in body.items() if stem.endswith(f".{kind}"))
@@ -198,5 +197,5 @@ def _stored_values(weight: PackedWeight) -> npt.NDArray[Any]:
     if weight.kind != "int4":
         return weight.values
     nibbles = weight.values.view(np.uint8) & 15
-    packed: npt.NDArray[np.uint8] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    packed: npt.NDArray[Any] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     return packed

@@ -149,7 +149,8 @@ class _Decoder:
         g, form = self.g, self.quant.format_of(name)
         x = stored.input_of(g, x, name, form, k, self._activation)
         if form.scheme in ("fp16", "fp32"):
-            weight = g.weight(f"{name}.weight", TensorProto.FLOAT if form.scheme == "fp32" else TensorProto.FLOAT16, (n, k))
+            dtype = TensorProto.FLOAT if form.scheme == "fp32" else TensorProto.FLOAT16
+            weight = g.weight(f"{name}.weight", dtype, (n, k))
         else:
             weight = stored.dequantized(g, name, form, n, k, self.dtype)
         transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])

@@ -19,8 +19,11 @@ from edgellm_ros.toolchain.graph.builder import GraphBuilder
 _E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
 
-def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Callable[[str, tuple[int, ...]], str]) -> str:
-    """`x` times the layer's input factor, where it has one; `cast` names a stored fp32 tensor in x's dtype."""
+Caster = Callable[[str, tuple[int, ...]], str]  # the name of a stored fp32 tensor in the activations' dtype
+
+
+def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Caster) -> str:
+    """`x` times the layer's input factor, where it has one."""
     if not form.input_factor:
         return x
     return g.node("Mul", [x, cast(f"{name}.input_factor", (k,))], f"{name}.scaled_input")
@@ -28,7 +31,7 @@ def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cas
 
 def add_offset(
     g: GraphBuilder, x: str, product: str, name: str, form: LinearFormat, shape: tuple[int, int],
-    cast: Callable[[str, tuple[int, ...]], str], *, flat: bool, output: str,
+    cast: Caster, *, flat: bool, output: str,
 ) -> str:  # fmt: skip
     """Add to the `product` of (n, k) `shape` what the groups' offsets contribute; x is (rows, k) if flat, else 3-D."""
     n, k = shape
@@ -82,7 +85,8 @@ def nvfp4_bytes(g: GraphBuilder, name: str, n: int, k: int, group: int) -> tuple
     high = g.node("BitShift", [pairs, g.constant("nibble", 4, np.uint8)], f"{name}.high", direction="RIGHT")
     codes = g.node("Concat", [low, high], f"{name}.codes", axis=-1)
     shape = g.constant(f"blocks_{n}_{k}_{group}", [n, k // group, group], np.int64)
-    codes = g.node("Reshape", [g.node("Cast", [codes], f"{name}.codes32", to=TensorProto.INT32), shape], f"{name}.index")
+    codes = g.node("Cast", [codes], f"{name}.codes32", to=TensorProto.INT32)
+    codes = g.node("Reshape", [codes, shape], f"{name}.index")
     table = g.constant("e2m1_twice", _E2M1_TWICE + 128, np.uint8)
     weight = g.node("Gather", [table, codes], f"{name}.bytes", axis=0)
     small = g.weight(f"{name}.scale", TensorProto.FLOAT8E4M3FN, (n, k // group))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,15 +180,13 @@ class QuantReader(abc.ABC):
 
 def is_excluded(module: str, patterns: Sequence[str], prefixes: bool = False) -> bool:
     """Whether one of the names, `*` patterns or `re:` expressions covers a module."""
-    import re
-
     for pattern in patterns:
+        below = pattern.rstrip("*").rstrip(".") + "."
         if pattern.startswith("re:"):
-            if re.match(pattern[3:], module):
-                return True
-        elif fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern.rstrip("*").rstrip(".") + "."):
-            return True
-        elif prefixes and pattern in module:
+            found = re.match(pattern[3:], module) is not None
+        else:
+            found = fnmatch.fnmatchcase(module, pattern) or module.startswith(below) or (prefixes and pattern in module)
+        if found:
             return True
     return False
 

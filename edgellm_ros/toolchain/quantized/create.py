@@ -15,13 +15,14 @@ READERS: dict[str, type[QuantReader]] = {  # by quant_method
 
 
 def create_reader(config: Any, tensors: Tensors) -> QuantReader:
-    """The reader for config.json's quantization_config; CheckpointError for an unknown method, or what is contradictory."""
+    """The reader for config.json's quantization_config; CheckpointError for an unknown method or a contradiction."""
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{tensors.path}: quantization_config is {config!r}; it must be an object; {ORIGINAL}")
     method = config.get("quant_method")
     reader = READERS.get(method) if isinstance(method, str) else None
     if reader is None:
         raise CheckpointError(
-            f"{tensors.path}: quantization_config: quant_method is {method!r}; read are {', '.join(READERS)}; {ORIGINAL}"
+            f"{tensors.path}: quantization_config: quant_method is {method!r}; read are {', '.join(READERS)}; "
+            f"{ORIGINAL}"
         )
     return reader(config, tensors)

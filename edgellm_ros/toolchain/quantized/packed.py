@@ -137,7 +137,7 @@ def stack(parts: list[PackedWeight], name: str) -> PackedWeight:
     if any(not np.array_equal(f, factors[0]) for f in factors[1:]):
         raise CheckpointError(
             f"{name}: the layers that share this input multiply it by different pre_quant_scale; allowed is one; "
-            "quantise again with a ModelOpt that unifies them (export_hf_checkpoint does), or export with --weights int4"
+            "quantise again with ModelOpt's export_hf_checkpoint, which unifies them, or export with --weights int4"
         )
     offset = None
     if any(p.offset is not None for p in parts):
