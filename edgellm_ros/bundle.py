@@ -30,6 +30,8 @@ DECODER_ORT = "decoder.ort.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 LORA = "lora"  # holds NAME.safetensors for each packed adapter
+GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE = "global", "local", "none"  # ModelSpec.layer_ropes
+ROPE_STEMS = {GLOBAL_ROPE: "rope", LOCAL_ROPE: "rope.local"}
 VOCAB_MAP = "vocab_map.safetensors"  # its one tensor, `vocab_map`: (head_rows,) int32, the tokens that have a row
 
 _SAFETENSORS_DTYPES = {
@@ -60,11 +62,41 @@ class ModelSpec:
     rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
     embed_scale: float = 1.0
     head_rows: int = 0  # tokens that have a row in the head where a vocabulary map cuts it; 0 is all of them
+    activation: str = "silu"  # of the MLP's gate: silu, or gelu_tanh (GELU by its tanh approximation)
+    output_norms: bool = False  # attention's and MLP's outputs are normalised before they are added to the residual
+    attention_scale: float = 0.0  # factor on attention scores; 0 is head_dim ** -0.5
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 is no cap
+    rotary_dim: int = 0  # first channels of a head that are turned by their position; 0 is all of them
+    layer_ropes: tuple[str, ...] = ()  # per layer: global, local or none (no positions); empty when all are global
+    local_rope_theta: float = 0.0  # rope_theta of the layers whose rope is local
+    local_rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
         """Rows of the head: how many logits a position has."""
         return self.head_rows or self.vocab_size
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on attention scores."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def num_rotated(self) -> int:
+        """Channels of a head that are turned by their position."""
+        return self.rotary_dim or self.head_dim
+
+    def window(self, layer: int) -> int:
+        """Last positions that a layer sees, itself included; 0 is all of them."""
+        return self.sliding_windows[layer] if self.sliding_windows else 0
+
+    def rope(self, layer: int) -> str:
+        """Which rotary table a layer uses: global, local or none."""
+        return self.layer_ropes[layer] if self.layer_ropes else GLOBAL_ROPE
+
+    def rope_tables(self) -> dict[str, str]:
+        """Kind of rope to the stem of its tables (`.cos`, `.sin`) in the weight file; global is always there."""
+        return {kind: stem for kind, stem in ROPE_STEMS.items() if kind == GLOBAL_ROPE or kind in self.layer_ropes}
 
 
 @dataclass(frozen=True)

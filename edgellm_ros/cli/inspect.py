@@ -103,6 +103,10 @@ def format_text(form: LinearFormat) -> str:
     return text + (f" with {' and '.join(parts)}" if parts else "")
 
 
+def _short(value: object) -> str:
+    return f"({len(value)} numbers)" if isinstance(value, list) else str(value)
+
+
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     model, tokens, quant, test = manifest.model, manifest.tokens, manifest.quantization, manifest.self_test
     heads = f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim}"
@@ -112,12 +116,22 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
             ("q/k norms", model.qk_norm),
             ("tied head", model.tied_head),
             ("sliding window", model.sliding_windows),
+            ("norms on outputs", model.output_norms),
+            (f"scores scaled by {model.score_scale:.4g}", model.attention_scale),
+            (f"logits capped at {model.logit_softcap:g}", model.logit_softcap),
         )
         if here
     ]
+    mlp = f"MLP {model.intermediate_size}, {model.activation}"
     rope = f"theta {model.rope_theta:g}"
     if model.rope_scaling:
-        rope += ", " + ", ".join(f"{key} {value}" for key, value in model.rope_scaling.items())
+        rope += ", " + ", ".join(f"{key} {_short(value)}" for key, value in model.rope_scaling.items())
+    if model.rotary_dim:
+        rope += f"; {model.rotary_dim} of {model.head_dim} channels are turned"
+    if "local" in model.layer_ropes:
+        rope += f"; theta {model.local_rope_theta:g} in {model.layer_ropes.count('local')} layers"
+    if "none" in model.layer_ropes:
+        rope += f"; none in {model.layer_ropes.count('none')} layers"
     weights = quant.weights + (f" in groups of {quant.group_size}" if quant.group_size else "")
     if quant.lm_head or quant.embedding:
         weights += f"; head {quant.lm_head or quant.weights}, embedding {quant.embedding or quant.weights}"
@@ -128,7 +142,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     checked = f"{len(test.cases)} prompts against {test.reference}" if test.cases else "none"
     return [
         ("model", f"{model.name} ({model.family})"),
-        ("layers", f"{model.num_layers} of width {model.hidden_size}, MLP {model.intermediate_size}"),
+        ("layers", f"{model.num_layers} of width {model.hidden_size}, {mlp}"),
         ("attention", "; ".join([heads, *extras])),
         ("rope", rope),
         ("context", f"{model.max_context} tokens"),

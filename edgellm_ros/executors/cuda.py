@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros import native
-from edgellm_ros.bundle import Bundle
+from edgellm_ros.bundle import Bundle, ModelSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
@@ -230,6 +230,12 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"the bundle's head is cut to {bundle.manifest.model.head_rows} tokens by a vocabulary map, which the cuda "
             "executor cannot run; export without --vocab-map for it"
         )
+    missing = _missing_kernels(bundle.manifest.model)
+    if missing:
+        raise UnsupportedError(
+            f"{bundle.manifest.model.name} ({bundle.manifest.model.family}) needs {', '.join(missing)}, which the cuda "
+            "executor's kernels do not have; use the executor onnxruntime"
+        )
     _check_formats(bundle)
     module, reason = native.import_module()
     if module is None:
@@ -311,6 +317,19 @@ def _check_formats(bundle: Bundle) -> None:
                 f"{stem} of the bundle {problem}, which the cuda executor does not have; use the executor onnxruntime, "
                 "or export again with --weights int4, int8 or fp16"
             )
+
+
+def _missing_kernels(model: ModelSpec) -> list[str]:
+    """What the model computes and no kernel does, in words."""
+    found = {
+        f"the activation {model.activation}": model.activation != "silu",
+        "norms on the outputs of attention and MLP": model.output_norms,
+        f"attention scores scaled by {model.score_scale:.4g}": model.score_scale != model.head_dim**-0.5,
+        f"logits capped at {model.logit_softcap:g}": bool(model.logit_softcap),
+        f"rope of {model.rotary_dim} of a head's {model.head_dim} channels": bool(model.rotary_dim),
+        "another rope, or none, in some layers": bool(model.layer_ropes),
+    }
+    return [name for name, needed in found.items() if needed]
 
 
 def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:

@@ -12,6 +12,7 @@ from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.errors import CheckpointError, UnknownModelError
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import FAMILIES, Family
+from edgellm_ros.toolchain.families.left_out import why_left_out
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # a table that old versions of transformers saved
 _MAX_NAMED = 4
@@ -21,7 +22,7 @@ _ROWS = 4096
 def detect(checkpoint: Checkpoint) -> Family:
     """The family by model_type and architectures (a GGUF's general.architecture stands as model_type).
 
-    Raises UnknownModelError that says what was found and which families there are.
+    Raises UnknownModelError that says what was found and which families there are, or why this one is left out.
     """
     model_type, architectures = checkpoint.config.get("model_type"), _architectures(checkpoint.config)
     for family in FAMILIES:
@@ -34,9 +35,16 @@ def detect(checkpoint: Checkpoint) -> Family:
             return family
         if not architectures and model_type in family.model_types:
             return family
+    if checkpoint.kind == "gguf" and any(model_type == family.name for family in FAMILIES):
+        raise UnknownModelError(
+            f"{checkpoint.path} is GGUF; the {model_type} family is read from a Hugging Face directory only"
+        )
+    reason = why_left_out(checkpoint.config)
+    if reason:
+        raise UnknownModelError(f"{checkpoint.path} is left out: {reason}")
     if checkpoint.kind == "gguf":
         found = f"general.architecture {model_type!r}"
-        table = "; ".join(f"{f.name}: {', '.join(f.gguf_architectures)}" for f in FAMILIES)
+        table = "; ".join(f"{f.name}: {', '.join(f.gguf_architectures)}" for f in FAMILIES if f.gguf_architectures)
     else:
         found = f"model_type {model_type!r} and architectures {architectures!r}"
         table = "; ".join(f"{f.name}: {', '.join(f.model_types)}, {f.architectures[0]}" for f in FAMILIES)

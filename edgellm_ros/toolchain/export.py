@@ -23,10 +23,10 @@ from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
 from edgellm_ros.toolchain.keep import KeptWeights
-from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer
+from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer, read_norm
 from edgellm_ros.toolchain.quantize_weights import quantize_int4, quantize_int8
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
-from edgellm_ros.toolchain.rope import rope_tables
+from edgellm_ros.toolchain.rope import rope_tables, short_context
 from edgellm_ros.toolchain.self_test import encode_prompts, finish_self_test, make_cases
 from edgellm_ros.toolchain.vocab_file import load_vocab_map, tokenizer_hash, write_vocab_file
 from edgellm_ros.toolchain.weights import Progress, WeightWriter
@@ -150,13 +150,14 @@ def _write_weights(
     kept: KeptWeights | None,
 ) -> list[FloatArray]:
     """Write all weights, and return the reference's logits for the prompts: both in one walk over the checkpoint."""
-    cos, sin = rope_tables(model, model.max_context)
-    reference = ReferenceDecoder(model, cos, sin)
+    ropes = {kind: rope_tables(model, model.max_context, kind) for kind in model.rope_tables()}
+    reference = ReferenceDecoder(model, ropes)
     writer = WeightWriter(path, plan_weights(source, model, quant), {"format": "edgellm_ros", "scheme": quant.weights})
     total = model.num_layers + 2
     try:
-        writer.write("rope.cos", cos)
-        writer.write("rope.sin", sin)
+        for kind, stem in model.rope_tables().items():
+            for part, table in zip(("cos", "sin"), ropes[kind], strict=True):
+                writer.write(f"{stem}.{part}", table)
         embedding = source.read(EMBEDDING)
         reference.embed(embedding, prompts)
         _write_linear(writer, "embed", embedding, quant, kept)
@@ -173,7 +174,7 @@ def _write_weights(
                 else:
                     writer.write(f"{at}.weight", tensor if kept is None else kept.gain(layer, stem, tensor))
             progress("weights", layer + 2, total)
-        final_norm = source.read(FINAL_NORM)
+        final_norm = read_norm(source, model, FINAL_NORM)
         writer.write("final_norm.weight", final_norm)
         head = embedding if model.tied_head else source.read(HEAD)
         if vocab is not None:
@@ -253,7 +254,7 @@ def _group_size(model: ModelSpec) -> int:
 
 def _context(model: ModelSpec, asked: int | None) -> int:
     if asked is None:
-        return min(model.max_context, DEFAULT_MAX_CONTEXT)
+        return min(model.max_context, DEFAULT_MAX_CONTEXT, short_context(model))
     if not 1 <= asked <= model.max_context:
         raise ToolchainError(f"max-context is {asked}; {model.name} allows 1 to {model.max_context}")
     return asked

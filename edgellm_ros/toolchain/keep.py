@@ -16,7 +16,8 @@ import numpy.typing as npt
 from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.checkpoint import Checkpoint
-from edgellm_ros.toolchain.layers import EMBEDDING, HEAD, LINEARS, layer_prefix
+from edgellm_ros.toolchain.families import family_of
+from edgellm_ros.toolchain.layers import EMBEDDING, HEAD, layer_prefix
 from edgellm_ros.toolchain.quantized.packed import (
     INTEGERS,
     NVFP4_GROUP,
@@ -51,8 +52,9 @@ class KeptWeights:
         self._notes: dict[str, None] = dict.fromkeys(source.quantization_notes())
         self._rounding = 0.0  # largest relative change of a scale
         self._layers: dict[str, _Layer] = {}
+        self._linears = family_of(model).linears
         for layer in range(model.num_layers):
-            for stem, modules in LINEARS.items():
+            for stem, modules in self._linears.items():
                 names = tuple(f"{layer_prefix(layer)}{m}.weight" for m in modules)
                 self._layers[f"layers.{layer}.{stem}"] = self._choose(names, fold=stem in _NORM_OF)
         self._layers["embed"] = self._choose_embedding()
@@ -71,7 +73,7 @@ class KeptWeights:
         kept, notes = self._source.quantization(), self._all_notes()
         quant = QuantSpec(usual.scheme, usual.group_size, head.scheme, embed.scheme, {}, kept, notes)
         kinds: dict[str, LinearFormat] = {}
-        for kind in LINEARS:
+        for kind in self._linears:
             counts = Counter(f for stem, f in body.items() if stem.endswith(f".{kind}"))
             kinds[kind] = counts.most_common(1)[0][0]
         formats = {kind: form for kind, form in kinds.items() if quant.format_of(kind) != form}

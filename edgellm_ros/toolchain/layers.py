@@ -6,18 +6,10 @@ import numpy as np
 
 from edgellm_ros.bundle import ModelSpec, QuantSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
+from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.reference import FloatArray
 from edgellm_ros.toolchain.weights import TensorPlan, plan_linear
 
-# Stored stem -> the checkpoint's modules, stacked along the output features.
-LINEARS: dict[str, tuple[str, ...]] = {
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.o": ("self_attn.o_proj",),
-    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down": ("mlp.down_proj",),
-}
-NORMS: dict[str, str] = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
-HEAD_NORMS: dict[str, str] = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -31,11 +23,12 @@ def layer_prefix(layer: int) -> str:
 def read_layer(checkpoint: Checkpoint, model: ModelSpec, layer: int) -> dict[str, FloatArray]:
     """One layer's tensors in fp32 under their stored stems: `attn.qkv.weight`, `attn.qkv.bias`, `input_norm`, …"""
     prefix = layer_prefix(layer)
+    family = family_of(model)
     found: dict[str, FloatArray] = {}
-    for stem, modules in LINEARS.items():
+    for stem, modules in family.linears.items():
         weights = [checkpoint.read(f"{prefix}{m}.weight") for m in modules]
         found[f"{stem}.weight"] = np.concatenate(weights) if len(weights) > 1 else weights[0]
-        if has_bias(checkpoint, layer, stem):
+        if has_bias(checkpoint, layer, modules):
             biases = [
                 checkpoint.read(f"{prefix}{m}.bias")
                 if f"{prefix}{m}.bias" in checkpoint
@@ -43,15 +36,20 @@ def read_layer(checkpoint: Checkpoint, model: ModelSpec, layer: int) -> dict[str
                 for m, w in zip(modules, weights, strict=True)
             ]
             found[f"{stem}.bias"] = np.concatenate(biases)
-    norms = {**NORMS, **HEAD_NORMS} if model.qk_norm else NORMS
-    for stem, module in norms.items():
-        found[stem] = checkpoint.read(f"{prefix}{module}.weight")
+    for stem, module in {**family.norms, **(family.head_norms if model.qk_norm else {})}.items():
+        found[stem] = read_norm(checkpoint, model, f"{prefix}{module}.weight")
     return found
 
 
-def has_bias(checkpoint: Checkpoint, layer: int, stem: str) -> bool:
-    """Whether any module of a stored linear layer has a bias."""
-    return any(f"{layer_prefix(layer)}{m}.bias" in checkpoint for m in LINEARS[stem])
+def read_norm(checkpoint: Checkpoint, model: ModelSpec, name: str) -> FloatArray:
+    """The gain of a norm in fp32, with what its family adds to it; a GGUF file stores the sum already."""
+    offset = 0.0 if checkpoint.kind == "gguf" else family_of(model).norm_offset
+    return checkpoint.read(name) + np.float32(offset) if offset else checkpoint.read(name)
+
+
+def has_bias(checkpoint: Checkpoint, layer: int, modules: tuple[str, ...]) -> bool:
+    """Whether any of the modules of a stored linear layer has a bias."""
+    return any(f"{layer_prefix(layer)}{m}.bias" in checkpoint for m in modules)
 
 
 def plan_weights(checkpoint: Checkpoint, model: ModelSpec, quant: QuantSpec) -> list[TensorPlan]:
@@ -63,20 +61,22 @@ def plan_weights(checkpoint: Checkpoint, model: ModelSpec, quant: QuantSpec) -> 
         "mlp.gate_up": (2 * model.intermediate_size, model.hidden_size),
         "mlp.down": (model.hidden_size, model.intermediate_size),
     }
+    family = family_of(model)
     plan: list[TensorPlan] = []
     for layer in range(model.num_layers):
         at = f"layers.{layer}."
         for stem, (n, k) in shapes.items():
             plan += plan_linear(at + stem, n, k, quant.format_of(at + stem))
-            if has_bias(checkpoint, layer, stem):
+            if has_bias(checkpoint, layer, family.linears[stem]):
                 plan.append(TensorPlan(f"{at}{stem}.bias", np.float32, (n,)))
-        plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.hidden_size,)) for stem in NORMS]
+        plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.hidden_size,)) for stem in family.norms]
         if model.qk_norm:
-            plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.head_dim,)) for stem in HEAD_NORMS]
+            plan += [TensorPlan(f"{at}{stem}.weight", np.float32, (model.head_dim,)) for stem in family.head_norms]
     table = (model.vocab_size, model.hidden_size)
     plan += plan_linear("embed", *table, quant.format_of("embed"))
     if quant.head_tensor(model) == "head":
         plan += plan_linear("head", model.num_rows, model.hidden_size, quant.format_of("head"))
     plan.append(TensorPlan("final_norm.weight", np.float32, (model.hidden_size,)))
-    half = model.head_dim // 2
-    return plan + [TensorPlan(f"rope.{t}", np.float32, (model.max_context, half)) for t in ("cos", "sin")]
+    half = (model.max_context, model.num_rotated // 2)
+    ropes = [f"{stem}.{part}" for stem in model.rope_tables().values() for part in ("cos", "sin")]
+    return plan + [TensorPlan(name, np.float32, half) for name in ropes]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.bundle import NO_ROPE, ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -17,9 +17,9 @@ FloatArray = npt.NDArray[np.float32]
 class ReferenceDecoder:
     """Runs a few prompts through the decoder, layer by layer as their weights come."""
 
-    def __init__(self, model: ModelSpec, cos: FloatArray, sin: FloatArray) -> None:
-        """cos, sin: (positions, head_dim / 2)."""
-        self._model, self._cos, self._sin = model, cos, sin
+    def __init__(self, model: ModelSpec, ropes: dict[str, tuple[FloatArray, FloatArray]]) -> None:
+        """ropes: cosines and sines (positions, num_rotated / 2) for each of model.rope_tables()."""
+        self._model, self._ropes = model, ropes
         self._hidden: list[FloatArray] = []
 
     def embed(self, embedding: FloatArray, prompts: list[npt.NDArray[np.int64]]) -> None:
@@ -29,29 +29,38 @@ class ReferenceDecoder:
     def layer(self, index: int, weights: dict[str, FloatArray]) -> None:
         """Run layer `index`; `weights` has the stems of toolchain/weights.py, without the layer's own prefix."""
         m = self._model
-        window = m.sliding_windows[index] if m.sliding_windows else 0
         for i, x in enumerate(self._hidden):
-            x = x + self._attention(_rms_norm(x, weights["input_norm"], m.rms_norm_eps), weights, window)
+            y = self._attention(_rms_norm(x, weights["input_norm"], m.rms_norm_eps), weights, index)
+            if m.output_norms:
+                y = _rms_norm(y, weights["attn.out_norm"], m.rms_norm_eps)
+            x = x + y
             y = _linear(_rms_norm(x, weights["post_norm"], m.rms_norm_eps), weights, "mlp.gate_up")
             gate, up = np.split(y, 2, -1)
-            self._hidden[i] = x + _linear(gate / (1 + np.exp(-gate)) * up, weights, "mlp.down")
+            y = _linear(_ACTIVATIONS[m.activation](gate) * up, weights, "mlp.down")
+            if m.output_norms:
+                y = _rms_norm(y, weights["mlp.out_norm"], m.rms_norm_eps)
+            self._hidden[i] = x + y
 
     def logits(self, final_norm: FloatArray, head: FloatArray, last: int) -> list[FloatArray]:
         """(min(last, prompt length), vocab) logits after the last positions of each prompt."""
-        return [_rms_norm(x[-last:], final_norm, self._model.rms_norm_eps) @ head.T for x in self._hidden]
+        cap = np.float32(self._model.logit_softcap)
+        rows = [_rms_norm(x[-last:], final_norm, self._model.rms_norm_eps) @ head.T for x in self._hidden]
+        return [np.tanh(row / cap) * cap for row in rows] if cap else rows
 
-    def _attention(self, y: FloatArray, weights: dict[str, FloatArray], window: int) -> FloatArray:
+    def _attention(self, y: FloatArray, weights: dict[str, FloatArray], layer: int) -> FloatArray:
         m = self._model
+        window, rope = m.window(layer), m.rope(layer)
         length = len(y)
         qkv = _linear(y, weights, "attn.qkv").reshape(length, -1, m.head_dim).swapaxes(0, 1)
         q, k, v = np.split(qkv, [m.num_heads, m.num_heads + m.num_kv_heads])
         if m.qk_norm:
             q = _rms_norm(q, weights["attn.q_norm"], m.rms_norm_eps)
             k = _rms_norm(k, weights["attn.k_norm"], m.rms_norm_eps)
-        q, k = self._rotate(q), self._rotate(k)
+        if rope != NO_ROPE:
+            q, k = self._rotate(q, rope), self._rotate(k, rope)
         group = m.num_heads // m.num_kv_heads
         k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
-        scores = q @ k.swapaxes(1, 2) * np.float32(m.head_dim**-0.5)
+        scores = q @ k.swapaxes(1, 2) * np.float32(m.score_scale)
         distance = np.arange(length)[:, None] - np.arange(length)[None, :]
         hidden = (distance < 0) | ((distance >= window) if window else False)
         scores = np.where(hidden, np.float32(-np.inf), scores)
@@ -59,10 +68,26 @@ class ReferenceDecoder:
         mixed = (scores / scores.sum(-1, keepdims=True)) @ v
         return _linear(mixed.swapaxes(0, 1).reshape(length, -1), weights, "attn.o")
 
-    def _rotate(self, x: FloatArray) -> FloatArray:
-        cos, sin = self._cos[: x.shape[1]], self._sin[: x.shape[1]]
-        first, second = np.split(x, 2, -1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    def _rotate(self, x: FloatArray, rope: str) -> FloatArray:
+        cos, sin = (table[: x.shape[1]] for table in self._ropes[rope])
+        half = self._model.num_rotated // 2
+        first, second, rest = np.split(x, [half, 2 * half], -1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def _silu(x: FloatArray) -> FloatArray:
+    y: FloatArray = x / (1 + np.exp(-x))
+    return y
+
+
+def _gelu_tanh(x: FloatArray) -> FloatArray:
+    """https://arxiv.org/abs/1606.08415, section 2."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
+    y: FloatArray = np.float32(0.5) * x * (1 + np.tanh(inner))
+    return y
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 
 
 def _rms_norm(x: FloatArray, gain: FloatArray, eps: float) -> FloatArray:

@@ -39,7 +39,16 @@ def nothing_is_left(bundle: Bundle) -> bool:
 
 @pytest.mark.parametrize("target", ["sm89", "sm120"])
 @pytest.mark.parametrize(
-    ("kind", "weights"), [("llama", "int4"), ("mistral", "fp16"), ("qwen2", "int8"), ("qwen3", "int4")]
+    ("kind", "weights"),
+    [
+        ("llama", "int4"),
+        ("mistral", "fp16"),
+        ("qwen2", "int8"),
+        ("qwen3", "int4"),
+        ("smollm3", "int4"),
+        ("phi3_partial", "int8"),
+        ("gemma3_scaled", "int4"),
+    ],
 )
 def test_every_family_builds_with_fused_attention_and_caches_in_place(
     copy: Callable[..., Bundle], kind: str, weights: str, target: str

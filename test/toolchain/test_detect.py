@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 from edgellm_ros.errors import CheckpointError, UnknownModelError
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, detect, load_spec
+from edgellm_ros.toolchain.families import FAMILIES
+from edgellm_ros.toolchain.families.left_out import LEFT_OUT
 
 
 def _save(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:
@@ -63,10 +65,10 @@ def test_either_of_model_type_and_architectures_is_enough(
 @pytest.mark.parametrize(
     ("model_type", "architectures"),
     [
-        ("gemma3", ["Gemma3ForCausalLM"]),
-        ("qwen3_moe", ["Qwen3MoeForCausalLM"]),
+        ("bloom", ["BloomForCausalLM"]),
+        ("opt", ["Gemma3ForCausalLM"]),
         ("llama", ["LlamaForSequenceClassification"]),
-        ("mixtral", ["LlamaForCausalLM"]),
+        ("falcon", ["LlamaForCausalLM"]),
         (None, None),
         (["llama"], "LlamaForNothing"),
     ],
@@ -79,6 +81,41 @@ def test_an_unknown_family_is_named_beside_the_known_ones(model_type: Any, archi
     assert repr(model_type) in text
     for known in ("llama", "mistral", "qwen2", "qwen3", "LlamaForCausalLM"):
         assert known in text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}, "Llama 4 is a mixture of experts"),
+        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3 MoE is a mixture.*Qwen3 1.7B"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "take a dense model, such as Mistral 7B"),
+        ({"model_type": "newest", "num_local_experts": 8}, "num_local_experts is 8, so it is a mixture of experts"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "images and text.*270M or 1B"),
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma 2 is .* capped attention scores"),
+    ],
+)
+def test_families_that_are_left_out_are_refused_by_name_with_what_to_take(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownModelError, match=f"is left out: .*{message}"):
+        detect(open_checkpoint(_save(tmp_path, config)))
+
+
+def test_no_family_is_both_known_and_left_out() -> None:
+    assert not set(LEFT_OUT) & {kind for family in FAMILIES for kind in family.model_types}
+
+
+@pytest.mark.parametrize(("architecture", "message"), [("gemma3", "Hugging Face directory only"), ("qwen3moe", "mixture")])
+def test_a_gguf_file_of_a_family_that_is_not_read_from_gguf_says_so(
+    architecture: str, message: str, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnknownModelError, match=message):
+        detect(open_checkpoint(tmp_path / "x.gguf"))
 
 
 def test_an_unknown_gguf_architecture_is_named(tmp_path: Path) -> None:

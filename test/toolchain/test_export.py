@@ -90,7 +90,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 def test_fp32_logits_and_greedy_tokens_are_hugging_faces(kind: str, tiny_bundle: Callable[..., Bundle]) -> None:
     model = make_model(kind)
     logits, tokens = run_executor(tiny_bundle(kind, "fp32"), PROMPT, NUM_GREEDY)
-    assert np.abs(logits - hf_logits(model, PROMPT)).max() < 1e-3
+    assert np.abs(logits - hf_logits(model, PROMPT)).max() < 3e-4
     assert tokens == hf_greedy(model, PROMPT, NUM_GREEDY)
 
 
@@ -101,14 +101,14 @@ def test_the_portable_graph_is_valid_onnx_and_agrees_with_hugging_face(
     bundle = tiny_bundle(kind, "fp32")
     onnx.checker.check_model(str(bundle.path / DECODER), full_check=True)
     assert {n.domain for n in onnx.load(bundle.path / DECODER, load_external_data=False).graph.node} == {""}
-    assert np.abs(run_portable(bundle, PROMPT) - hf_logits(make_model(kind), PROMPT)).max() < 1e-3
+    assert np.abs(run_portable(bundle, PROMPT) - hf_logits(make_model(kind), PROMPT)).max() < 3e-4
 
 
-@pytest.mark.parametrize("kind", ["llama_llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama_llama3", "llama_linear", "llama_yarn", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_a_gguf_file_gives_the_same_model(kind: str, tmp_path: Path) -> None:
     model = save_gguf(kind, tmp_path / "tiny.gguf")
     bundle = export_bundle(tmp_path / "tiny.gguf", tmp_path / "bundle", weights="fp32")
-    assert np.abs(run_executor(bundle, PROMPT)[0] - hf_logits(model, PROMPT)).max() < 1e-3
+    assert np.abs(run_executor(bundle, PROMPT)[0] - hf_logits(model, PROMPT)).max() < 3e-4
 
 
 def quantised_model(kind: str, scheme: str, group: int) -> torch.nn.Module:
@@ -155,7 +155,7 @@ def test_smollm2_in_fp32_is_hugging_faces(smollm2: Callable[[str], Bundle], smol
     ).eval()
     ids = np.random.default_rng(6).integers(100, 49000, 60).astype(np.int32)
     logits, tokens = run_executor(smollm2("fp32"), ids, NUM_GREEDY)
-    assert np.abs(logits - hf_logits(model, ids)).max() < 1e-3
+    assert np.abs(logits - hf_logits(model, ids)).max() < 3e-4
     assert tokens == hf_greedy(model, ids, NUM_GREEDY)
 
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.families import FAMILIES
-from edgellm_ros.toolchain.rope import read_rope, rope_frequencies, rope_tables
+from edgellm_ros.toolchain.rope import read_rope, read_rotary_dim, rope_frequencies, rope_tables, short_context
 
 LLAMA = FAMILIES[0]
 ROPES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def test_factors_divide_frequencies_one_by_one() -> None:
     scaled = dataclasses.replace(spec, rope_scaling={"rope_type": "factors", "factors": factors})
     np.testing.assert_allclose(rope_frequencies(scaled)[0] * factors, rope_frequencies(spec)[0], rtol=1e-6)
     short = dataclasses.replace(spec, rope_scaling={"rope_type": "factors", "factors": [1.0]})
-    with pytest.raises(CheckpointError, match="1 rope factors; a head of 16 channels has 8"):
+    with pytest.raises(CheckpointError, match="1 rope factors; 16 turned channels have 8"):
         rope_tables(short, 4)
 
 
@@ -90,14 +90,49 @@ def test_factors_divide_frequencies_one_by_one() -> None:
 def test_tables_equal_every_tiny_models_own_module(kind: str) -> None:
     config = tiny.CONFIGS[kind]()
     family = next(f for f in FAMILIES if config.model_type in f.model_types)
-    model = transformers.AutoModel.from_config(config)
-    cos, sin = model.rotary_emb(torch.zeros(1, 1, 1), torch.arange(tiny.MAX_CONTEXT)[None])
-    ours = rope_tables(family.spec(config.to_dict(), kind), tiny.MAX_CONTEXT)
-    for table, expected in zip(ours, (cos, sin), strict=True):
-        np.testing.assert_allclose(table, expected[0, :, : table.shape[1]].numpy(), atol=5e-5)
+    module = transformers.AutoModel.from_config(config).rotary_emb
+    spec = family.spec(config.to_dict(), kind)
+    layer_types = {"global": "full_attention", "local": "sliding_attention"} if family.name == "gemma3" else {}
+    for rope in spec.rope_tables():
+        which = {"layer_type": layer_types[rope]} if layer_types else {}
+        theirs = module(torch.zeros(1, 1, 1), torch.arange(tiny.MAX_CONTEXT)[None], **which)
+        for table, expected in zip(rope_tables(spec, tiny.MAX_CONTEXT, rope), theirs, strict=True):
+            np.testing.assert_allclose(table, expected[0, :, : table.shape[1]].numpy(), atol=5e-5)
+            assert table.shape[1] == expected.shape[2] // 2
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope", 7])
+@pytest.mark.parametrize("kind", ["phi3_longrope", "phi3_partial"])
+def test_the_context_chooses_longropes_list_as_the_length_does_in_transformers(kind: str) -> None:
+    config = tiny.CONFIGS[kind]()
+    module = transformers.AutoModel.from_config(config).rotary_emb
+    spec = next(f for f in FAMILIES if f.name == "phi3").spec(config.to_dict(), kind)
+    original = config.rope_parameters["original_max_position_embeddings"]
+    assert short_context(spec) == original < tiny.MAX_CONTEXT
+    tables = []
+    for context in (original, original + 1):
+        cos, sin = module(torch.zeros(1, 1, 1), torch.arange(context)[None])
+        ours = rope_tables(dataclasses.replace(spec, max_context=context), context)
+        tables.append(ours[0])
+        np.testing.assert_allclose(ours[0], cos[0, :, : cos.shape[2] // 2].numpy(), atol=5e-5)
+        np.testing.assert_allclose(ours[1], sin[0, :, : sin.shape[2] // 2].numpy(), atol=5e-5)
+    assert np.abs(tables[0] - tables[1][:original]).max() > 0.1, "the two lists differ"
+
+
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_the_early_names_of_longrope_mean_the_same(name: str) -> None:
+    config = tiny.CONFIGS["phi3_longrope"]().to_dict()
+    rope = config["rope_parameters"]
+    older = {**config, "rope_scaling": {**rope, "type": name, "rope_type": None}, "rope_parameters": None}
+    assert read_rope(older, tiny.MAX_CONTEXT) == read_rope(config, tiny.MAX_CONTEXT)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, 0.2, "half"])
+def test_a_share_of_channels_that_cannot_be_turned_is_refused(share: object) -> None:
+    with pytest.raises(CheckpointError, match=f"partial_rotary_factor.*{share}"):
+        read_rotary_dim({"rope_parameters": {"partial_rotary_factor": share}}, 16)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "mrope", 7])
 def test_an_unknown_kind_is_refused_by_name(kind: object) -> None:
     with pytest.raises(CheckpointError, match=rf"rope type {kind!r} is not supported; supported are .*yarn"):
         read_rope({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, 64)
@@ -116,6 +151,8 @@ def test_an_unknown_kind_is_refused_by_name(kind: object) -> None:
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "must be above"),
         ({"rope_theta": -1.0}, "rope_theta is -1"),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_type": "longrope", "long_factor": [1.0]}, "short_factor is None"),
+        ({"rope_type": "su", "short_factor": [1.0], "long_factor": [1.0, -1]}, "long_factor is -1"),
         ({"full_attention": {"rope_theta": 1e4}}, "not one flat object"),
         (["linear"], "not one flat object"),
     ],

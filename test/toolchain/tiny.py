@@ -58,6 +58,11 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_fre
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.01, 1.02, 1.1, 1.2, 1.3, 1.5, 2.0],
+             "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 30.0, 60.0], "original_max_position_embeddings": 160}  # fmt: skip
+_GEMMA3 = {"full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}  # fmt: skip
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_COMMON),
     "llama_tied": lambda: transformers.LlamaConfig(**_COMMON, tie_word_embeddings=True),
@@ -71,8 +76,29 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=32),
+    "smollm3": lambda: transformers.SmolLM3Config(**{**_COMMON, "num_hidden_layers": 4}),
+    "smollm3_window": lambda: transformers.SmolLM3Config(
+        **_COMMON, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=16, tie_word_embeddings=False
+    ),
+    "phi3": lambda: transformers.Phi3Config(**_COMMON, sliding_window=16),
+    "phi3_longrope": lambda: transformers.Phi3Config(
+        **_COMMON, rope_parameters=_LONGROPE, original_max_position_embeddings=160
+    ),
+    "phi3_partial": lambda: transformers.Phi3Config(
+        **{**_COMMON, "hidden_size": 128}, tie_word_embeddings=True, original_max_position_embeddings=160,
+        rope_parameters={**_LONGROPE, "partial_rotary_factor": 0.5},
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **{**_COMMON, "num_hidden_layers": 7}, head_dim=32, sliding_window=16, query_pre_attn_scalar=24
+    ),
+    "gemma3_scaled": lambda: transformers.Gemma3TextConfig(
+        **_COMMON, head_dim=32, sliding_window=16, rope_parameters=_GEMMA3, final_logit_softcapping=5.0,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
 }
 FAMILIES = tuple(CONFIGS)
+# GGUF says nothing about which layers of a Qwen2 or SmolLM3 have a window; Phi-3 and Gemma 3 are not read from it.
+GGUF_KINDS = tuple(kind for kind in FAMILIES if not kind.startswith(("phi3", "gemma3")) and "_window" not in kind)
 
 
 def make_model(kind: str, seed: int = 0) -> Any:
@@ -163,9 +189,9 @@ def save_gguf(kind: str, path: Path, quantisation: str = "F32") -> Any:
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy()
-        if arch == "llama" and "self_attn.q_proj" in name:
+        if arch in ("llama", "smollm3") and "self_attn.q_proj" in name:
             array = _interleave(array, config.num_attention_heads)
-        if arch == "llama" and "self_attn.k_proj" in name:
+        if arch in ("llama", "smollm3") and "self_attn.k_proj" in name:
             array = _interleave(array, config.num_key_value_heads)
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
         kind_of_data = gguf.GGMLQuantizationType[quantisation if array.ndim == 2 else "F32"]

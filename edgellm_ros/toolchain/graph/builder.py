@@ -58,6 +58,12 @@ class GraphBuilder:
             self._initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
         return name
 
+    def softcap(self, x: str, cap: float, dtype: npt.DTypeLike, output: str) -> str:
+        """Cap * tanh(x / cap): values stay between -cap and cap."""
+        limit = self.constant("softcap", cap, dtype)
+        scaled = self.node("Div", [x, limit], f"{x}.scaled")
+        return self.node("Mul", [self.node("Tanh", [scaled], f"{x}.tanh"), limit], output)
+
     def weight(self, name: str, dtype: int, shape: tuple[int, ...], alias: str = "") -> str:
         """The tensor `name` of the weight file, seen as `dtype` and `shape` (its bytes are reinterpreted)."""
         key = alias or name

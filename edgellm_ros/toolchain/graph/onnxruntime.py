@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import GraphSpec, LinearFormat, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.bundle import NO_ROPE, ROPE_STEMS, GraphSpec, LinearFormat, ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
@@ -61,18 +61,26 @@ class _Decoder:
         m, g, at = self.model, self.g, f"layers.{layer}"
         attention = self._attention(layer, y)
         o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        if m.output_norms:
+            o = self._norm(o, f"{at}.attn.out_norm.weight", f"{at}.attn.out_norm")
         x, y = self._skip_norm(x, o, f"{at}.post_norm.weight", f"{at}.post_norm")
         gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
         gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
         g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
-        # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, in one operator.
-        activated = g.node("QuickGelu", [gate], f"{at}.mlp.silu", contrib=True, alpha=1.0)
-        product = g.node("Mul", [activated, up], f"{at}.mlp.product")
+        product = g.node("Mul", [self._activate(gate, f"{at}.mlp.{m.activation}"), up], f"{at}.mlp.product")
         down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        if m.output_norms:
+            down = self._norm(down, f"{at}.mlp.out_norm.weight", f"{at}.mlp.out_norm")
         if layer == m.num_layers - 1:
             return "", g.node("Add", [x, down], f"{at}.output")
         following = f"layers.{layer + 1}.input_norm"
         return self._skip_norm(x, down, f"{following}.weight", following)
+
+    def _activate(self, x: str, name: str) -> str:
+        if self.model.activation == "gelu_tanh":
+            return self.g.node("FastGelu", [x], name, contrib=True)
+        # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, in one operator.
+        return self.g.node("QuickGelu", [x], name, contrib=True, alpha=1.0)
 
     def _attention(self, layer: int, y: str) -> str:
         m, g, names, at = self.model, self.g, self.graph, f"layers.{layer}.attn"
@@ -85,18 +93,21 @@ class _Decoder:
             g.node("Split", [qkv, sizes], f"{at}.split", outputs=[query, key, value], axis=-1)
             query = self._head_norm(query, m.num_heads, f"{at}.q_norm")
             key = self._head_norm(key, m.num_kv_heads, f"{at}.k_norm")
-        half = m.head_dim // 2
-        cos = g.weight("rope.cos", _FLOAT, (m.max_context, half))
-        sin = g.weight("rope.sin", _FLOAT, (m.max_context, half))
+        tables: list[str] = []
+        rope = m.rope(layer)
+        if rope != NO_ROPE:  # a table narrower than half a head turns the first channels only
+            shape = (m.max_context, m.num_rotated // 2)
+            tables = [g.weight(f"{ROPE_STEMS[rope]}.{part}", _FLOAT, shape) for part in ("cos", "sin")]
         past = [n.format(layer=layer) for n in (names.past_key, names.past_value)]
         present = [n.format(layer=layer) for n in (names.present_key, names.present_value)]
         # The operator's window counts the token itself, as Hugging Face's sliding_window does.
-        window = m.sliding_windows[layer] if m.sliding_windows else 0
+        window = m.window(layer)
         local = {"local_window_size": window} if window else {}
-        inputs = [query, key, value, *past, names.seqlens_k, names.total_length, cos, sin]
+        inputs = [query, key, value, *past, names.seqlens_k, names.total_length, *tables]
         return g.node(
             "GroupQueryAttention", inputs, at, outputs=[at, *present], contrib=True, num_heads=m.num_heads,
-            kv_num_heads=m.num_kv_heads, do_rotary=1, rotary_interleaved=0, scale=m.head_dim**-0.5, **local,
+            kv_num_heads=m.num_kv_heads, do_rotary=int(rope != NO_ROPE), rotary_interleaved=0, scale=m.score_scale,
+            **local,
         )  # fmt: skip
 
     def _head(self, x: str) -> None:
@@ -105,14 +116,12 @@ class _Decoder:
         # Only the wanted rows go through the head: it is the largest product of a small model.
         rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
         y = self._norm(rows, "final_norm.weight", "final_norm")
+        output = self.graph.logits if not m.logit_softcap else "logits.uncapped"
         self._linear(
-            y,
-            self.quant.head_tensor(m),
-            m.num_rows,
-            m.hidden_size,
-            output=self.graph.logits,
-            flat=True,
+            y, self.quant.head_tensor(m), m.num_rows, m.hidden_size, output=output, flat=True
         )
+        if m.logit_softcap:
+            g.softcap(output, m.logit_softcap, np.float32, self.graph.logits)
 
     def _norm(self, x: str, weight: str, name: str) -> str:
         gain = self.g.weight(weight, _FLOAT, (self.model.hidden_size,))

@@ -7,11 +7,12 @@ the positions (see https://onnx.ai/onnx/operators/). Weights are named by their 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.bundle import NO_ROPE, GraphSpec, ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
@@ -33,7 +34,11 @@ class _Decoder:
         self.g = GraphBuilder(weights)
         self._declare()
         self._masks = {window: self._mask(window) for window in sorted(set(model.sliding_windows or (0,)))}
-        self._rope = [self._activation(f"rope.{t}", (model.max_context, model.head_dim // 2)) for t in ("cos", "sin")]
+        table = (model.max_context, model.num_rotated // 2)
+        self._ropes = {
+            kind: [self._activation(f"{stem}.{part}", table) for part in ("cos", "sin")]
+            for kind, stem in model.rope_tables().items()
+        }
         x = graph.embeds
         for layer in range(model.num_layers):
             x = self._layer(layer, x)
@@ -79,14 +84,21 @@ class _Decoder:
         y = self._norm(x, f"{at}.input_norm", m.hidden_size)
         attention = self._attention(layer, y)
         o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        if m.output_norms:
+            o = self._norm(o, f"{at}.attn.out_norm", m.hidden_size)
         x = g.node("Add", [x, o], f"{at}.attn.residual")
         y = self._norm(x, f"{at}.post_norm", m.hidden_size)
         gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
         gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
         g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
-        silu = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
-        product = g.node("Mul", [silu, up], f"{at}.mlp.product")
+        if m.activation == "gelu_tanh":
+            activated = g.node("Gelu", [gate], f"{at}.mlp.gelu", approximate="tanh")
+        else:
+            activated = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
+        product = g.node("Mul", [activated, up], f"{at}.mlp.product")
         down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        if m.output_norms:
+            down = self._norm(down, f"{at}.mlp.out_norm", m.hidden_size)
         return g.node("Add", [x, down], f"{at}.output")
 
     def _attention(self, layer: int, y: str) -> str:
@@ -96,8 +108,9 @@ class _Decoder:
         sizes = g.constant("qkv_sizes", [q_width, kv_width, kv_width], np.int64)
         parts = [f"{at}.{p}" for p in "qkv"]
         g.node("Split", [qkv, sizes], f"{at}.split", outputs=parts, axis=-1)
-        query = self._rotate(self._to_heads(parts[0], m.num_heads, f"{at}.q_norm"), f"{at}.q")
-        key = self._rotate(self._to_heads(parts[1], m.num_kv_heads, f"{at}.k_norm"), f"{at}.k")
+        rope = m.rope(layer)
+        query = self._rotate(self._to_heads(parts[0], m.num_heads, f"{at}.q_norm"), f"{at}.q", rope)
+        key = self._rotate(self._to_heads(parts[1], m.num_kv_heads, f"{at}.k_norm"), f"{at}.k", rope)
         value = self._to_heads(parts[2], m.num_kv_heads, "")
         cached = []
         for new, past, present in (
@@ -107,8 +120,8 @@ class _Decoder:
             inputs = [past.format(layer=layer), new, names.write_indices]
             g.node("TensorScatter", inputs, f"{target}.write", outputs=[target], axis=-2, mode="linear")
             cached.append(target)
-        window = m.sliding_windows[layer] if m.sliding_windows else 0
-        attention = g.node("Attention", [query, *cached, self._masks[window]], at, scale=m.head_dim**-0.5, is_causal=0)
+        mask = self._masks[m.window(layer)]
+        attention = g.node("Attention", [query, *cached, mask], at, scale=m.score_scale, is_causal=0)
         joined = g.node("Transpose", [attention], f"{at}.transposed", perm=[0, 2, 1, 3])
         return g.node("Reshape", [joined, g.constant("from_heads", [0, 0, q_width], np.int64)], f"{at}.joined")
 
@@ -121,8 +134,12 @@ class _Decoder:
             y = self._norm(y, norm, m.head_dim)
         return g.node("Transpose", [y], f"{x}.by_head", perm=[0, 2, 1, 3])
 
-    def _rotate(self, x: str, name: str) -> str:
-        return self.g.node("RotaryEmbedding", [x, *self._rope, self.graph.positions], f"{name}.rotated", interleaved=0)
+    def _rotate(self, x: str, name: str, rope: str) -> str:
+        if rope == NO_ROPE:
+            return x
+        partial: dict[str, Any] = {"rotary_embedding_dim": self.model.rotary_dim} if self.model.rotary_dim else {}
+        inputs = [x, *self._ropes[rope], self.graph.positions]
+        return self.g.node("RotaryEmbedding", inputs, f"{name}.rotated", interleaved=0, **partial)
 
     def _head(self, x: str) -> None:
         m, g = self.model, self.g
@@ -130,7 +147,11 @@ class _Decoder:
         rows = g.node("Gather", [flat, self.graph.logit_indices], "wanted", axis=0)
         y = self._norm(rows, "final_norm", m.hidden_size)
         y = self._linear(y, self.quant.head_tensor(m), m.num_rows, m.hidden_size, flat=True)
-        g.node("Cast", [y], self.graph.logits, to=TensorProto.FLOAT)
+        if m.logit_softcap:
+            y = g.node("Cast", [y], "logits.uncapped", to=TensorProto.FLOAT)
+            g.softcap(y, m.logit_softcap, np.float32, self.graph.logits)
+        else:
+            g.node("Cast", [y], self.graph.logits, to=TensorProto.FLOAT)
 
     def _norm(self, x: str, name: str, width: int) -> str:
         gain = self._activation(f"{name}.weight", (width,))

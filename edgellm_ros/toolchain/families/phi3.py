@@ -1,0 +1,30 @@
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: stacked projections, longrope, and rope of a part of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgellm_ros.toolchain.config_values import positive_int
+from edgellm_ros.toolchain.families.base import FUSED, Family
+
+
+class Phi3(Family):
+    """Phi3ForCausalLM."""
+
+    name = "phi3"
+    model_types = ("phi3",)
+    architectures = ("Phi3ForCausalLM",)
+    linears = FUSED
+    default_eps = 1e-5
+    partial_rotary = True
+
+    def biases(self, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+        """No projection has one."""
+        return False, False, False
+
+    def sliding_windows(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+        """The same window in every layer, if there is one."""
+        if config.get("sliding_window") is None:
+            return (0,) * num_layers
+        return (positive_int(config, "sliding_window"),) * num_layers
