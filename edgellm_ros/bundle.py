@@ -121,6 +121,7 @@ class LinearFormat:
     group_size: int = 0  # input features that share a scale; 0: a row (fp8), or nothing (fp16, fp32)
     offset: bool = False  # STEM.offset [out, in / group] fp32 is added to every dequantised weight: zero points, minima
     input_factor: bool = False  # STEM.input_factor [in] fp32 multiplies the layer's input: ModelOpt's pre_quant_scale
+    input_order: bool = False  # column j meets input feature STEM.input_order[j] [in] int32: GPTQ's activation order
 
 
 @dataclass(frozen=True)

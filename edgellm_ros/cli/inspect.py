@@ -99,7 +99,10 @@ def _engines(bundle: Bundle) -> list[tuple[str, str]]:
 def format_text(form: LinearFormat) -> str:
     """'int4 in groups of 32 with offsets'."""
     text = form.scheme + (f" in groups of {form.group_size}" if form.group_size else "")
-    parts = [name for name, here in (("offsets", form.offset), ("an input factor", form.input_factor)) if here]
+    named = (
+        ("offsets", form.offset), ("an input factor", form.input_factor), ("inputs in another order", form.input_order)
+    )  # fmt: skip
+    parts = [name for name, here in named if here]
     return text + (f" with {' and '.join(parts)}" if parts else "")
 
 

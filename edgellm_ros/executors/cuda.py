@@ -307,6 +307,8 @@ def _check_formats(bundle: Bundle) -> None:
             problem = f"is {form.scheme} with an offset for each group (zero points)"
         elif form.input_factor:
             problem = "multiplies its input by a stored factor (pre_quant_scale)"
+        elif form.input_order:
+            problem = "takes its input features in another order (GPTQ with desc_act)"
         elif stem.startswith("layers.") and form != usual:
             first = f"{stems[0]} {usual.scheme} of {usual.group_size}"
             problem = f"is {form.scheme} in groups of {form.group_size}, {first}"

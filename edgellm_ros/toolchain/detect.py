@@ -60,12 +60,14 @@ def load_spec(checkpoint: Checkpoint) -> tuple[Family, ModelSpec]:
 def check_tensors(checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> None:
     """Raise CheckpointError that counts and names missing, extra and wrongly shaped tensors.
 
-    Tolerated extras: saved rotary tables, and beside a tied head an lm_head.weight that equals the embedding.
+    Tolerated extras: saved rotary tables, biases of zeros at quantised weights, and beside a tied head an
+    lm_head.weight that equals the embedding.
     """
     expected = family.expected_tensors(spec, checkpoint.config)
     present = set(checkpoint.names())
     missing = [name for name in expected if name not in present]
     extra = [name for name in checkpoint.names() if name not in expected and not name.endswith(_IGNORED_SUFFIXES)]
+    extra = [name for name in extra if not _is_zero_bias(checkpoint, name)]
     if spec.tied_head and "lm_head.weight" in extra:
         if not _same(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
             raise CheckpointError(
@@ -88,6 +90,13 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> No
             f"{checkpoint.path}: the tensors are not those of a {family.name} model with {spec.num_layers} layers: "
             + ", ".join(problems)
         )
+
+
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Tools that quantise give every layer a bias, of zeros where the model has none."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    quantised = name.endswith(".bias") and weight in checkpoint and checkpoint.scheme(weight) is not None
+    return quantised and not checkpoint.read(name).any()
 
 
 def _architectures(config: dict[str, Any]) -> list[str]:

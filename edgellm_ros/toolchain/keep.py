@@ -107,6 +107,9 @@ class KeptWeights:
             found["scale"] = weight.scale if form.group_size else weight.scale.reshape(-1)
         if form.offset:
             found["offset"] = np.zeros_like(weight.scale) if weight.offset is None else weight.offset
+        if form.input_order:
+            assert weight.order is not None
+            found["input_order"] = weight.order
         if form.input_factor:
             assert weight.input_factor is not None
             found["input_factor"] = weight.input_factor
@@ -144,7 +147,8 @@ class KeptWeights:
             group = 0 if group == columns else group
         else:
             group = NVFP4_GROUP
-        form = LinearFormat(kind, group, any(s.offset for s in found), factor and not fold)
+        ordered = any(s.ordered for s in found)
+        form = LinearFormat(kind, group, any(s.offset for s in found), factor and not fold, ordered)
         return _Layer(names, form, factor)
 
     def _choose_embedding(self) -> _Layer:

@@ -171,3 +171,171 @@ def modelopt_files(algorithm: str, **more: Any) -> tuple[dict[str, Any], dict[st
     own = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": details["exclude_modules"]}
     producer = {"name": "modelopt", "version": "0.47.0"}
     return own, {"hf_quant_config.json": {"producer": producer, "quantization": details}}
+
+
+def asymmetric(weight: np.ndarray, group: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers from 0 (out, in), fp16 scales and zero points (out, in / group)."""
+    groups = weight.reshape(len(weight), -1, group)
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    scale = ((high - low) / (2**bits - 1)).astype(np.float16)
+    wide = scale.astype(np.float32)
+    zero = np.rint(-low / wide).clip(0, 2**bits - 1).astype(np.int64)
+    numbers = (np.rint(groups / wide[..., None]) + zero[..., None]).clip(0, 2**bits - 1).astype(np.int64)
+    return numbers.reshape(weight.shape), scale, zero
+
+
+def words(numbers: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Non-negative numbers packed along an axis into int32, number `order[i]` of each word at bits i * `bits`."""
+    per_word = 32 // bits
+    moved = np.moveaxis(numbers.astype(np.uint64), axis, -1)
+    moved = moved.reshape(*moved.shape[:-1], -1, per_word)
+    packed = sum(moved[..., (order or range(per_word))[i]] << np.uint64(bits * i) for i in range(per_word))
+    return tensor(np.moveaxis(packed.astype(np.uint32).view(np.int32), -1, axis))
+
+
+def awq(group: int) -> Callable[[str, np.ndarray], Packed | None]:
+    """AutoAWQ's GEMM layout: transposed, packed along `out`, each word's columns in the kernel's order."""
+
+    def pack(module: str, weight: np.ndarray) -> Packed | None:
+        if module == "lm_head":
+            return None
+        numbers, scale, zero = asymmetric(weight, group, 4)
+        interleaved = (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {
+            "qweight": words(numbers.T, 4, 1, interleaved),
+            "qzeros": words(zero.T, 4, 1, interleaved),
+            "scales": tensor(scale.T),
+        }
+        wide = (numbers.reshape(len(weight), -1, group) - zero[..., None]) * scale[..., None].astype(np.float32)
+        return tensors, wide.reshape(weight.shape)
+
+    return pack
+
+
+def awq_config(group: int, **more: Any) -> dict[str, Any]:
+    """As AutoAWQ writes it."""
+    settings = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
+    return {"quant_method": "awq", **settings, **more}
+
+
+def gptq(group: int, bits: int, sym: bool, order: bool = False, v2: bool = False) -> Callable[[str, np.ndarray], Packed | None]:
+    """AutoGPTQ's layout; `order` gives input features to groups at random, the same for layers of one input."""
+
+    def pack(module: str, weight: np.ndarray) -> Packed | None:
+        if module == "lm_head":
+            return None
+        columns = weight.shape[1]
+        size = columns if group == -1 else group
+        index = np.arange(columns) // size
+        if order:
+            index = np.random.default_rng(columns).permutation(index)
+        by_group = np.argsort(index, kind="stable")
+        if sym:
+            values, scale = symmetric(weight[:, by_group], size, 2 ** (bits - 1) - 1, np.float16)
+            numbers = values.astype(np.int64) + 2 ** (bits - 1)
+            zero = np.full(scale.shape, 2 ** (bits - 1), np.int64)
+        else:
+            numbers, scale, zero = asymmetric(weight[:, by_group], size, bits)
+            zero = zero.clip(1)  # the older format cannot store 0
+        wide = (numbers.reshape(len(weight), -1, size) - zero[..., None]) * scale[..., None].astype(np.float32)
+        back = np.argsort(by_group)
+        tensors = {
+            "qweight": words(numbers[:, back].T, bits, 0),
+            "qzeros": words(zero.T - (0 if v2 else 1), bits, 1),
+            "scales": tensor(scale.T),
+            "g_idx": tensor(index.astype(np.int32)),
+        }
+        return tensors, wide.reshape(weight.shape)[:, back]
+
+    return pack
+
+
+def gptq_config(group: int, bits: int, sym: bool, order: bool = False, v2: bool = False, **more: Any) -> dict[str, Any]:
+    """As GPTQModel writes it."""
+    settings = {"bits": bits, "group_size": group, "sym": sym, "desc_act": order, "lm_head": False}
+    return {"quant_method": "gptq", **settings, **({"checkpoint_format": "gptq_v2"} if v2 else {}), **more}
+
+
+def fp8_blocks(rows: int, columns: int) -> Callable[[str, np.ndarray], Packed | None]:
+    """DeepSeek's and Qwen's FP8: weight_scale_inv of blocks, the last ones cut off at the edges."""
+
+    def pack(module: str, weight: np.ndarray) -> Packed | None:
+        if module == "lm_head":
+            return None
+        scale = np.empty((-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)), np.float32)
+        meant, values = np.empty_like(weight), np.empty(weight.shape, E4M3)
+        for i, j in np.ndindex(scale.shape):
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            scale[i, j] = np.abs(weight[at]).max() / 448
+            values[at] = (weight[at] / scale[i, j]).astype(E4M3)
+            meant[at] = values[at].astype(np.float32) * scale[i, j]
+        return {"weight": tensor(values), "weight_scale_inv": tensor(scale)}, meant
+
+    return pack
+
+
+def ct_packed(group: int, bits: int, symmetrical: bool) -> Callable[[str, np.ndarray], Packed | None]:
+    """pack-quantized; group 0 is a scale a row."""
+
+    def pack(module: str, weight: np.ndarray) -> Packed | None:
+        if module == "lm_head":
+            return None
+        size, middle = group or weight.shape[1], 2 ** (bits - 1)
+        if symmetrical:
+            values, scale = symmetric(weight, size, middle - 1, np.float16)
+            numbers, zero = values.astype(np.int64) + middle, np.full(scale.shape, middle, np.int64)
+        else:
+            numbers, scale, zero = asymmetric(weight, size, bits)
+        tensors = {
+            "weight_packed": words(numbers, bits, 1),
+            "weight_scale": tensor(scale),
+            "weight_shape": torch.tensor(weight.shape),
+        }
+        if not symmetrical:
+            tensors["weight_zero_point"] = words(zero, bits, 0)
+        wide = (numbers.reshape(len(weight), -1, size) - zero[..., None]) * scale[..., None].astype(np.float32)
+        return tensors, wide.reshape(weight.shape)
+
+    return pack
+
+
+def ct_int8(module: str, weight: np.ndarray) -> Packed | None:
+    """int-quantized with a scale a row."""
+    if module == "lm_head":
+        return None
+    values, scale = symmetric(weight, weight.shape[1], 127, np.float16)
+    return {"weight": tensor(values), "weight_scale": tensor(scale)}, values * spread(scale, weight.shape[1])
+
+
+def ct_fp8(channel: bool) -> Callable[[str, np.ndarray], Packed | None]:
+    """float-quantized with a scale a row or a tensor, in bfloat16 as llm-compressor keeps a bfloat16 model's."""
+
+    def pack(module: str, weight: np.ndarray) -> Packed | None:
+        if module == "lm_head":
+            return None
+        largest = np.abs(weight).max(1, keepdims=True) if channel else np.abs(weight).max(keepdims=True)[0]
+        scale = torch.tensor(largest / 448).bfloat16()
+        values = (weight / scale.float().numpy()).clip(-448, 448).astype(E4M3)
+        return {"weight": tensor(values), "weight_scale": scale}, values.astype(np.float32) * scale.float().numpy()
+
+    return pack
+
+
+def ct_nvfp4(module: str, weight: np.ndarray) -> Packed | None:
+    """nvfp4-pack-quantized: the global scale divides."""
+    packed = modelopt_nvfp4(module, weight)
+    if packed is None:
+        return None
+    tensors, meant = packed
+    whole = 1 / tensors["weight_scale_2"].reshape(1)
+    names = {"weight_packed": tensors["weight"], "weight_scale": tensors["weight_scale"], "weight_global_scale": whole}
+    return names, meant
+
+
+def ct_config(form: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """As llm-compressor writes it."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}, **more}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "quantization_status": "compressed", "kv_cache_scheme": None,
+    }  # fmt: skip

@@ -159,7 +159,3 @@ def test_a_config_that_contradicts_its_tensors_is_refused_by_name(case: str, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    packers.save_quantized("llama", tmp_path / "source", lambda *_: None, {"quant_method": "hqq"})
-    with pytest.raises(CheckpointError, match="quant_method is 'hqq'; read are .*modelopt"):
-        export_bundle(tmp_path / "source", tmp_path / "out")

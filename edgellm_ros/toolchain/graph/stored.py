@@ -23,10 +23,13 @@ Caster = Callable[[str, tuple[int, ...]], str]  # the name of a stored fp32 tens
 
 
 def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Caster) -> str:
-    """`x` times the layer's input factor, where it has one."""
-    if not form.input_factor:
-        return x
-    return g.node("Mul", [x, cast(f"{name}.input_factor", (k,))], f"{name}.scaled_input")
+    """`x` as the layer's columns want it: times its input factor, and in their order."""
+    if form.input_factor:
+        x = g.node("Mul", [x, cast(f"{name}.input_factor", (k,))], f"{name}.scaled_input")
+    if form.input_order:
+        order = g.weight(f"{name}.input_order", TensorProto.INT32, (k,))
+        x = g.node("Gather", [x, order], f"{name}.ordered_input", axis=-1)
+    return x
 
 
 def add_offset(

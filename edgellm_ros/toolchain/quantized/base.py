@@ -171,6 +171,14 @@ class QuantReader(abc.ABC):
                     "add it to the list, or download the whole checkpoint",
                 )
 
+    def check_order(self, name: str, index: npt.NDArray[Any], groups: int) -> bool:
+        """Whether `index`, each input feature's group, is not sorted; raises where groups are not of equal size."""
+        size = len(index) // groups
+        counts = np.bincount(index, minlength=groups) if index.min(initial=0) >= 0 else np.zeros(0)
+        if not np.array_equal(counts, np.full(groups, size)):
+            raise self.error(f"{name} does not give each of {groups} groups {size} input features", DAMAGED)
+        return bool((np.diff(index) < 0).any())
+
     def reject_leftovers(self, suffixes: Sequence[str]) -> None:
         """Raise for a tensor with one of `suffixes` that belongs to no quantised module."""
         for name in self.tensors.names():
@@ -189,6 +197,11 @@ def is_excluded(module: str, patterns: Sequence[str], prefixes: bool = False) ->
         if found:
             return True
     return False
+
+
+def group_order(index: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """The input features sorted by their group."""
+    return np.argsort(index, kind="stable").astype(np.int32)
 
 
 def text_list(value: Any) -> list[str]:

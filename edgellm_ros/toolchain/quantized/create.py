@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.toolchain.quantized.awq import Awq
 from edgellm_ros.toolchain.quantized.base import ORIGINAL, QuantReader, Tensors
+from edgellm_ros.toolchain.quantized.compressed_tensors import CompressedTensors
+from edgellm_ros.toolchain.quantized.fp8_blocks import Fp8
+from edgellm_ros.toolchain.quantized.gptq import Gptq
 from edgellm_ros.toolchain.quantized.modelopt import ModelOpt
 
 READERS: dict[str, type[QuantReader]] = {  # by quant_method
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "fp8": Fp8,
+    "gptq": Gptq,
     "modelopt": ModelOpt,
 }
 

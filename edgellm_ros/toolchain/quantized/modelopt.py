@@ -12,6 +12,7 @@ pre_quant_scale [in] multiplies the input. input_scale, k_scale and v_scale are 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, is_excluded, text_list
+from edgellm_ros.toolchain.quantized.fp8_blocks import spread_blocks
 from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, PackedWeight, Scheme, e4m3
 
 CONFIG_FILE = "hf_quant_config.json"
@@ -97,8 +99,9 @@ class ModelOpt(QuantReader):
             nibbles = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)
             return PackedWeight("int4", info.scheme.group, nibbles, scale, None, input_factor)
         if kind == "fp8 blocks":
-            scale = np.repeat(scale.reshape(-(-rows // _BLOCK), -1), _BLOCK, 0)[:rows]
-            return PackedWeight("fp8", _BLOCK, values, scale, None, input_factor)
+            blocks = scale.reshape(-(-rows // _BLOCK), -1)
+            wide = spread_blocks(blocks, info.shape, (_BLOCK, _BLOCK))
+            return PackedWeight("fp8", info.scheme.group, values, wide, None, input_factor)
         scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1)).copy()
         return PackedWeight(kind, 0, values, scale, None, input_factor)
 
@@ -127,9 +130,9 @@ class ModelOpt(QuantReader):
                 self.need(f"{module}.weight_scale_2", [(), (1,)], ["F32"], why)
         elif kind == "fp8 blocks":
             blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
-            self.groups(module, columns, _BLOCK)
+            group = math.gcd(columns, _BLOCK)
+            self.groups(module, columns, group)
             self.need(scale, [blocks, (blocks[0], 1, blocks[1], 1)], PLAIN, why)
-            group = _BLOCK
         else:
             group = 0
             self.groups(module, columns, 0)

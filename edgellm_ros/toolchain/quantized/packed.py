@@ -2,6 +2,7 @@
 
     weight[n, k] = (value[n, k] * scale[n, k // group] + offset[n, k // group]) * input_factor[k]
 
+(column j being input feature order[j], where a checkpoint groups features by importance instead of place).
 Values are kept as the checkpoint has them; only their packing and, where a group must become smaller, the number of
 times a scale is stored change.
 """
@@ -55,6 +56,7 @@ class Scheme:
     group: int  # input features that share a scale; 0: the whole row
     offset: bool = False
     input_factor: bool = False
+    ordered: bool = False  # the input features are stored in another order
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class PackedWeight:
     offset: FloatArray | None = None  # as scale
     input_factor: FloatArray | None = None  # (in,)
     global_scale: FloatArray | None = None  # nvfp4: (out,)
+    order: npt.NDArray[np.int32] | None = None  # (in,): which input feature each column is; None: its own
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,7 +82,9 @@ class PackedWeight:
     def scheme(self) -> Scheme:
         """Without the data."""
         group = 0 if self.scale.shape[1] == 1 and self.kind == "fp8" else self.group
-        return Scheme(self.kind, group, self.offset is not None, self.input_factor is not None)
+        return Scheme(
+            self.kind, group, self.offset is not None, self.input_factor is not None, self.order is not None
+        )
 
     def take(self, rows: Any) -> PackedWeight:
         """Only these rows, a slice or an index array, in this order."""
@@ -92,7 +97,7 @@ class PackedWeight:
         )
 
     def dequantize(self) -> FloatArray:
-        """(out, in) fp32, the input's factor included."""
+        """(out, in) fp32, the input's factor included and its features in their own order."""
         rows, columns = self.shape
         weight = self.numbers().reshape(rows, self.scale.shape[1], -1) * self.scale[..., None]
         if self.global_scale is not None:
@@ -100,6 +105,8 @@ class PackedWeight:
         if self.offset is not None:
             weight += self.offset[..., None]
         weight = weight.reshape(rows, columns)
+        if self.order is not None:
+            weight = weight[:, np.argsort(self.order)]
         if self.input_factor is not None:
             weight *= self.input_factor
         return weight
@@ -139,6 +146,12 @@ def stack(parts: list[PackedWeight], name: str) -> PackedWeight:
             f"{name}: the layers that share this input multiply it by different pre_quant_scale; allowed is one; "
             "quantise again with ModelOpt's export_hf_checkpoint, which unifies them, or export with --weights int4"
         )
+    orders = [np.arange(first.shape[1], dtype=np.int32) if p.order is None else p.order for p in parts]
+    if any(not np.array_equal(o, orders[0]) for o in orders[1:]):
+        raise CheckpointError(
+            f"{name}: the layers that share this input have its features in different orders (g_idx); allowed is one; "
+            "quantise again without desc_act, or export with --weights int4"
+        )
     offset = None
     if any(p.offset is not None for p in parts):
         offset = np.concatenate([np.zeros_like(p.scale) if p.offset is None else p.offset for p in parts])
@@ -150,6 +163,7 @@ def stack(parts: list[PackedWeight], name: str) -> PackedWeight:
         offset,
         factors[0] if any(p.input_factor is not None for p in parts) else None,
         None if first.global_scale is None else np.concatenate([_global(p) for p in parts]),
+        orders[0] if any(p.order is not None for p in parts) else None,
     )
 
 
