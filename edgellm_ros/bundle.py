@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 DECODER = "decoder.onnx"
 DECODER_ORT = "decoder.ort.onnx"
+DECODER_LORA = "decoder.lora.onnx"  # the two decoders again, with adapters as inputs
+DECODER_ORT_LORA = "decoder.lora.ort.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 LORA = "lora"  # holds NAME.safetensors for each packed adapter
@@ -170,7 +172,11 @@ class GraphSpec:
     past_value: str = "past_value.{layer}"
     present_key: str = "present_key.{layer}"
     present_value: str = "present_value.{layer}"
-    activation_dtype: str = "float32"  # of the portable graph's embeddings and KV cache
+    activation_dtype: str = "float32"  # of the portable graph's embeddings, KV cache and LoRA inputs
+    # Only in the graphs with adapters; {stem} is attn.qkv, attn.o, mlp.gate_up and mlp.down, R is 0 without an adapter.
+    lora_a: str = "layers.{layer}.{stem}.lora_A"  # [in, R]
+    lora_b: str = "layers.{layer}.{stem}.lora_B"  # [R, out]
+    max_lora_rank: int = 0  # of a projection; R is the sum over those that are stacked; 0: there are no such graphs
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def tiny_bundle(
     tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Bundle]:
-    """`tiny_bundle("qwen3", "int4")` is that checkpoint's bundle; read-only, copy it to change it."""
+    """`tiny_bundle("qwen3", "int4")` is that checkpoint's bundle; read-only, copy it to change it.
+
+    A third argument is its max_lora_rank.
+    """
     from edgellm_ros.toolchain.export import export_bundle
 
-    made: dict[tuple[str, str], Bundle] = {}
+    made: dict[tuple[str, str, int], Bundle] = {}
 
-    def get(kind: str, weights: str = "fp32") -> Bundle:
-        if (kind, weights) not in made:
+    def get(kind: str, weights: str = "fp32", lora: int = 0) -> Bundle:
+        key = kind, weights, lora
+        if key not in made:
             output = tmp_path_factory.mktemp(f"{kind}-{weights}") / "bundle"
-            made[kind, weights] = export_bundle(tiny_checkpoint(kind), output, weights=weights)
-        return made[kind, weights]
+            made[key] = export_bundle(tiny_checkpoint(kind), output, weights=weights, max_lora_rank=lora)
+        return made[key]
 
     return get

@@ -13,6 +13,7 @@ examples:
   edgellm export model-Q4_1.gguf -o model --max-context 16384
   edgellm export Qwen3-0.6B-NVFP4 -o qwen3        quantised by others: its numbers are kept
   edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
+  edgellm export SmolLM2-135M-Instruct -o smollm2 --max-lora-rank 16      adapters can be packed into it
 
 No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
 """
@@ -35,6 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocab-map", type=Path, metavar="FILE", help="keep only these tokens' rows of the head (edgellm reduce-vocab)"
+    )
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="write decoders that take LoRA adapters up to this rank, for requests to name (default 0: none)",
     )
     parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -76,6 +84,7 @@ def execute(args: argparse.Namespace) -> int:
             overwrite=args.force,
             progress=show,
             vocab_map=args.vocab_map,
+            max_lora_rank=args.max_lora_rank,
         )
     print_bundle(bundle, "just written")
     return 0

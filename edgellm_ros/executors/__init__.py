@@ -36,11 +36,6 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
             raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
         else:
             reasons.append(f"cuda: {reason}")
-    if executor is None and config.max_loras:
-        why = "; ".join(reasons) if config.executor == "auto" else "executor is 'onnxruntime'"
-        raise UnsupportedError(
-            f"max_loras is {config.max_loras}, but only the cuda executor runs LoRA adapters ({why}); set it to 0"
-        )
     if executor is None:
         from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 

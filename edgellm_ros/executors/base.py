@@ -8,11 +8,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.core import SamplingParams, TokenLogprob
+from edgellm_ros.errors import RequestError, UnsupportedError
+from edgellm_ros.executors.lora import LoraAdapter
+from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.vocab_map import VocabMap
 
 
@@ -134,6 +138,19 @@ class Executor(abc.ABC):
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         """The loaded LoRA adapters by name; none where an executor cannot load any."""
         return {}
+
+    def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
+        """Load a LoRA adapter, a bundle's or a PEFT directory, between steps; it stays in memory until unloaded.
+
+        Raises RequestError, and changes nothing, for a name that is taken, when max_loras are loaded, and for an
+        adapter that is damaged, of a larger rank than max_lora_rank or made for another model; UnsupportedError for
+        what of it cannot be honoured, and where this executor runs none.
+        """
+        raise UnsupportedError(f"adapter {name!r}: the {self.info.name} executor runs no adapters")
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's place. No sequence may continue with it. Raises RequestError for an unknown name."""
+        raise RequestError(f"no adapter is named {name!r}; loaded are none")
 
     @abc.abstractmethod
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:

@@ -24,9 +24,11 @@ from edgellm_ros import native
 from edgellm_ros.bundle import Bundle, ModelSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
+from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
+from edgellm_ros.executors.lora_layout import PackedLora, unpack
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,8 @@ class CudaExecutor(Executor):
         _upload(self._decoder, bundle)
         self._decoder.finish_load()
         self._max_loras = settings.max_adapters
-        self._adapters: dict[str, LoadedAdapter] = {}
+        self._model = bundle.manifest.model
+        self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
         major, minor = info["compute_capability"]
         self.run = CudaRun(self._open, settings.vocab_size)
@@ -102,42 +105,24 @@ class CudaExecutor(Executor):
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         """See Executor.adapters."""
-        return dict(self._adapters)
+        return dict(self._adapters.loaded)
 
-    def load_adapter(self, name: str, source: str | Path | LoraAdapter) -> LoadedAdapter:
-        """Load a LoRA adapter, from a PEFT directory or one already read, between steps; waits for the device.
-
-        Raises RequestError, and changes nothing, for a name that is taken, when max_loras are loaded, and for an
-        adapter that is damaged, of a larger rank than max_lora_rank or made for another model; UnsupportedError for
-        what of it cannot be honoured.
-        """
-        if not name or name in self._adapters:
-            raise RequestError(
-                f"the adapter cannot be named {name!r}; the name must be new: loaded are {self._names()}"
-            )
-        used = {loaded.index for loaded in self._adapters.values()}
-        index = next((i for i in range(1, self._max_loras + 1) if i not in used), 0)
-        if not index:
-            raise RequestError(
-                f"adapter {name!r} has no place: max_loras is {self._max_loras}, loaded are {self._names()}; unload "
-                "one, or load the model with a larger max_loras"
-            )
-        adapter = source if isinstance(source, LoraAdapter) else read_adapter(source)
+    def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
+        """See Executor.load_adapter; waits for the device."""
+        index = self._adapters.free_place(name)
+        if isinstance(source, PackedLora):
+            adapter = unpack(source, self._model)
+        else:
+            adapter = source if isinstance(source, LoraAdapter) else read_adapter(source)
         try:
             self._open().load_adapter(index, [(t.layer, t.target, t.a, t.b, t.scale) for t in adapter.tensors])
         except ValueError as error:
             raise RequestError(f"adapter {name!r}: {error}") from error
-        self._adapters[name] = LoadedAdapter(index, adapter.fingerprint)
-        return self._adapters[name]
+        return self._adapters.add(name, index, adapter.fingerprint)
 
     def unload_adapter(self, name: str) -> None:
-        """Free an adapter's place. No sequence may continue with it. Raises RequestError for an unknown name."""
-        if name not in self._adapters:
-            raise RequestError(f"no adapter is named {name!r}; loaded are {self._names()}")
-        self._open().unload_adapter(self._adapters.pop(name).index)
-
-    def _names(self) -> str:
-        return ", ".join(sorted(self._adapters)) or "none"
+        """See Executor.unload_adapter."""
+        self._open().unload_adapter(self._adapters.remove(name))
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each."""

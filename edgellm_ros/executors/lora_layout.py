@@ -94,25 +94,35 @@ def check_fits(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: st
 
 def pack(adapter: LoraAdapter, model: ModelSpec) -> tuple[dict[str, FloatArray], dict[str, str]]:
     """The tensors and the metadata of `lora/NAME.safetensors`; the adapter must fit `model` (check_fits)."""
+    matrices, ranks = pack_matrices(adapter, model)
+    tensors = {}
+    for (layer, stem), (a, b) in matrices.items():
+        tensors[f"layers.{layer}.{stem}.lora_A"], tensors[f"layers.{layer}.{stem}.lora_B"] = a, b
+    sizes = {f"layers.{layer}.{stem}": found for (layer, stem), found in ranks.items()}
+    return tensors, {"format": "edgellm_ros lora 1", "ranks": json.dumps(sizes)}
+
+
+def pack_matrices(
+    adapter: LoraAdapter, model: ModelSpec
+) -> tuple[dict[tuple[int, str], tuple[FloatArray, FloatArray]], dict[tuple[int, str], tuple[int, ...]]]:
+    """A [in, R] and B [R, out] of each stacked layer that the adapter changes, and the ranks of their parts."""
     by_place = {(item.layer, item.target): item for item in adapter.tensors}
-    tensors: dict[str, FloatArray] = {}
-    ranks: dict[str, list[int]] = {}
+    matrices: dict[tuple[int, str], tuple[FloatArray, FloatArray]] = {}
+    ranks: dict[tuple[int, str], tuple[int, ...]] = {}
     for layer in range(model.num_layers):
         for stack in stacks_of(model):
             items = [by_place.get((layer, target)) for target, _ in stack.parts]
             sizes = [0 if item is None else len(item.a) for item in items]
             if not any(sizes):
                 continue
-            at = f"layers.{layer}.{stack.stem}"
             a = np.zeros((stack.in_features, sum(sizes)), np.float32)
             b = np.zeros((sum(sizes), stack.out_features), np.float32)
             for item, rows, cols in zip(items, *_blocks(stack, sizes), strict=True):
                 if item is not None:
                     a[:, rows] = item.a.T
                     b[rows, cols] = (np.float32(item.scale) * item.b).T
-            tensors[f"{at}.lora_A"], tensors[f"{at}.lora_B"] = a, b
-            ranks[at] = sizes
-    return tensors, {"format": "edgellm_ros lora 1", "ranks": json.dumps(ranks)}
+            matrices[layer, stack.stem], ranks[layer, stack.stem] = (a, b), tuple(sizes)
+    return matrices, ranks
 
 
 def open_packed(bundle: Bundle, name: str) -> PackedLora:

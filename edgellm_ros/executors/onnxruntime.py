@@ -11,20 +11,24 @@ sequence unless the configuration prefers speed, and the scheduler cuts prompts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgellm_ros.bundle import DECODER_ORT, WEIGHTS, Bundle, LinearFormat, QuantSpec
+from edgellm_ros.bundle import DECODER_ORT, DECODER_ORT_LORA, WEIGHTS, Bundle, LinearFormat, QuantSpec
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import BundleError, ConfigError, DeviceError
-from edgellm_ros.executors.base import Executor, ExecutorInfo, SequenceStep
+from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
+from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_regions
+from edgellm_ros.executors.lora import LoraAdapter
+from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.executors.memory import available_memory, physical_cores
+from edgellm_ros.executors.onnxruntime_lora import OrtAdapters, planned_bytes
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
@@ -38,7 +42,8 @@ class OnnxRuntimeExecutor(Executor):
         """Load the decoder and reserve everything.
 
         Raises ConfigError when the settings ask for more context than the bundle has, more memory than there is or
-        another KV cache than fp32, BundleError when ONNX Runtime refuses the graph.
+        another KV cache than fp32, UnsupportedError for adapters where the bundle has no decoder that takes them, and
+        BundleError when ONNX Runtime refuses the graph.
         """
         if config.kv_cache not in ("auto", "fp32"):
             raise ConfigError(
@@ -52,23 +57,35 @@ class OnnxRuntimeExecutor(Executor):
                 f"max_context {capacity} exceeds the bundle's {model.max_context}; "
                 f"export again with --max-context {capacity}, if the model allows it"
             )
+        if config.max_loras and not bundle.has(DECODER_ORT_LORA):
+            raise UnsupportedError(
+                f"max_loras is {config.max_loras}, but {bundle.path} has no decoder that takes adapters; export it "
+                "again with --max-lora-rank 16 (or up to 64), or set max_loras to 0"
+            )
         self._model = model
         self._layers = model.num_layers
         vocab_map = bundle.vocab_map()
         threads = config.num_threads or physical_cores()
         kv_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
         weight_bytes = bundle.manifest.files[WEIGHTS].size
-        planned = weight_bytes + config.max_slots * capacity * kv_per_token + _WORKSPACE
+        lora_bytes = planned_bytes(model, config.max_loras, config.max_lora_rank)
+        planned = weight_bytes + config.max_slots * capacity * kv_per_token + _WORKSPACE + lora_bytes
         free = available_memory()
         if planned > free:
             raise ConfigError(
                 f"the plan needs {planned / 1e6:.0f} MB ({weight_bytes / 1e6:.0f} MB weights, max_slots "
-                f"{config.max_slots} x max_context {capacity} x {kv_per_token} bytes of KV cache) but "
-                f"{free / 1e6:.0f} MB are free; lower max_slots or max_context"
+                f"{config.max_slots} x max_context {capacity} x {kv_per_token} bytes of KV cache"
+                + (f", {lora_bytes / 1e6:.0f} MB for {config.max_loras} adapters" if lora_bytes else "")
+                + f") but {free / 1e6:.0f} MB are free; lower max_slots or max_context"
+                + (", max_loras or max_lora_rank" if lora_bytes else "")
             )
         self._embedding = EmbeddingTable(bundle)
         before = anonymous_regions()
-        self._session = self._load(bundle, threads)
+        # The decoder that takes adapters is a little slower also without one, so it is loaded only where there may be.
+        self._loras = (
+            OrtAdapters(model, self._graph, config.max_loras, config.max_lora_rank) if config.max_loras else None
+        )
+        self._session = self._load(bundle, threads, DECODER_ORT_LORA if config.max_loras else DECODER_ORT)
         self._collapsing = collapse_new_regions(before, delay_s=_SETTLE_S)
         shape = (config.max_slots, model.num_kv_heads, capacity, model.head_dim)
         # Fresh zero pages: the kernel backs them as they are first written.
@@ -81,9 +98,11 @@ class OnnxRuntimeExecutor(Executor):
         self._indices = np.zeros(rows, np.int64)
         self._logits = np.zeros((config.max_slots, model.num_rows), np.float32)
         self._scratch = np.zeros((config.max_slots, model.num_rows), np.float32)  # one run's share of a step
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._bindings: dict[tuple[int, int, int], Any] = {}  # by first slot, count, adapter
         quant = bundle.manifest.quantization
         self._batches = config.decode_batching == "fast" or not _rounds_single_rows_apart(quant)
+        # A product of one row by a matrix that is no constant, as A and B, is summed in another order than one of more.
+        self._batches_adapted = config.decode_batching == "fast"
         self.info = ExecutorInfo(
             name="onnxruntime",
             device=f"CPU, {threads} threads",
@@ -96,7 +115,26 @@ class OnnxRuntimeExecutor(Executor):
             vocab_map=vocab_map,
         )
 
-    def _load(self, bundle: Bundle, threads: int) -> Any:
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """See Executor.adapters."""
+        return {} if self._loras is None else self._loras.loaded
+
+    def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
+        """See Executor.load_adapter. A bundle's adapter is mapped, not copied."""
+        if self._loras is None:
+            raise UnsupportedError(f"adapter {name!r}: the model was loaded with max_loras 0; load it with more")
+        return self._loras.load(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        """See Executor.unload_adapter."""
+        if self._loras is None:
+            super().unload_adapter(name)
+            return
+        index = self._loras.unload(name)
+        self._bindings = {key: binding for key, binding in self._bindings.items() if key[2] != index}
+
+    def _load(self, bundle: Bundle, threads: int, decoder: str) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -104,10 +142,10 @@ class OnnxRuntimeExecutor(Executor):
         options.log_severity_level = 3
         try:
             return ort.InferenceSession(
-                str(bundle.file(DECODER_ORT)), sess_options=options, providers=["CPUExecutionProvider"]
+                str(bundle.file(decoder)), sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises a family of its own that derives from Exception alone
-            raise BundleError(f"ONNX Runtime cannot load {bundle.path / DECODER_ORT}: {error}") from error
+            raise BundleError(f"ONNX Runtime cannot load {bundle.path / decoder}: {error}") from error
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """See Executor.step. One decoding sequence costs one run; n in neighbouring slots cost one run as well."""
@@ -120,7 +158,9 @@ class OnnxRuntimeExecutor(Executor):
         single = sorted((i for i, s in enumerate(batch) if len(s.token_ids) == 1), key=lambda i: batch[i].slot)
         groups: list[list[int]] = []
         for i in single:
-            if self._batches and groups and batch[groups[-1][-1]].slot + 1 == batch[i].slot:
+            before = batch[groups[-1][-1]] if groups else None
+            batches = self._batches_adapted if batch[i].adapter else self._batches
+            if batches and before and (before.slot + 1, before.adapter) == (batch[i].slot, batch[i].adapter):
                 groups[-1].append(i)
             else:
                 groups.append([i])
@@ -168,7 +208,7 @@ class OnnxRuntimeExecutor(Executor):
             result = self._scratch[:computed]
         else:
             result = np.empty((computed, self._model.num_rows), np.float32)
-        binding = self._binding(first, count)
+        binding = self._binding(first, count, members[0].adapter)
         names = self._graph
         _bind(binding, names.embeds, self._embeds, (count, length, self._model.hidden_size))
         _bind(binding, names.seqlens_k, self._seqlens, (count,))
@@ -181,9 +221,9 @@ class OnnxRuntimeExecutor(Executor):
             raise DeviceError(f"ONNX Runtime failed in a step of {rows} tokens: {error}") from error
         return None if result is out else result
 
-    def _binding(self, first: int, count: int) -> Any:
-        """The IOBinding for slots `first` to `first + count - 1`, with their caches bound as past and present."""
-        key = (first, count)
+    def _binding(self, first: int, count: int, adapter: int) -> Any:
+        """The IOBinding for slots `first` to `first + count - 1`: their caches as past and present, and an adapter."""
+        key = (first, count, adapter)
         if key not in self._bindings:
             binding = self._session.io_binding()
             names = self._graph
@@ -194,6 +234,9 @@ class OnnxRuntimeExecutor(Executor):
                 view = cache[first : first + count]
                 _bind(binding, past.format(layer=i // 2), view, view.shape)
                 binding.bind_output(present.format(layer=i // 2), "cpu", 0, np.float32, view.shape, view.ctypes.data)
+            if self._loras is not None:
+                for name, values in self._loras.inputs(adapter).items():
+                    _bind(binding, name, values, values.shape)
             self._bindings[key] = binding
         return self._bindings[key]
 

@@ -18,6 +18,7 @@ import edgellm_ros
 from edgellm_ros import bundle as names
 from edgellm_ros.bundle import Bundle, GraphSpec, Manifest, ModelSpec, QuantSpec, SelfTest, WeightFile, hash_file
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.lora_layout import LARGEST_RANK
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
@@ -56,16 +57,20 @@ def export_bundle(
     overwrite: bool = False,
     progress: Progress | None = None,
     vocab_map: Path | None = None,
+    max_lora_rank: int = 0,
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
     weights: a key of SCHEMES, or KEEP: what others quantised keeps its integers; None is KEEP for such a checkpoint and
     int4 for any other. max_context: tokens the bundle can be run with, at most the model's own limit.
     progress is called with (stage, done, total). vocab_map: a file by `edgellm reduce-vocab`; the head then has rows
-    for its tokens only. Raises ToolchainError and its kinds; then nothing is left behind.
+    for its tokens only. max_lora_rank: above 0, decoders that take adapters as inputs are written as well, for
+    projections of at most that rank. Raises ToolchainError and its kinds; then nothing is left behind.
     """
     if weights is not None and weights not in (*SCHEMES, KEEP):
         raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join((*SCHEMES, KEEP))}")
+    if not 0 <= max_lora_rank <= LARGEST_RANK:
+        raise ToolchainError(f"max-lora-rank is {max_lora_rank}; allowed are 0 (no adapters) to {LARGEST_RANK}")
     output = Path(output)
     if output.exists() and not overwrite:
         raise ToolchainError(f"{output} exists; choose another directory, or let it be replaced with --force")
@@ -75,7 +80,8 @@ def export_bundle(
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _write(source, partial, _scheme(source, weights), max_context, name, progress or _silent, vocab_map)
+        scheme = _scheme(source, weights)
+        _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
@@ -94,6 +100,7 @@ def _write(
     name: str,
     progress: Progress,
     vocab_map: Path | None,
+    max_lora_rank: int,
 ) -> None:
     family, model = load_spec(source)
     check_tensors(source, family, model)
@@ -118,10 +125,15 @@ def _write(
         model = replace(model, head_rows=len(vocab))
     logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab, kept)
     quant = kept.quant if kept is not None else quant  # with the notes that writing made
-    graph = GraphSpec(activation_dtype="float32" if quant.weights == "fp32" else "float16")
+    graph = GraphSpec(
+        activation_dtype="float32" if quant.weights == "fp32" else "float16", max_lora_rank=max_lora_rank
+    )
     stored = WeightFile(root / names.WEIGHTS)
     write_portable_graph(root / names.DECODER, model, quant, graph, stored)
     write_onnxruntime_graph(root / names.DECODER_ORT, model, quant, graph, stored)
+    if max_lora_rank:  # files of their own: the extra nodes cost some per cent of the speed where there is no adapter
+        write_portable_graph(root / names.DECODER_LORA, model, quant, graph, stored, lora=True)
+        write_onnxruntime_graph(root / names.DECODER_ORT_LORA, model, quant, graph, stored, lora=True)
     files = {path.name: hash_file(path) for path in sorted(root.iterdir())}
     manifest = Manifest(
         schema_version=names.SCHEMA_VERSION,

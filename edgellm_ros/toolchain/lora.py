@@ -57,7 +57,9 @@ def check_for_bundle(adapter: LoraAdapter, bundle: Bundle, any_base: bool = Fals
     any_base: an adapter that names another base model is accepted if its shapes fit.
     """
     manifest = bundle.manifest
-    check_fits(adapter, manifest.model, LARGEST_RANK)
+    limit = manifest.graph.max_lora_rank
+    remedy = f"; export the bundle again with a larger --max-lora-rank, up to {LARGEST_RANK}" if limit else ""
+    check_fits(adapter, manifest.model, limit or LARGEST_RANK, remedy)
     if not any_base:
         check_base(adapter, (manifest.model.name, manifest.provenance.get("source", "")), str(bundle.path))
 

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
+PATTERN = {"q_proj": 3, "v_proj": 16, "layers.1.mlp.down_proj": 5}  # PEFT's rank_pattern
 
 
 def projection(model: Any, layer: int, target: str) -> Any:
@@ -61,3 +64,18 @@ def merged(model: Any, path: Path) -> Any:
             b = tensors[name.replace("lora_A", "lora_B")]
             projection(out, int(parts[4]), parts[6]).weight += scale * b @ a
     return out
+
+
+def peft_adapter(path: Path, checkpoint: Path, seed: int = 0, dtype: Any = None, **config: Any) -> Any:
+    """Save a random adapter with PEFT itself; returns the PEFT model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed; make test installs it")
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    kind = {"dtype": dtype or torch.float32, "attn_implementation": "eager"}
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, **kind).eval()
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": list(ALL), "init_lora_weights": False, **config}
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    model.save_pretrained(path)
+    return model

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from adapters import ALL, merged, write_adapter
+from adapters import PATTERN, merged, peft_adapter, write_adapter
 from safetensors.torch import load_file
 from tiny import make_model, save_checkpoint
 
@@ -34,18 +34,6 @@ from edgellm_ros.toolchain.lora import check_for_bundle, pack_adapter
 from edgellm_ros.toolchain.lora_merge import merge_adapter
 
 TinyBundle = Callable[..., Bundle]
-PATTERN = {"q_proj": 3, "v_proj": 16, "layers.1.mlp.down_proj": 5}
-
-
-def peft_adapter(path: Path, checkpoint: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """Save a random adapter with PEFT itself; returns the PEFT model."""
-    peft = pytest.importorskip("peft", reason="peft is not installed; make test installs it")
-    torch.manual_seed(seed)
-    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager").eval()
-    settings = {"r": 4, "lora_alpha": 16, "target_modules": list(ALL), "init_lora_weights": False, **config}
-    model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
-    model.save_pretrained(path)
-    return model
 
 
 def edit_config(path: Path, **values: Any) -> Path:

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import RequestError, UnsupportedError
-from edgellm_ros.executors import create_executor
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, LoraTensors, make_adapter, read_adapter
 
 Q = "base_model.model.model.layers.3.self_attn.q_proj"
@@ -148,8 +146,3 @@ def test_a_fingerprint_follows_the_contents(tmp_path: Path) -> None:
     a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
     made = [make_adapter((LoraTensors(0, "q_proj", a, b, scale),)).fingerprint for scale in (1.0, 1.0, 2.0)]
     assert made[0] == made[1] != made[2]
-
-
-def test_an_executor_without_adapters_refuses_room_for_them(tiny_bundle: Any) -> None:
-    with pytest.raises(UnsupportedError, match="max_loras is 2, but only the cuda executor runs LoRA adapters"):
-        create_executor(tiny_bundle("llama"), EngineConfig(executor="onnxruntime", max_loras=2))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgellm_ros.bundle import WEIGHTS, WeightFile
+from edgellm_ros.bundle import WEIGHTS, GraphSpec, WeightFile
 
 CONTRIB = "com.microsoft"
 
@@ -74,6 +74,19 @@ class GraphBuilder:
                 tensor.external_data.add(key=field, value=value)
             self._initializers[key] = tensor
         return key
+
+    def lora(
+        self, x: str, base: str, names: GraphSpec, layer: int, stem: str, dtype: int, shape: tuple[int, int]
+    ) -> str:
+        """`base` + x A B, where A [in, R] and B [R, out] become inputs of the graph; `shape` is (out, in).
+
+        R may be 0: then zeros are added.
+        """
+        at = f"layers.{layer}.{stem}"
+        a = self.input(names.lora_a.format(layer=layer, stem=stem), dtype, [shape[1], f"{at}.rank"])
+        b = self.input(names.lora_b.format(layer=layer, stem=stem), dtype, [f"{at}.rank", shape[0]])
+        hidden = self.node("MatMul", [x, a], f"{at}.lora_h")
+        return self.node("Add", [base, self.node("MatMul", [hidden, b], f"{at}.lora")], f"{at}.adapted")
 
     def save(self, path: Path, *, opset: int, ir_version: int, producer: str) -> None:
         """Write the model; the weight file must lie beside it when it is loaded."""

@@ -23,15 +23,18 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: products in int8, sums in f
 
 
 def write_onnxruntime_graph(
-    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile
+    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool = False
 ) -> None:
-    """Write `decoder.ort.onnx` to `path`."""
-    _Decoder(model, quant, graph, weights).save(path)
+    """Write `decoder.ort.onnx` to `path`; with `lora`, `decoder.lora.ort.onnx`, whose inputs include an adapter."""
+    _Decoder(model, quant, graph, weights, lora).save(path)
 
 
 class _Decoder:
-    def __init__(self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
+    def __init__(
+        self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool
+    ) -> None:
         self.model, self.quant, self.graph, self.weights = model, quant, graph, weights
+        self.lora = lora
         self.g = GraphBuilder(weights)
         self._declare()
         x = graph.embeds
@@ -60,15 +63,15 @@ class _Decoder:
         """Returns the residual stream and its norm for the next layer."""
         m, g, at = self.model, self.g, f"layers.{layer}"
         attention = self._attention(layer, y)
-        o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        o = self._adapted(attention, layer, "attn.o", m.hidden_size, m.num_heads * m.head_dim)
         if m.output_norms:
             o = self._norm(o, f"{at}.attn.out_norm.weight", f"{at}.attn.out_norm")
         x, y = self._skip_norm(x, o, f"{at}.post_norm.weight", f"{at}.post_norm")
-        gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
+        gate_up = self._adapted(y, layer, "mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
         gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
         g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
         product = g.node("Mul", [self._activate(gate, f"{at}.mlp.{m.activation}"), up], f"{at}.mlp.product")
-        down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        down = self._adapted(product, layer, "mlp.down", m.hidden_size, m.intermediate_size)
         if m.output_norms:
             down = self._norm(down, f"{at}.mlp.out_norm.weight", f"{at}.mlp.out_norm")
         if layer == m.num_layers - 1:
@@ -82,10 +85,15 @@ class _Decoder:
         # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, in one operator.
         return self.g.node("QuickGelu", [x], name, contrib=True, alpha=1.0)
 
+    def _adapted(self, x: str, layer: int, stem: str, n: int, k: int) -> str:
+        """A linear layer of the decoder, with an adapter's share where the graph has them."""
+        y = self._linear(x, f"layers.{layer}.{stem}", n, k)
+        return self.g.lora(x, y, self.graph, layer, stem, _FLOAT, (n, k)) if self.lora else y
+
     def _attention(self, layer: int, y: str) -> str:
         m, g, names, at = self.model, self.g, self.graph, f"layers.{layer}.attn"
         q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-        qkv = self._linear(y, f"{at}.qkv", q_width + 2 * kv_width, m.hidden_size)
+        qkv = self._adapted(y, layer, "attn.qkv", q_width + 2 * kv_width, m.hidden_size)
         query, key, value = qkv, "", ""
         if m.qk_norm:
             query, key, value = f"{at}.q", f"{at}.k", f"{at}.v"

@@ -21,14 +21,19 @@ IR_VERSION = 12
 _MASKED = -65504.0  # the most negative fp16: after softmax it is zero, and it stays finite in fp16
 
 
-def write_portable_graph(path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
-    """Write `decoder.onnx` to `path`."""
-    _Decoder(model, quant, graph, weights).save(path)
+def write_portable_graph(
+    path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool = False
+) -> None:
+    """Write `decoder.onnx` to `path`; with `lora`, `decoder.lora.onnx`, whose inputs include an adapter."""
+    _Decoder(model, quant, graph, weights, lora).save(path)
 
 
 class _Decoder:
-    def __init__(self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile) -> None:
+    def __init__(
+        self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool
+    ) -> None:
         self.model, self.quant, self.graph, self.weights = model, quant, graph, weights
+        self.lora = lora
         half = graph.activation_dtype == "float16"
         self.dtype, self.np_dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
         self.g = GraphBuilder(weights)
@@ -83,12 +88,12 @@ class _Decoder:
         m, g, at = self.model, self.g, f"layers.{layer}"
         y = self._norm(x, f"{at}.input_norm", m.hidden_size)
         attention = self._attention(layer, y)
-        o = self._linear(attention, f"{at}.attn.o", m.hidden_size, m.num_heads * m.head_dim)
+        o = self._adapted(attention, layer, "attn.o", m.hidden_size, m.num_heads * m.head_dim)
         if m.output_norms:
             o = self._norm(o, f"{at}.attn.out_norm", m.hidden_size)
         x = g.node("Add", [x, o], f"{at}.attn.residual")
         y = self._norm(x, f"{at}.post_norm", m.hidden_size)
-        gate_up = self._linear(y, f"{at}.mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
+        gate_up = self._adapted(y, layer, "mlp.gate_up", 2 * m.intermediate_size, m.hidden_size)
         gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
         g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
         if m.activation == "gelu_tanh":
@@ -96,15 +101,20 @@ class _Decoder:
         else:
             activated = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
         product = g.node("Mul", [activated, up], f"{at}.mlp.product")
-        down = self._linear(product, f"{at}.mlp.down", m.hidden_size, m.intermediate_size)
+        down = self._adapted(product, layer, "mlp.down", m.hidden_size, m.intermediate_size)
         if m.output_norms:
             down = self._norm(down, f"{at}.mlp.out_norm", m.hidden_size)
         return g.node("Add", [x, down], f"{at}.output")
 
+    def _adapted(self, x: str, layer: int, stem: str, n: int, k: int) -> str:
+        """A linear layer of the decoder, with an adapter's share where the graph has them."""
+        y = self._linear(x, f"layers.{layer}.{stem}", n, k)
+        return self.g.lora(x, y, self.graph, layer, stem, self.dtype, (n, k)) if self.lora else y
+
     def _attention(self, layer: int, y: str) -> str:
         m, g, names, at = self.model, self.g, self.graph, f"layers.{layer}.attn"
         q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-        qkv = self._linear(y, f"{at}.qkv", q_width + 2 * kv_width, m.hidden_size)
+        qkv = self._adapted(y, layer, "attn.qkv", q_width + 2 * kv_width, m.hidden_size)
         sizes = g.constant("qkv_sizes", [q_width, kv_width, kv_width], np.int64)
         parts = [f"{at}.{p}" for p in "qkv"]
         g.node("Split", [qkv, sizes], f"{at}.split", outputs=parts, axis=-1)
