@@ -86,7 +86,7 @@ def run_portable(bundle: Bundle, ids: np.ndarray, adapter: dict[str, np.ndarray]
     return session.run([graph.logits], feed)[0]
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_an_adapter_of_all_projections_is_the_merged_model(kind: str, open_lora: OpenLora, tmp_path: Path) -> None:
     model, executor = make_model(kind), open_lora(kind)
     path = write_adapter(tmp_path / "a", model, dict.fromkeys(ALL, 8), 1)
