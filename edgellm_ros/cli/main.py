@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import bench, build, chat, doctor, export, inspect, lora, plan, reduce_vocab, run
+from edgellm_ros.cli import bench, build, chat, doctor, export, inspect, lora, plan, quantize, reduce_vocab, run
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (export, reduce_vocab, lora, build, inspect, run, chat, bench, plan, doctor)
+VERBS = (quantize, export, reduce_vocab, lora, build, inspect, run, chat, bench, plan, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:

@@ -14,8 +14,10 @@ T = TypeVar("T")
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = ()) -> None:
-    """Add an option for each setting of the dataclass `cls` under the heading `title`."""
+def add_settings(
+    parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = (), defaults: bool = True
+) -> None:
+    """Add an option for each setting of the dataclass `cls` under the heading `title`; `defaults` are in its help."""
     group = parser.add_argument_group(title)
     for item in settings_of(cls):
         if item.name in skip:
@@ -23,7 +25,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, title: str, skip: S
         options: dict[str, Any] = {
             "dest": _dest(cls, item.name),
             "default": argparse.SUPPRESS,
-            "help": _help(item),
+            "help": _help(item, defaults),
         }
         if item.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -57,7 +59,7 @@ def _dest(cls: type, name: str) -> str:
     return f"{cls.__name__}.{name}"
 
 
-def _help(item: Setting) -> str:
+def _help(item: Setting, defaults: bool) -> str:
     notes = []
     low, high = (None if bound is None else item.type(bound) for bound in (item.minimum, item.maximum))
     if low is not None and high is not None and high < 2**31 - 1:
@@ -66,7 +68,7 @@ def _help(item: Setting) -> str:
         notes.append(f"at least {low}")
     if item.type is tuple:
         notes.append("may be repeated")
-    elif item.default is not None and item.default != "":
+    elif defaults and item.default is not None and item.default != "":
         default = {True: "on", False: "off"}[item.default] if item.type is bool else item.default
         notes.append(f"default {default}")
     return (f"{item.help} ({'; '.join(notes)})" if notes else item.help).replace("%", "%%")

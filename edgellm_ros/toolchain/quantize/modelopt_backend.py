@@ -1,0 +1,170 @@
+"""How a recipe is carried out with nvidia-modelopt; the one module that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that this transformers is newer than the ones it was tested with
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint, quant_utils
+    from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
+    from modelopt.torch.quantization.model_calib import max_calibrate
+
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.toolchain.quantize.recipe import GROUP_SIZES, NVFP4_GROUP, Recipe
+
+Forward = Callable[[Any], None]
+_log = logging.getLogger(__name__)
+
+# weights, activations: ModelOpt's configuration, whose formats the recipe names
+_CONFIGS = {
+    ("fp8", "fp8"): "FP8_DEFAULT_CFG",
+    ("int4", "none"): "INT4_AWQ_CFG",
+    ("int4", "fp8"): "W4A8_AWQ_BETA_CFG",
+    ("int8", "int8"): "INT8_SMOOTHQUANT_CFG",
+    ("nvfp4", "nvfp4"): "NVFP4_DEFAULT_CFG",
+    ("nvfp4", "none"): "W4A16_NVFP4_CFG",
+}
+_FP8 = {"num_bits": (4, 3), "axis": None}
+_NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: NVFP4_GROUP, "type": "dynamic", "scale_bits": (4, 3)}}
+
+
+def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward) -> Any:
+    """Insert quantisers by `recipe`, calibrate them with `forward` (called with the model, perhaps several times).
+
+    group_size: what int4 weights get, as `common_group` chose it. Input scales that AWQ or SmoothQuant found are then
+    folded into the layer before, so that no operator remains for them.
+    """
+    with _quietly():
+        model = mtq.quantize(model, _configuration(recipe, group_size), forward if recipe.takes_calibration else None)
+        if recipe.method != "max":
+            _fold_input_scales(model)
+            if recipe.activations != "none":
+                max_calibrate(model, forward)  # scales that were averaged have changed what the layers read
+    return model
+
+
+def save_model(model: Any, output: Path, dtype: Any) -> None:
+    """Write config.json, hf_quant_config.json and safetensors to `output`; what is not quantised becomes `dtype`."""
+    with _quietly():
+        model.to(dtype)
+        model.config.dtype = dtype
+        export_hf_checkpoint(model, dtype=dtype, export_dir=output)
+
+
+def common_group(widths: dict[str, int], most: int) -> int:
+    """The largest of GROUP_SIZES up to `most` that divides every layer's input features.
+
+    widths: module name to input features. Raises ToolchainError that names a layer when none does.
+    """
+    for size in GROUP_SIZES:
+        if size <= most and all(width % size == 0 for width in widths.values()):
+            return size
+    name, width = next((n, w) for n, w in widths.items() if w % min(GROUP_SIZES[-1], most))
+    raise ToolchainError(
+        f"{name} has {width} input features, which do not divide into groups of {min(GROUP_SIZES[-1], most)}; take the "
+        f"recipe fp8, or exclude it: exclude: ['*{name.rpartition('.')[2]}*']"
+    )
+
+
+def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
+    """Input features of every linear layer that will be int4, by module name."""
+    import fnmatch
+
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if module is head:
+            if recipe.lm_head == "int4":
+                found[name] = module.in_features
+        elif recipe.weights == "int4" and not any(fnmatch.fnmatch(name, pattern) for pattern in recipe.exclude):
+            found[name] = module.in_features
+    return found
+
+
+def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
+    """ModelOpt's quantisation configuration; later rules win."""
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[recipe.weights, recipe.activations]))
+    rules = config["quant_cfg"]
+    for rule in rules:
+        formats = rule.get("cfg") or []
+        for item in formats if isinstance(formats, list) else [formats]:
+            if item.get("num_bits") == 4:
+                item["block_sizes"] = _int4(group_size)["block_sizes"]
+    rules += [{"quantizer_name": _quantisers_of(pattern), "enable": False} for pattern in recipe.exclude]
+    head = {"fp8": _FP8, "int4": _int4(group_size), "nvfp4": _NVFP4}
+    if recipe.lm_head != "none":
+        rules.append({"quantizer_name": "*lm_head.weight_quantizer", "cfg": head[recipe.lm_head], "enable": True})
+    if recipe.lm_head == "fp8":  # FP8 products take both operands in FP8; the others leave the head's input alone
+        rules.append({"quantizer_name": "*lm_head.input_quantizer", "cfg": _FP8, "enable": True})
+    if recipe.kv_cache == "fp8":
+        rules += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    return config
+
+
+def _int4(group_size: int) -> dict[str, Any]:
+    return {"num_bits": 4, "block_sizes": {-1: group_size, "type": "static"}}
+
+
+def _quantisers_of(pattern: str) -> str:
+    return pattern if pattern.endswith("*") else f"{pattern}.*"
+
+
+def _fold_input_scales(model: Any) -> None:
+    """Fold the scales of AWQ and SmoothQuant into norms and into the projections before, with ModelOpt's own functions.
+
+    Its table of projections names some families' classes only; the pairs are the same wherever both projections are.
+    Scales of heads that share a value head are averaged.
+    """
+    pairs = [("v_proj", "o_proj"), ("up_proj", "down_proj")]
+    classes = {
+        pair: sorted({type(m).__name__ for m in model.modules() if all(hasattr(m, part) for part in pair)})
+        for pair in pairs
+    }
+    before = quant_utils.PQS_FUSE_MODULE_MAPPING
+    quant_utils.PQS_FUSE_MODULE_MAPPING = [(names, pair) for pair, names in classes.items()]
+    try:
+        quant_utils.fuse_prequant_to_linear(model, fuse_grouped_heads=True)
+    finally:
+        quant_utils.PQS_FUSE_MODULE_MAPPING = before
+    probe = torch.ones([1, 2], dtype=torch.long, device=model.device)
+    sharing, norms = collect_shared_input_modules(model, lambda: model(probe), collect_layernorms=True)
+    groups = [(norms[read], linears) for read, linears in sharing.items() if norms[read] is not None]
+    head, last = model.get_output_embeddings(), getattr(model.base_model, "norm", None)
+    if last is not None and hasattr(head, "input_quantizer"):
+        groups.append((last, [head]))  # a slice stands between them, which the probe does not see through
+    for norm, linears in groups:
+        if all(hasattr(linear.input_quantizer, "_pre_quant_scale") for linear in linears):
+            quant_utils.preprocess_linear_fusion(linears)
+            quant_utils.fuse_prequant_layernorm(norm, linears)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """ModelOpt prints; what it says goes to the log, and warnings that a user can do nothing about nowhere."""
+    said = io.StringIO()
+    loggers = [logging.getLogger(name) for name in ("modelopt", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(said), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for line in said.getvalue().splitlines():
+            _log.info("modelopt: %s", line)

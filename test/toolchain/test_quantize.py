@@ -1,0 +1,358 @@
+"""`edgellm quantize`: what ModelOpt's checkpoint holds, against torch's casts and transformers' logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+import unified
+
+from edgellm_ros.cli.main import main
+from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.toolchain import load_recipe, quantize_and_save
+from edgellm_ros.toolchain.quantize import model as model_module
+from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_tokens
+from edgellm_ros.toolchain.quantize.quantize import Quantized
+from edgellm_ros.toolchain.quantize.recipe import recipe_names
+
+SHORT = {"samples": 4, "sequence_length": 32}
+ALGORITHMS = {
+    "fp8": "FP8",
+    "int4_awq": "W4A16_AWQ",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
+    "nvfp4": "W4A16_NVFP4",  # on a CPU; NVFP4 on a GPU
+    "w4a8_awq": "W4A8_AWQ",
+}
+# mean |difference| of the logits over their standard deviation; random weights are harder than trained ones
+CLOSE = {"fp8": 0.12, "int4_awq": 0.45, "int8_sq": 0.04, "nvfp4": 0.4, "w4a8_awq": 0.45}
+CASES = [("qwen3", recipe) for recipe in sorted(ALGORITHMS)]
+# what is folded differs by family: biases, grouped heads, tied heads
+CASES += [(kind, recipe) for kind in ("llama_tied", "llama_bias", "mistral", "qwen2") for recipe in ("int4_awq", "int8_sq")]
+TOKENS = torch.arange(8, 72)[None] % tiny.VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def quantised(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Quantized]:
+    """`quantised("qwen3", "fp8", kv_cache="fp8")`: that tiny checkpoint, by that recipe with those fields changed."""
+    made: dict[Any, Quantized] = {}
+
+    def get(kind: str, recipe: str, **fields: Any) -> Quantized:
+        key = (kind, recipe, *sorted(fields.items()))
+        if key not in made:
+            output = tmp_path_factory.mktemp("quantised") / "out"
+            made[key] = quantize_and_save(
+                tiny_checkpoint(kind), output, load_recipe(recipe, **{**SHORT, **fields}), device="cpu"
+            )
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "recipe"), CASES)
+def test_dequantised_weights_give_the_originals_logits(
+    quantised: Callable[..., Quantized], kind: str, recipe: str
+) -> None:
+    made = quantised(kind, recipe)
+    assert made.algorithm == unified.quantization(made.path)["quant_algo"] == ALGORITHMS[recipe]
+    with torch.no_grad():
+        expected = tiny.make_model(kind)(TOKENS).logits
+        found = unified.model_of(made.path)(TOKENS).logits
+    distance = float((found - expected).abs().mean() / expected.std())
+    assert 1e-5 < distance < CLOSE[recipe], distance
+    # AWQ's and SmoothQuant's scales are folded into the layers before: no operator is left for them
+    assert not [name for name in unified.tensors(made.path) if "pre_quant_scale" in name]
+
+
+def test_fp8_weights_are_torchs_cast_with_the_scale_of_the_largest(quantised: Callable[..., Quantized]) -> None:
+    stored = unified.tensors(quantised("qwen3", "fp8").path)
+    count = 0
+    for name, weight in tiny.make_model("qwen3").named_parameters():
+        module = name.removesuffix(".weight")
+        if f"{module}.weight_scale" in stored:
+            scale = weight.detach().abs().max() / 448
+            torch.testing.assert_close(stored[f"{module}.weight_scale"], scale)
+            expected = (weight.detach() / stored[f"{module}.weight_scale"]).to(torch.float8_e4m3fn)
+            assert torch.equal(stored[name].view(torch.uint8), expected.view(torch.uint8)), name
+            count += 1
+        else:
+            torch.testing.assert_close(stored[name], weight.detach(), rtol=0, atol=0)
+    assert count == 3 * 7
+
+
+def test_input_and_kv_scales_are_the_largest_values_that_the_original_computes_on_the_calibration_text(
+    quantised: Callable[..., Quantized], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    made = quantised("qwen3", "fp8", kv_cache="fp8")
+    assert unified.quantization(made.path)["kv_cache_quant_algo"] == "FP8"
+    model, largest = tiny.make_model("qwen3"), {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            largest[name] = max(largest.get(name, 0.0), float(inputs[0].abs().max()))
+            largest[f"{name}:out"] = max(largest.get(f"{name}:out", 0.0), float(output.abs().max()))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(watch(name))
+    source = model_module.open_source(tiny_checkpoint("qwen3"))
+    sequences = calibration_tokens(BUILTIN, source.checkpoint, made.recipe)
+    with torch.no_grad():
+        model(torch.tensor(sequences))
+    stored = unified.tensors(made.path)
+    inputs = [name for name in stored if name.endswith(".input_scale")]
+    assert len(inputs) == 3 * 7
+    for name in inputs:
+        assert float(stored[name]) * 448 == pytest.approx(largest[name.removesuffix(".input_scale")], rel=1e-4), name
+    values = [name for name in stored if name.endswith(".v_scale")]
+    assert len(values) == 3
+    for name in values:
+        assert float(stored[name]) * 448 == pytest.approx(largest[name.replace(".v_scale", ":out")], rel=1e-4), name
+    assert len([name for name in stored if name.endswith(".k_scale")]) == 3
+
+
+@pytest.mark.parametrize(("lm_head", "algorithm"), [("fp8", "FP8"), ("int4", "W4A16_AWQ"), ("nvfp4", "NVFP4_AWQ")])
+def test_a_tied_head_becomes_one_of_its_own_and_the_embedding_stays(
+    quantised: Callable[..., Quantized], lm_head: str, algorithm: str
+) -> None:
+    made = quantised("llama_tied", "int4_awq", lm_head=lm_head)
+    stored, original = unified.tensors(made.path), tiny.make_model("llama_tied")
+    assert json.loads((made.path / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
+    assert torch.equal(stored["model.embed_tokens.weight"], original.model.embed_tokens.weight.detach())
+    assert "lm_head.weight_scale" in stored
+    settings = unified.quantization(made.path)
+    of_head = settings.get("quantized_layers", {}).get("lm_head", settings)
+    assert of_head["quant_algo"] == algorithm
+    with torch.no_grad():
+        expected, found = original(TOKENS).logits, unified.model_of(made.path)(TOKENS).logits
+    assert float((found - expected).abs().mean() / expected.std()) < 0.45
+    assert any("tied" in note for note in made.notes)
+
+
+def test_int4_groups_are_the_largest_that_divide_every_layer_and_a_note_says_why(
+    quantised: Callable[..., Quantized],
+) -> None:
+    made = quantised("qwen3", "int4_awq")  # 64, 96 and 128 input features
+    assert made.group_size == unified.quantization(made.path)["group_size"] == 32
+    assert any("groups of 32 instead of 128" in note for note in made.notes)
+    assert unified.tensors(made.path)["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 3)
+
+
+def test_excluded_modules_stay_and_the_configuration_lists_them(quantised: Callable[..., Quantized]) -> None:
+    made = quantised("qwen3", "fp8", exclude=("*layers.0.*", "*down_proj"))
+    stored = unified.tensors(made.path)
+    kept = [n for n in stored if ("layers.0." in n or "down_proj" in n) and n.endswith("proj.weight")]
+    assert len(kept) == 7 + 2 and all(stored[name].dtype == torch.float32 for name in kept)
+    assert stored["model.layers.1.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert "lm_head" in unified.quantization(made.path)["exclude_modules"]
+
+
+def test_tokenizer_template_and_stop_tokens_are_the_checkpoints(
+    quantised: Callable[..., Quantized], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tiny.save_gguf("llama", tmp_path / "tiny.gguf", "F16")
+    from_gguf = quantize_and_save(tmp_path / "tiny.gguf", tmp_path / "out", load_recipe("fp8", **SHORT), device="cpu")
+    expected = transformers.AutoTokenizer.from_pretrained(tiny_checkpoint("llama"))
+    for made in (quantised("llama_tied", "fp8"), from_gguf):
+        found = transformers.AutoTokenizer.from_pretrained(made.path)
+        for text in tiny.TEXTS:
+            assert found(text).input_ids == expected(text).input_ids, text
+        chat = [{"role": "user", "content": "Go."}]
+        assert found.apply_chat_template(chat, tokenize=False) == expected.apply_chat_template(chat, tokenize=False)
+        assert (found.bos_token_id, found.eos_token_id) == (expected.bos_token_id, expected.eos_token_id)
+        # which transformers' own reading of generation settings agrees with
+        assert transformers.GenerationConfig.from_pretrained(made.path).eos_token_id in (2, [2])
+
+
+def test_the_recipe_that_was_carried_out_lies_beside_the_weights_and_can_be_given_again(
+    quantised: Callable[..., Quantized],
+) -> None:
+    made = quantised("qwen3", "nvfp4")
+    again = load_recipe(made.path / "recipe.yaml")
+    assert again == made.recipe == load_recipe("nvfp4", **SHORT, activations="none")
+    assert any("no GPU" in note for note in made.notes)
+    assert made.num_sequences == 0  # nothing is measured for weights alone
+
+
+def test_every_shipped_recipe_is_one_of_the_algorithms_tested_here() -> None:
+    assert recipe_names() == sorted(ALGORITHMS)
+    for name in recipe_names():
+        assert dataclasses.replace(load_recipe(name)) == load_recipe(name)
+
+
+def test_calibration_windows_are_spread_over_the_text_and_do_not_overlap(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = model_module.open_source(tiny_checkpoint("qwen3")).checkpoint
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(map(str, range(3000))), encoding="utf-8")
+    whole = transformers.AutoTokenizer.from_pretrained(checkpoint.path)(text.read_text(encoding="utf-8")).input_ids
+    windows = calibration_tokens(text, checkpoint, load_recipe("fp8", samples=10, sequence_length=50))
+    assert len(windows) == 10
+    starts = [next(at for at in range(len(whole)) if whole[at : at + 50] == window) for window in windows]
+    assert all(later - earlier >= 50 for earlier, later in itertools.pairwise(starts))
+    assert starts[0] == 0 and starts[-1] > len(whole) - 150
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: fp8\nactivations: fp8\nmethod: max\nsmaples: 3\n", r"unknown setting 'smaples'; known are weights"),
+        ("weights: fp6\n", r"weights is 'fp6'; allowed are fp8, int4, int8, nvfp4"),
+        ("weights: int8\nactivations: none\n", r"weights int8 with activations none do not exist; allowed are"),
+        ("weights: fp8\nactivations: fp8\nmethod: awq\n", r"method is 'awq'; .* are made with max"),
+        ("weights: int4\ngroup_size: 96\n", r"group_size is 96; allowed are 128, 64, 32, 16"),
+        ("weights: fp8\nactivations: fp8\nmethod: max\ngroup_size: 64\n", r"group_size is 64 with weights fp8"),
+        ("weights: int4\ngroup_size: 64\nsamples: none\n", r"samples is 'none'; it must be of type int"),
+        ("- fp8\n", r"holds no keys"),
+        ("weights: [\n", r"cannot be read"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_what_is_allowed(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ToolchainError, match=message):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_is_refused_with_the_shipped_ones() -> None:
+    with pytest.raises(ToolchainError, match=r"recipe is 'int3'; allowed are fp8, int4_awq, int8_sq, nvfp4, w4a8_awq"):
+        load_recipe("int3")
+    with pytest.raises(ToolchainError, match=r"recipe mine.yaml does not exist; shipped are fp8"):
+        load_recipe("mine.yaml")
+
+
+def test_calibration_text_that_is_missing_binary_or_too_short_is_refused(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, recipe = tiny_checkpoint("qwen3"), load_recipe("fp8", **SHORT)
+    with pytest.raises(ToolchainError, match=r"calibration file .*none.txt cannot be read: No such file"):
+        quantize_and_save(source, tmp_path / "out", recipe, calibration=tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ToolchainError, match=r"is not UTF-8 text"):
+        quantize_and_save(source, tmp_path / "out", recipe, calibration=tmp_path / "binary")
+    (tmp_path / "short").write_text("Go to the kitchen.", encoding="utf-8")
+    with pytest.raises(ToolchainError, match=r"holds \d+ tokens, which make 0 sequences of 32; at least 4 are needed"):
+        quantize_and_save(source, tmp_path / "out", recipe, calibration=tmp_path / "short")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_checkpoint_is_not_quantised_again(quantised: Callable[..., Quantized], tmp_path: Path) -> None:
+    made = quantised("qwen3", "fp8")
+    with pytest.raises(CheckpointError, match=r"is already quantised \(modelopt\); quantise the original"):
+        quantize_and_save(made.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_features_that_no_group_divides_are_refused_by_name(tmp_path: Path) -> None:
+    config = tiny.CONFIGS["llama"]()
+    config.intermediate_size = 104
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "odd")
+    tiny.save_tokenizer(tmp_path / "odd")
+    with pytest.raises(ToolchainError, match=r"layers.0.mlp.down_proj has 104 input features.*groups of 16.*fp8"):
+        quantize_and_save(tmp_path / "odd", tmp_path / "out", load_recipe("int4_awq", **SHORT), device="cpu")
+    recipe = load_recipe("int4_awq", **SHORT, exclude=("*down_proj*",))
+    assert quantize_and_save(tmp_path / "odd", tmp_path / "out", recipe, device="cpu").group_size == 64
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "_free_bytes", lambda device: 10**8)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ToolchainError, match=r"parameters, which need about 1.1 GB on a CPU; 0.1 GB are free"):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("fp8", **SHORT), device="cpu")
+
+
+def test_an_output_that_exists_is_kept_and_only_a_quantised_checkpoint_is_replaced(
+    quantised: Callable[..., Quantized], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable", encoding="utf-8")
+    recipe = load_recipe("fp8", **SHORT)
+    with pytest.raises(ToolchainError, match=r"exists; choose another directory, or let it be replaced with --force"):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "mine", recipe)
+    with pytest.raises(ToolchainError, match=r"is not a quantised checkpoint; it is not replaced"):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "mine", recipe, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+    first = quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", recipe, device="cpu")
+    (first.path / "left_over").touch()
+    quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", recipe, device="cpu", overwrite=True)
+    assert not (first.path / "left_over").exists()
+
+
+@pytest.mark.parametrize("stage", ["loading", "calibrating, pass 1", "writing"])
+def test_an_interrupt_leaves_nothing_behind_and_the_old_output_in_place(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, stage: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "hf_quant_config.json").write_text("old", encoding="utf-8")
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if name == stage and done == (total if stage == "writing" else 0):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("fp8", **SHORT), device="cpu",
+                          overwrite=True, progress=interrupt)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "hf_quant_config.json").read_text(encoding="utf-8") == "old"
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: writing fails in the same place, with EFBIG for ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(name: str, done: int, total: int) -> None:
+        if name == "writing" and done == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+
+    try:
+        with pytest.raises(ToolchainError, match=rf"cannot write .*out: .*(os error {errno.EFBIG}|too large)"):
+            quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("fp8", **SHORT), device="cpu",
+                              progress=limit)  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_quantises_shows_what_it_did_and_writes_nothing_else_to_standard_output(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(tiny_checkpoint("qwen3")), "-o", str(tmp_path / "out"), "--recipe", "int4_awq"]
+    command += ["--samples", "4", "--sequence-length", "32", "--lm-head", "fp8", "--device", "cpu"]
+    assert main(command) == 0
+    said = capfd.readouterr()
+    assert "groups of 32" in said.out and "4 sequences of 32 tokens" in said.out and "Inserted" not in said.out
+    assert "calibrating, pass 2" in said.err and "Warning" not in said.err
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert (recipe.samples, recipe.lm_head, recipe.group_size) == (4, "fp8", 128)
+    assert main(command) == 2
+    assert "--force" in capfd.readouterr().err
+    assert main([*command, "--force", "--recipe", "int5"]) == 2
+    assert "recipe is 'int5'; allowed are" in capfd.readouterr().err
+
+
+def test_without_modelopt_the_error_says_what_to_install(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    with pytest.raises(ToolchainError, match=r"needs modelopt; pip install 'edgellm_ros\[quantize\]'"):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("fp8", **SHORT))
