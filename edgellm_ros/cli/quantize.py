@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellm_ros.cli.options import add_settings, settings_from
-from edgellm_ros.toolchain.quantize.recipe import Recipe, load_recipe
+from edgellm_ros.config import Recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,12 +56,13 @@ def execute(args: argparse.Namespace) -> int:
     from edgellm_ros.errors import ToolchainError
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars, between ours
-    recipe = settings_from(args, load_recipe(args.recipe))
     try:
         from edgellm_ros.toolchain.quantize.quantize import quantize_and_save
+        from edgellm_ros.toolchain.quantize.recipe import load_recipe
     except ImportError as error:
         raise ToolchainError(f"quantize needs the package {error.name}; pip install 'edgellm_ros[quantize]'") from error
 
+    recipe = settings_from(args, load_recipe(args.recipe))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, TaskID] = {}

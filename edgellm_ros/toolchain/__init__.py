@@ -8,10 +8,9 @@ from typing import Any
 _HOME = {
     "quantize_and_save": "quantize.quantize",
     "load_recipe": "quantize.recipe",
-    "Recipe": "quantize.recipe",
 }
 
-__all__ = ["quantize_and_save", "load_recipe", "Recipe"]
+__all__ = ["quantize_and_save", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,16 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import tiny
 import torch
 import transformers
 import unified
+from test_export import PROMPT, hf_logits, relative_error, run_executor
 
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.toolchain import load_recipe, quantize_and_save
+from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.quantize import model as model_module
+from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_tokens
 from edgellm_ros.toolchain.quantize.quantize import Quantized
 from edgellm_ros.toolchain.quantize.recipe import recipe_names
@@ -36,9 +40,8 @@ ALGORITHMS = {
 }
 # mean |difference| of the logits over their standard deviation; random weights are harder than trained ones
 CLOSE = {"fp8": 0.12, "int4_awq": 0.45, "int8_sq": 0.04, "nvfp4": 0.4, "w4a8_awq": 0.45}
-CASES = [("qwen3", recipe) for recipe in sorted(ALGORITHMS)]
-# what is folded differs by family: biases, grouped heads, tied heads
-CASES += [(kind, recipe) for kind in ("llama_tied", "llama_bias", "mistral", "qwen2") for recipe in ("int4_awq", "int8_sq")]
+# what is folded differs by family: biases, grouped heads, norms that add one, fused projections
+FOLDED = ("llama_tied", "llama_bias", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3")
 TOKENS = torch.arange(8, 72)[None] % tiny.VOCAB_SIZE
 
 
@@ -61,19 +64,31 @@ def quantised(
     return get
 
 
-@pytest.mark.parametrize(("kind", "recipe"), CASES)
-def test_dequantised_weights_give_the_originals_logits(
-    quantised: Callable[..., Quantized], kind: str, recipe: str
-) -> None:
-    made = quantised(kind, recipe)
+@pytest.mark.parametrize("recipe", sorted(ALGORITHMS))
+def test_dequantised_weights_give_the_originals_logits(quantised: Callable[..., Quantized], recipe: str) -> None:
+    made = quantised("qwen3", recipe)
     assert made.algorithm == unified.quantization(made.path)["quant_algo"] == ALGORITHMS[recipe]
     with torch.no_grad():
-        expected = tiny.make_model(kind)(TOKENS).logits
+        expected = tiny.make_model("qwen3")(TOKENS).logits
         found = unified.model_of(made.path)(TOKENS).logits
     distance = float((found - expected).abs().mean() / expected.std())
     assert 1e-5 < distance < CLOSE[recipe], distance
-    # AWQ's and SmoothQuant's scales are folded into the layers before: no operator is left for them
-    assert not [name for name in unified.tensors(made.path) if "pre_quant_scale" in name]
+
+
+@pytest.mark.parametrize("recipe", ["int4_awq", "int8_sq"])
+@pytest.mark.parametrize("kind", FOLDED)
+def test_folding_the_input_scales_away_changes_no_logit(kind: str, recipe: str) -> None:
+    model = tiny.make_model(kind)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    text = torch.arange(256).reshape(4, 64) % tiny.VOCAB_SIZE
+    model = backend.quantize_model(model, load_recipe(recipe), 32, lambda read: read(text))
+    mtq.disable_quantizer(model, "*")  # what remains is the folding alone
+    with torch.no_grad():
+        found = model(TOKENS).logits
+    assert float((found - expected).abs().max() / expected.std()) < 1e-4
+    left = {name.split(".")[-2] for name, module in model.named_modules() if hasattr(module, "_pre_quant_scale")}
+    assert left == ({"o_proj", "down_proj"} if kind == "phi3" else set())  # which ModelOpt's format allows
 
 
 def test_fp8_weights_are_torchs_cast_with_the_scale_of_the_largest(quantised: Callable[..., Quantized]) -> None:
@@ -356,3 +371,17 @@ def test_without_modelopt_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "modelopt", None)
     with pytest.raises(ToolchainError, match=r"needs modelopt; pip install 'edgellm_ros\[quantize\]'"):
         quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("fp8", **SHORT))
+
+
+@pytest.mark.parametrize("recipe", sorted(ALGORITHMS))
+def test_a_bundle_of_the_quantised_checkpoint_computes_what_its_dequantised_weights_compute(
+    quantised: Callable[..., Quantized], recipe: str, tmp_path: Path
+) -> None:
+    made = quantised("qwen3", recipe)
+    bundle = export_bundle(made.path, tmp_path / "bundle")
+    expected = hf_logits(unified.model_of(made.path), PROMPT)
+    assert relative_error(run_executor(bundle, PROMPT)[0], expected) < (0.002 if recipe == "fp8" else 0.1)
+    quant = bundle.manifest.quantization
+    assert made.algorithm in quant.kept
+    # no layer multiplies its input at run time, so that every executor runs it
+    assert not any(form.input_factor for form in quant.formats.values())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tokenizers
 
+from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.checkpoint import Checkpoint
-from edgellm_ros.toolchain.quantize.recipe import Recipe
 
 BUILTIN = "builtin"
 BUILTIN_FILE = Path(__file__).with_name("calibration.txt")

@@ -20,8 +20,8 @@ with warnings.catch_warnings():
     from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
     from modelopt.torch.quantization.model_calib import max_calibrate
 
+from edgellm_ros.config import RECIPE_GROUPS, Recipe
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.quantize.recipe import GROUP_SIZES, NVFP4_GROUP, Recipe
 
 Forward = Callable[[Any], None]
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _CONFIGS = {
     ("nvfp4", "none"): "W4A16_NVFP4_CFG",
 }
 _FP8 = {"num_bits": (4, 3), "axis": None}
-_NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: NVFP4_GROUP, "type": "dynamic", "scale_bits": (4, 3)}}
+_NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 
 
 def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward) -> Any:
@@ -63,17 +63,18 @@ def save_model(model: Any, output: Path, dtype: Any) -> None:
 
 
 def common_group(widths: dict[str, int], most: int) -> int:
-    """The largest of GROUP_SIZES up to `most` that divides every layer's input features.
+    """The largest of RECIPE_GROUPS up to `most` that divides every layer's input features.
 
     widths: module name to input features. Raises ToolchainError that names a layer when none does.
     """
-    for size in GROUP_SIZES:
+    for size in RECIPE_GROUPS:
         if size <= most and all(width % size == 0 for width in widths.values()):
             return size
-    name, width = next((n, w) for n, w in widths.items() if w % min(GROUP_SIZES[-1], most))
+    smallest = min(RECIPE_GROUPS[-1], most)
+    name, width = next((n, w) for n, w in widths.items() if w % smallest)
     raise ToolchainError(
-        f"{name} has {width} input features, which do not divide into groups of {min(GROUP_SIZES[-1], most)}; take the "
-        f"recipe fp8, or exclude it: exclude: ['*{name.rpartition('.')[2]}*']"
+        f"{name} has {width} input features, which do not divide into groups of {smallest}; take the recipe fp8, or "
+        f"leave it out of the recipe: exclude: ['*{name.rpartition('.')[2]}*']"
     )
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_tokens
 from edgellm_ros.toolchain.quantize.model import choose_device, load_model, open_source, stored_dtype, untie_head
-from edgellm_ros.toolchain.quantize.recipe import Recipe, dump_recipe, load_recipe
+from edgellm_ros.toolchain.quantize.recipe import dump_recipe, load_recipe
 from edgellm_ros.toolchain.quantize.tokenizer_out import write_tokenizer
 from edgellm_ros.toolchain.weights import Progress
 

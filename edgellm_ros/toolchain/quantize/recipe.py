@@ -1,87 +1,17 @@
-"""What a quantisation recipe says, which combinations exist, and where the shipped YAML files are."""
+"""Where the recipes are, and how one is read from a YAML file and written to it; what it says is config.Recipe."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.fields import check_settings, from_mapping, setting
+from edgellm_ros.fields import from_mapping
 
-# weights, activations: the algorithms that ModelOpt has for them and its checkpoint format can hold
-METHODS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fp8", "fp8"): ("max",),
-    ("int4", "none"): ("awq",),
-    ("int4", "fp8"): ("awq",),
-    ("int8", "int8"): ("smoothquant",),
-    ("nvfp4", "nvfp4"): ("max",),
-    ("nvfp4", "none"): ("max",),
-}
-GROUP_SIZES = (128, 64, 32, 16)
-NVFP4_GROUP = 16  # fixed by the format
 _SHARE = Path("share", "edgellm_ros", "config", "recipes")  # where pip and colcon install config/recipes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is quantised. Raises ToolchainError for a value or a combination that does not exist."""
-
-    weights: str = setting("int4", "Number format of the linear layers.", choices=("fp8", "int4", "int8", "nvfp4"))
-    activations: str = setting(
-        "none", "Number format of what the linear layers read.", choices=("none", "fp8", "int8", "nvfp4")
-    )
-    method: str = setting(
-        "awq",
-        "max: scales from the largest values; awq: first scale the input features that matter most; smoothquant: move "
-        "outliers from activations to weights.",
-        choices=("max", "awq", "smoothquant"),
-    )
-    group_size: int = setting(
-        0,
-        "Input features that share an int4 scale, at most: the largest of 128, 64, 32, 16 that divides every layer.",
-        minimum=0,
-        maximum=128,
-    )
-    lm_head: str = setting(
-        "none",
-        "Number format of the head's weights: fp8, int4 or nvfp4; none leaves them.",
-        choices=("none", "fp8", "int4", "nvfp4"),
-    )
-    kv_cache: str = setting(
-        "none", "Number format that the KV cache is calibrated for: fp8 or none.", choices=("none", "fp8")
-    )
-    samples: int = setting(32, "Sequences of calibration text.", minimum=1, maximum=65536)
-    sequence_length: int = setting(256, "Tokens in each of them.", minimum=16, maximum=32768, unit="tokens")
-    exclude: tuple[str, ...] = setting((), "Modules that stay as they are, such as '*layers.0.*' or '*down_proj*'.")
-
-    def __post_init__(self) -> None:
-        check_settings(self, ToolchainError)
-        known = METHODS.get((self.weights, self.activations))
-        if known is None:
-            table = ", ".join(f"{w} with {a}" for w, a in METHODS)
-            raise ToolchainError(
-                f"weights {self.weights} with activations {self.activations} do not exist; allowed are {table}"
-            )
-        if self.method not in known:
-            raise ToolchainError(
-                f"method is {self.method!r}; weights {self.weights} with activations {self.activations} are made "
-                f"with {' or '.join(known)}"
-            )
-        if (self.weights == "int4") != (self.group_size != 0):
-            raise ToolchainError(
-                f"group_size is {self.group_size} with weights {self.weights}; it is for int4, which needs it"
-            )
-        if self.group_size and self.group_size not in GROUP_SIZES:
-            raise ToolchainError(f"group_size is {self.group_size}; allowed are {', '.join(map(str, GROUP_SIZES))}")
-
-    @property
-    def takes_calibration(self) -> bool:
-        """Whether anything depends on the calibration text; weight-only scales by the largest values do not."""
-        head_activations = self.lm_head == "fp8"
-        return self.activations != "none" or self.method != "max" or self.kv_cache != "none" or head_activations
 
 
 def load_recipe(source: str | Path, **overrides: Any) -> Recipe:
