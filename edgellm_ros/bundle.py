@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.errors import BundleError, RequestError
+from edgellm_ros.quality import Quality
 from edgellm_ros.vocab_map import VocabMap
 
 SCHEMA_VERSION = 1
@@ -236,6 +237,7 @@ class Manifest:
     files: dict[str, FileEntry]
     self_test: SelfTest = dataclasses.field(default_factory=SelfTest)
     loras: dict[str, LoraEntry] = dataclasses.field(default_factory=dict)
+    quality: Quality = dataclasses.field(default_factory=Quality)
 
     def to_json(self) -> str:
         """The text of manifest.json."""

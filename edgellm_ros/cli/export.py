@@ -50,10 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Export, then show the bundle's table."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
     from edgellm_ros.cli.inspect import print_bundle
+    from edgellm_ros.cli.progress import shown_progress
     from edgellm_ros.errors import ToolchainError
 
     try:
@@ -61,20 +59,7 @@ def execute(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ToolchainError(f"export needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
+    with shown_progress() as show:
         bundle = export_bundle(
             args.checkpoint,
             args.output,

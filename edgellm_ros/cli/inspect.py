@@ -157,6 +157,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         *([("kept from", quant.kept)] if quant.kept else []),
         *(("note", note) for note in quant.notes),
         ("self-test", checked),
+        ("quality", manifest.quality.summary()),
         *(
             ("adapter", f"{name}: rank {lora.rank}, {', '.join(lora.targets)}")
             for name, lora in sorted(manifest.loras.items())

@@ -10,15 +10,16 @@ import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import bench, build, chat, doctor, export, inspect, lora, plan, quantize, reduce_vocab, run
+from edgellm_ros.cli import bench, build, chat, doctor, export, inspect, lora, plan, quantize, reduce_vocab, run, verify
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (quantize, export, reduce_vocab, lora, build, inspect, run, chat, bench, plan, doctor)
+VERBS = (quantize, export, reduce_vocab, lora, verify, build, inspect, run, chat, bench, plan, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:
   edgellm export path/to/SmolLM2-135M-Instruct -o smollm2    make a bundle (once, on a workstation)
+  edgellm verify smollm2 --against path/to/SmolLM2-135M-Instruct    see what it lost
   edgellm inspect smollm2                                    see what is in it
   edgellm chat smollm2                                       talk to it
   edgellm run --bundle smollm2 --input-file in.json --output-file out.json
@@ -26,7 +27,8 @@ from a checkpoint to an answer:
   edgellm plan --bundle smollm2 --device orin-nano           does it fit the robot?
   ros2 launch edgellm_ros llm.launch.py bundle:=smollm2      serve it over ROS 2
 
-exit codes: 0 done, 1 an unexpected failure, 2 a mistake that the message explains, 130 interrupted
+exit codes: 0 done, 1 an unexpected failure (or, verify: a mark not reached), 2 a mistake that the message explains,
+            130 interrupted
 `edgellm VERB --help` shows the options of a verb; `edgellm doctor` says what this machine lacks.
 """
 

@@ -43,9 +43,14 @@ class ReferenceDecoder:
 
     def logits(self, final_norm: FloatArray, head: FloatArray, last: int) -> list[FloatArray]:
         """(min(last, prompt length), vocab) logits after the last positions of each prompt."""
+        return [self.logits_at(i, slice(-last, None), final_norm, head) for i in range(len(self._hidden))]
+
+    def logits_at(self, prompt: int, positions: slice, final_norm: FloatArray, head: FloatArray) -> FloatArray:
+        """(positions, vocab) logits after some positions of one prompt."""
+        x = self._hidden[prompt][positions]
+        logits: FloatArray = _rms_norm(x, final_norm, self._model.rms_norm_eps) @ head.T
         cap = np.float32(self._model.logit_softcap)
-        rows = [_rms_norm(x[-last:], final_norm, self._model.rms_norm_eps) @ head.T for x in self._hidden]
-        return [np.tanh(row / cap) * cap for row in rows] if cap else rows
+        return np.tanh(logits / cap) * cap if cap else logits
 
     def _attention(self, y: FloatArray, weights: dict[str, FloatArray], layer: int) -> FloatArray:
         m = self._model

@@ -1,0 +1,109 @@
+"""`edgellm verify`: measures a bundle against its original, shows the table, stores the verdict, fails on a mark."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgellm_ros.quality import Quality
+
+HELP = "measure what a bundle lost against its original, and judge it"
+EXAMPLES = """\
+examples:
+  edgellm verify smollm2 --against SmolLM2-135M-Instruct     the whole table, judged by the marks of its scheme
+  edgellm verify smollm2                                     perplexity and tasks only
+  edgellm verify smollm2 --against original/ --text mine.txt --marks mine.yaml
+
+Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 24 tasks with one right answer. The
+verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
+exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, 2 a mistake that the message explains
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
+    parser.add_argument("--against", type=Path, metavar="CHECKPOINT",
+                        help="the original: a Hugging Face directory or a .gguf file")  # fmt: skip
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of our own)")
+    parser.add_argument("--scheme", default="", metavar="NAME", help="whose marks count (default: the bundle's scheme)")
+    parser.add_argument("--marks", type=Path, metavar="FILE", help="YAML file with other marks, as quality/marks.yaml")
+    parser.add_argument("--executor", choices=("onnxruntime", "cuda"), default="onnxruntime",
+                        help="what runs the bundle (default onnxruntime)")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="let a failed mark through: noted, and exit code 0")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Measure, store, show."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.cli.progress import shown_progress
+    from edgellm_ros.errors import ToolchainError
+
+    try:
+        from edgellm_ros.toolchain.verify.verify import store_quality, verify_bundle
+    except ImportError as error:
+        raise ToolchainError(f"verify needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
+
+    bundle = Bundle.open(args.bundle)
+    with shown_progress() as show:
+        quality = verify_bundle(bundle, args.against, args.text, args.scheme, args.marks, args.executor, show)
+    quality = dataclasses.replace(quality, accepted=args.force and bool(quality.failed))
+    console = Console(highlight=False)
+    console.print(quality_table(str(args.bundle), quality))
+    if args.against is None and bundle.manifest.quality.kl_divergence is not None:
+        console.print("not stored: the verdict in the manifest has more figures; give --against to replace it")
+    else:
+        store_quality(bundle, quality)
+    console.print(f"{args.bundle}: {quality.summary()}", soft_wrap=True, markup=False)
+    return 1 if quality.failed and not args.force else 0
+
+
+def quality_table(title: str, quality: Quality) -> Table:
+    """A line for each figure: the original's, the bundle's, its mark, and whether it is reached."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{escape(title)} as {escape(quality.scheme)}", title_justify="left")
+    table.add_column("", style="bold")
+    for name in (escape(quality.original) or "original", "bundle", "mark", ""):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    marks = {mark.name: mark for mark in quality.marks}
+
+    def row(name: str, original: str, bundle: str, mark_name: str = "", shown: str = "{:g}") -> None:
+        mark = marks.get(mark_name)
+        sign = "≤" if mark_name.startswith("max_") else "≥"
+        limit = f"{sign} {shown.format(mark.limit)}" if mark else ""
+        verdict = "" if mark is None else "[green]pass[/]" if mark.passed else "[bold red]FAIL[/]"
+        table.add_row(name, original, bundle, limit, verdict)
+
+    base = quality.original_perplexity
+    row("perplexity", "" if base is None else f"{base:.3f}", f"{quality.perplexity:.3f}")
+    if base is not None:
+        error = quality.perplexity_ratio_error
+        ratio = f"{quality.perplexity / base:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        row("  divided by the original's", "", ratio, "max_perplexity_ratio")
+    if quality.kl_divergence is not None and quality.top1_agreement is not None:
+        row("KL divergence, mean (nats)", "", f"{quality.kl_divergence:.4g}", "max_kl_divergence")
+        row("  99th percentile", "", f"{quality.kl_divergence_p99:.3g}")
+        row("same most likely token", "", f"{quality.top1_agreement:.2%}", "min_top1_agreement", "{:.4g}")
+        row("cosine of the logits", "", f"{quality.cosine:.5f}", "min_cosine")
+    table.add_section()
+    asked = quality.original_tasks_passed
+    row(f"tasks passed, of {quality.num_tasks}", "" if asked is None else str(asked), str(quality.tasks_passed))
+    for score in quality.tasks:
+        theirs = "" if score.original is None else str(score.original)
+        row(f"  {score.kind.replace('_', '/')}, of {score.total}", theirs, str(score.passed))
+    if "min_task_share" in marks:
+        row("  share of the original's", "", f"{marks['min_task_share'].value:.2f}", "min_task_share")
+    table.caption = (f"{quality.num_tokens} tokens of {escape(quality.text)} in windows of {quality.window}; "
+                     f"{escape(quality.executor)}")  # fmt: skip
+    table.caption_justify = "left"
+    return table
