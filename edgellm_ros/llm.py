@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from edgellm_ros.runtime.metrics import MetricsSnapshot
 from edgellm_ros.runtime.prefix_cache import PinnedStore
 from edgellm_ros.runtime.sequence import Job, Splitter
 from edgellm_ros.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -51,6 +54,9 @@ class LLM:
             from edgellm_ros.executors.selftest import run_self_test
 
             run_self_test(executor, bundle.manifest)
+        quality = bundle.manifest.quality
+        if quality.failed:
+            _log.warning("%s: `edgellm verify` found: %s", bundle.path, quality.summary())
         self._engine = Engine(executor, self._tokenizer, config, self._pinned_store(pinned_dir))
 
     @classmethod

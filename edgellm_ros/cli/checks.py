@@ -21,7 +21,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
 
 BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
-TOOLCHAIN = ("onnx", "gguf", "ml_dtypes")
+TOOLCHAIN = ("onnx", "gguf", "ml_dtypes", "threadpoolctl")
 MINIMUM_PYTHON = (3, 10)
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 

@@ -91,7 +91,7 @@ class Quality:
             return f"not judged (no original): perplexity {self.perplexity:.2f}, {tasks}"
         if not self.failed:
             return f"passed as {self.scheme}: {'; '.join(map(str, self.marks))}"
-        verdict = "let through, though it failed" if self.accepted else "FAILED"
+        verdict = "FAILED (let through)" if self.accepted else "FAILED"
         return f"{verdict} as {self.scheme}: {'; '.join(map(str, self.failed))}"
 
 

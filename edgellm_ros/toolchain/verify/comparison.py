@@ -74,9 +74,9 @@ class Comparison:
 
 
 def _log_softmax(logits: Logits, whose: str) -> Logits:
-    shifted: Logits = logits - logits.max(-1, keepdims=True)
-    if not np.isfinite(shifted).all():
+    if not np.isfinite(logits).all():
         raise ToolchainError(f"{whose} logits are not finite; nothing can be compared")
+    shifted: Logits = logits - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted
 

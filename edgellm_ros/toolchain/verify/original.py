@@ -5,17 +5,21 @@ Between layers it holds the hidden states of all passages (tokens x width, fp32)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from edgellm_ros.bundle import TOKENIZER, Bundle, ModelSpec
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.memory import physical_cores
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
-from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, read_layer
+from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, read_layer, read_norm
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
 from edgellm_ros.toolchain.rope import rope_tables
 from edgellm_ros.toolchain.verify.passages import Passage
@@ -34,9 +38,11 @@ class Original:
         """
         self._source = open_checkpoint(path)
         self.name = self._source.path.name
-        family, self._model = load_spec(self._source)
-        check_tensors(self._source, family, self._model)
-        _check_same(self._source, self._model, bundle, text)
+        family, model = load_spec(self._source)
+        check_tensors(self._source, family, model)
+        _check_same(self._source, model, bundle, text)
+        # Some positions' frequencies depend on how long the context is said to be (longrope).
+        self._model = dataclasses.replace(model, max_context=bundle.manifest.model.max_context)
         vocab = bundle.vocab_map()
         self._kept = None if vocab is None else vocab.token_ids
 
@@ -44,22 +50,41 @@ class Original:
         """Run all passages through the decoder; `logits` gives what it says of them."""
         model = self._model
         longest = max(len(p.ids) for p in passages)
-        cos, sin = rope_tables(model, longest)
-        self._decoder = ReferenceDecoder(model, cos, sin)
+        ropes = {kind: rope_tables(model, longest, kind) for kind in model.rope_tables()}
+        # A thread for each core, with its share of the passages: products of this size are too small to be split.
+        self._decoders = [ReferenceDecoder(model, ropes) for _ in range(min(physical_cores(), len(passages)))]
         embedding = self._source.read(EMBEDDING)
-        self._decoder.embed(embedding, [p.ids.astype(np.int64) for p in passages])
-        for layer in range(model.num_layers):
-            progress("original", layer, model.num_layers)
-            with np.errstate(over="ignore"):  # a gate far below zero: exp(-gate) is inf, and the quotient 0
-                self._decoder.layer(layer, read_layer(self._source, model, layer))
+        for i, decoder in enumerate(self._decoders):
+            decoder.embed(embedding, [p.ids.astype(np.int64) for p in passages[i :: len(self._decoders)]])
+        with _one_blas_thread(), ThreadPoolExecutor(len(self._decoders), "edgellm-original") as pool:
+            for layer in range(model.num_layers):
+                progress("original", layer, model.num_layers)
+                tensors = read_layer(self._source, model, layer)
+                list(pool.map(partial(_run_layer, layer, tensors), self._decoders))
         progress("original", model.num_layers, model.num_layers)
-        self._final_norm = self._source.read(FINAL_NORM)
+        self._final_norm = read_norm(self._source, model, FINAL_NORM)
         head = embedding if model.tied_head else self._source.read(HEAD)
         self._head = head if self._kept is None else head[self._kept]
 
     def logits(self, passage: int, positions: slice) -> FloatArray:
         """(positions, rows) logits after some positions of a passage."""
-        return self._decoder.logits_at(passage, positions, self._final_norm, self._head)
+        turn, decoder = divmod(passage, len(self._decoders))
+        return self._decoders[decoder].logits_at(turn, positions, self._final_norm, self._head)
+
+
+def _run_layer(layer: int, tensors: dict[str, FloatArray], decoder: ReferenceDecoder) -> None:
+    with np.errstate(over="ignore"):  # a gate far below zero: exp(-gate) is inf, and the quotient 0
+        decoder.layer(layer, tensors)
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager[object]:
+    """Keeps NumPy's products on the calling thread; where threadpoolctl is missing it is only slower."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    limits: contextlib.AbstractContextManager[object] = threadpool_limits(1, "blas")
+    return limits
 
 
 def _check_same(source: Checkpoint, model: ModelSpec, bundle: Bundle, text: str) -> None:
