@@ -50,13 +50,18 @@ class EngineConfig:
     )
     max_queue: int = setting(16, "Requests that may wait for a slot; one more is rejected.", minimum=0, maximum=4096)
     num_threads: int = setting(0, "CPU threads that compute; 0 is one for each physical core.", minimum=0, maximum=1024)
+    loras: tuple[str, ...] = setting(
+        (), "Adapters of the bundle (`edgellm lora pack`) to load with it, by name; requests choose among them."
+    )
     max_loras: int = setting(
         0,
-        "LoRA adapters that can be loaded beside the model (cuda executor); 0 takes no memory.",
+        "LoRA adapters that can be loaded beside the model, at least those named; 0 takes no memory.",
         minimum=0,
         maximum=64,
     )
-    max_lora_rank: int = setting(16, "Largest rank of such an adapter.", minimum=0, maximum=64)
+    max_lora_rank: int = setting(
+        16, "Largest rank of such an adapter, at least that of those named.", minimum=0, maximum=64
+    )
     decode_batching: str = setting(
         "exact",
         "exact: an answer never depends on what else is decoding; fast: decode together even where that changes the "

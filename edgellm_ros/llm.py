@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,12 @@ from types import TracebackType
 import numpy as np
 
 from edgellm_ros import executors
-from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, Delta, Request
-from edgellm_ros.errors import ConfigError, RequestError, UnsupportedError
+from edgellm_ros.errors import BundleError, ConfigError, RequestError, UnsupportedError
 from edgellm_ros.executors.base import Executor, ExecutorInfo
+from edgellm_ros.executors.lora_layout import open_packed
 from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.generation import Generation
 from edgellm_ros.runtime.kv_cache import common_prefix
@@ -50,6 +52,7 @@ class LLM:
         self._template = ChatTemplate(bundle.read_text(CHAT_TEMPLATE), tokens) if bundle.has(CHAT_TEMPLATE) else None
         self._info = executor.info
         self.load_s = 0.0  # seconds that `open` took
+        self._lora_lock = threading.Lock()
         if config.self_test and bundle.manifest.self_test.cases:
             from edgellm_ros.executors.selftest import run_self_test
 
@@ -57,6 +60,8 @@ class LLM:
         quality = bundle.manifest.quality
         if quality.failed:
             _log.warning("%s: `edgellm verify` found: %s", bundle.path, quality.summary())
+        for name in config.loras:
+            executor.load_adapter(name, open_packed(bundle, name))
         self._engine = Engine(executor, self._tokenizer, config, self._pinned_store(pinned_dir))
 
     @classmethod
@@ -66,12 +71,15 @@ class LLM:
         config: EngineConfig | None = None,
         executor: Executor | None = None,
         pinned_dir: str | Path | None = None,
+        loras: Sequence[str] = (),
     ) -> LLM:
         """Load a bundle; `executor` None creates the one that `config` names, and a given one is taken over.
 
-        `pinned_dir` is where pinned system prompts are kept across restarts; None keeps them in memory only.
+        `pinned_dir` is where pinned system prompts are kept across restarts; None keeps them in memory only. `loras`
+        names adapters of the bundle to load as well, beside those that `config` names.
         Raises BundleError for a bundle that is not whole or does not give what its self-test says, ConfigError for
-        settings that do not fit it or the machine, and DeviceError when the device fails.
+        settings that do not fit it or the machine, RequestError for an adapter that it does not have, and DeviceError
+        when the device fails.
         """
         started = time.monotonic()
         config = EngineConfig() if config is None else config
@@ -79,6 +87,7 @@ class LLM:
         try:
             if not isinstance(bundle, Bundle):
                 bundle = Bundle.open(bundle, verify=False)
+            config = _with_loras(config, bundle, loras)
             # Hashing takes as long as loading, on another core; nothing is served before it is done, and what it finds
             # explains whatever loading stumbles over.
             with ThreadPoolExecutor(1, "edgellm-verify") as pool:
@@ -98,6 +107,31 @@ class LLM:
         return llm
 
     @property
+    def loras(self) -> tuple[str, ...]:
+        """The adapters that requests may name now."""
+        return tuple(sorted(self._engine.adapters))
+
+    def load_lora(self, name: str) -> None:
+        """Make an adapter of the bundle ready, one packed since the bundle was opened included; waits for it.
+
+        Raises RequestError for a name that the bundle does not have or that is loaded, when there is no place or its
+        rank is too large (max_loras, max_lora_rank), and BundleError when its file is not as it was packed.
+        """
+        with self._lora_lock:
+            fresh = Bundle.open(self.bundle.path, verify=False)
+            packed = open_packed(fresh, name)
+            if fresh.manifest.files[WEIGHTS] != self.bundle.manifest.files[WEIGHTS]:
+                raise BundleError(f"{self.bundle.path} was exported anew since it was loaded; load it again")
+            if self.config.verify_files:
+                fresh.verify((fresh.lora_key(name),))
+            self._engine.load_adapter(name, packed)
+
+    def unload_lora(self, name: str) -> None:
+        """Free an adapter's place. Raises RequestError for one that is not loaded, or that requests use."""
+        with self._lora_lock:
+            self._engine.unload_adapter(name)
+
+    @property
     def info(self) -> ExecutorInfo:
         """What computes, and how much it holds."""
         return self._info
@@ -108,6 +142,8 @@ class LLM:
         Raises what `Engine.submit` does, TemplateError, and UnsupportedError that names a field which this bundle
         cannot honour. Stop texts are looked for in the whole answer, reasoning included.
         """
+        if request.lora and request.lora not in self._engine.adapters:
+            raise RequestError(self._unknown_lora(request.lora))
         return self._engine.submit(self._job(request, notify))
 
     def generate(self, request: Request) -> Iterator[Delta]:
@@ -200,6 +236,12 @@ class LLM:
             request.lora,
         )
 
+    def _unknown_lora(self, name: str) -> str:
+        loaded = self.loras
+        others = sorted(set(self.bundle.manifest.loras) - set(loaded))
+        more = f"; the bundle also has {', '.join(others)}, not loaded" if others else ""
+        return f"lora is {name!r}; loaded are: {', '.join(loaded) or 'none'}{more}"
+
     def _stop_ids(self, request: Request) -> frozenset[int]:
         """The model's own end tokens, and stop texts that are a special token (which never shows as text)."""
         own = () if request.sampling.ignore_eos else self._tokens.stop_ids
@@ -231,13 +273,28 @@ class LLM:
 
     def _pinned_store(self, directory: Path | None) -> PinnedStore:
         """What is saved depends on the model's files and on its layout; precision names the cache's format."""
-        files = sorted((name, entry.sha256) for name, entry in self.bundle.manifest.files.items())
+        manifest = self.bundle.manifest
+        adapters = set(map(self.bundle.lora_key, manifest.loras))  # what is pinned with one carries its fingerprint
+        files = sorted((name, entry.sha256) for name, entry in manifest.files.items() if name not in adapters)
         info = self._info
         key = repr((files, info.name, info.precision, info.kv_bytes_per_token))
         try:
             return PinnedStore(self.config.pinned_tokens, directory, key)
         except OSError as error:
             raise ConfigError(f"pinned_dir {directory} cannot be used: {error}") from error
+
+
+def _with_loras(config: EngineConfig, bundle: Bundle, loras: Sequence[str]) -> EngineConfig:
+    """`config` with those adapters too, and with room for all that it names; RequestError for one that is not there."""
+    names = tuple(dict.fromkeys((*config.loras, *loras)))
+    for name in names:
+        bundle.lora_file(name)
+    return dataclasses.replace(
+        config,
+        loras=names,
+        max_loras=max(config.max_loras, len(names)),
+        max_lora_rank=max(config.max_lora_rank, *(bundle.manifest.loras[name].rank for name in names), 0),
+    )
 
 
 def _deltas(generation: Generation) -> Iterator[Delta]:

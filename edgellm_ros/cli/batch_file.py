@@ -113,7 +113,10 @@ def parse_batch(data: Any) -> BatchFile:
     if common.batch_size < 1:
         raise RequestError(f"batch_size is {common.batch_size}; it must be at least 1")
     if common.available_lora_weights:
-        raise UnsupportedError(_no_lora("available_lora_weights"))
+        raise UnsupportedError(
+            "available_lora_weights gives files, but adapters are read from the bundle alone; put them into it with "
+            "`edgellm lora pack ADAPTER --bundle BUNDLE --name NAME`, leave the field out, and name them in lora_name"
+        )
     if not items:
         raise RequestError("requests is empty; give at least one request")
     if common.enable_thinking and not common.apply_chat_template:
@@ -132,8 +135,6 @@ def _parse_item(data: Any, common: _Globals, where: str) -> tuple[Request, list[
         raise RequestError(f"{where} has no messages; give at least one")
     raw = fields.pop("messages")
     item = _Item(**fields)
-    if item.lora_name:
-        raise UnsupportedError(_no_lora(f"{where}.lora_name"))
     messages = [_parse_message(m, f"{where}.messages[{i}]") for i, m in enumerate(raw)]
     shown = [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in messages]
     if common.default_system_prompt and all(m.role != "system" for m in messages):
@@ -146,13 +147,14 @@ def _parse_item(data: Any, common: _Globals, where: str) -> tuple[Request, list[
     try:
         sampling = _sampling(common, item, where)
         if prompt or not common.apply_chat_template:
-            return Request(prompt=prompt, sampling=sampling), shown
+            return Request(prompt=prompt, sampling=sampling, lora=item.lora_name), shown
         return Request(
             messages=tuple(messages),
             sampling=sampling,
             enable_thinking=common.enable_thinking,
             add_generation_prompt=common.add_generation_prompt,
             pin_system_prompt=pin,
+            lora=item.lora_name,
         ), shown
     except RequestError as error:
         raise type(error)(f"{where}: {error}") from error
@@ -221,7 +223,3 @@ def _checked(data: Any, types: Mapping[str, type], where: str) -> dict[str, Any]
         if value is not None and (is_bool or not isinstance(value, accepted)):
             raise RequestError(f"{prefix}{name} is {value!r}; it must be {_KINDS[kind]}")
     return {name: value for name, value in data.items() if value is not None}
-
-
-def _no_lora(name: str) -> str:
-    return f"{name} cannot be honoured: this version has no LoRA adapters; merge the adapter before export"

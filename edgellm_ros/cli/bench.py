@@ -34,7 +34,7 @@ relation to what a program that only reads reaches here, measured in the same ru
 Numbers of a busy machine are too low: the output says so.
 """
 _COMPARABLE = ("onnxruntime", "cuda")
-_ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens")  # given by what is measured
+_ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens", "loras")  # given by what is measured
 _SAMPLING_USED = ("temperature", "top_k", "top_p", "min_p")
 _DEFAULT_PROMPT = 512
 _DEFAULT_LIMIT = 4096  # of a plot's contexts, when neither --context nor --max-context says more

@@ -15,6 +15,7 @@ examples:
   edgellm chat smollm2
   edgellm chat smollm2 --temperature 0 --system "You answer in one sentence."
   echo "What is ROS 2?" | edgellm chat smollm2        only the answer goes to standard output
+  edgellm chat smollm2 --lora pick                    with an adapter that `edgellm lora pack` put into the bundle
 
 Ctrl-C stops the answer, Ctrl-D or /exit leaves, /reset forgets the conversation, and /system TEXT changes the
 system prompt.
@@ -37,8 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="show tokens/s after an answer (default on)",
     )
+    parser.add_argument("--lora", default="", metavar="NAME", help="adapter of the bundle to talk to")
     add_settings(parser, SamplingParams, "sampling")
-    add_settings(parser, EngineConfig, "engine", skip=("max_slots",))
+    add_settings(parser, EngineConfig, "engine", skip=("max_slots", "loras"))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -50,6 +52,6 @@ def execute(args: argparse.Namespace) -> int:
 
     sampling = settings_from(args, SamplingParams())
     config = replace(settings_from(args, EngineConfig()), max_slots=1)
-    with LLM.open(args.bundle, config) as llm:
-        talk(llm, Terminal(stats=args.stats), sampling, args.system, args.think)
+    with LLM.open(args.bundle, config, loras=[args.lora] if args.lora else []) as llm:
+        talk(llm, Terminal(stats=args.stats), sampling, args.system, args.think, args.lora)
     return 0

@@ -48,7 +48,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-generate-length", type=int, metavar="N", help="replaces the file's max_generate_length")
     parser.add_argument("--dump-profile", action="store_true", help="show tokens/s, percentiles and memory at the end")
     parser.add_argument("--profile-output-file", type=Path, metavar="JSON", help="write the same as JSON")
-    add_settings(parser, EngineConfig, "engine")
+    parser.add_argument("--lora", default="", metavar="NAME", help="adapter of requests that have no lora_name")
+    add_settings(parser, EngineConfig, "engine", skip=("loras",))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -66,7 +67,10 @@ def execute(args: argparse.Namespace) -> int:
     config = settings_from(args, EngineConfig())
     if not was_given(args, EngineConfig, "max_slots"):
         config = replace(config, max_slots=min(batch.batch_size, len(batch.requests), 64))
-    with LLM.open(args.bundle, config) as llm:
+    requests = tuple(replace(r, lora=r.lora or args.lora) for r in batch.requests)
+    batch = replace(batch, requests=requests)
+    loras = sorted({request.lora for request in requests if request.lora})
+    with LLM.open(args.bundle, config, loras=loras) as llm:
         started = time.monotonic()
         responses = _answer_all(llm, batch, min(batch.batch_size, config.max_slots + config.max_queue))
         profile = build_profile(llm, time.monotonic() - started)

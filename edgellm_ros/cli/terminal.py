@@ -70,7 +70,9 @@ class Terminal:
                 return
 
 
-def talk(llm: LLM, terminal: Terminal, sampling: SamplingParams, system: str, think: bool | None) -> None:
+def talk(
+    llm: LLM, terminal: Terminal, sampling: SamplingParams, system: str, think: bool | None, lora: str = ""
+) -> None:
     """Answer line after line. Piped, the first error ends it; at the keyboard, only a failed device does."""
     if terminal.interactive:
         terminal.note(f"{llm.info.device}, {llm.info.precision}. {COMMANDS}.")
@@ -90,7 +92,9 @@ def talk(llm: LLM, terminal: Terminal, sampling: SamplingParams, system: str, th
                 terminal.note(f"unknown command {command}; {COMMANDS}")
             continue
         messages = [*([ChatMessage("system", system)] if system else []), *history, ChatMessage("user", line)]
-        request = Request(messages=tuple(messages), sampling=sampling, enable_thinking=think, session_id="chat")
+        request = Request(
+            messages=tuple(messages), sampling=sampling, enable_thinking=think, session_id="chat", lora=lora
+        )
         try:
             answer = _answer(llm, terminal, request)
         except DeviceError:

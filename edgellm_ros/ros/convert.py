@@ -6,6 +6,7 @@ A field that cannot be honoured is refused by name. Bytes arrive in messages; a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from edgellm_ros.bundle import CHAT_TEMPLATE, Bundle
@@ -65,6 +66,7 @@ def request_from_goal(goal: Any, defaults: SamplingParams, system_prompt: str = 
         "priority": goal.priority,
         "deadline_s": _deadline_s(goal.deadline),
         "session_id": goal.session_id,
+        "lora": goal.lora,
         "pin_system_prompt": goal.pin_system_prompt,
     }
     if goal.raw_prompt:
@@ -122,8 +124,8 @@ def usage_to_msg(usage: Usage) -> Any:
     )
 
 
-def model_info_to_msg(bundle: Bundle, info: ExecutorInfo, config: EngineConfig) -> Any:
-    """What the node serves."""
+def model_info_to_msg(bundle: Bundle, info: ExecutorInfo, config: EngineConfig, loras: Sequence[str] = ()) -> Any:
+    """What the node serves; `loras` are the adapters that are loaded."""
     return ModelInfo(
         name=bundle.manifest.model.name,
         family=bundle.manifest.model.family,
@@ -135,6 +137,7 @@ def model_info_to_msg(bundle: Bundle, info: ExecutorInfo, config: EngineConfig) 
         max_queue=config.max_queue,
         vocab_size=info.vocab_size,
         memory_bytes=info.memory_bytes,
+        adapters=list(loras),
         chat=bundle.has(CHAT_TEMPLATE),
     )
 
@@ -144,8 +147,6 @@ def _refuse_unsupported(goal: Any) -> None:
         raise UnsupportedError("images are given, but this version serves text only; send none")
     if goal.json_schema:
         raise UnsupportedError("json_schema is given, but this version has no constrained output; leave it empty")
-    if goal.lora:
-        raise UnsupportedError(f"lora is {goal.lora!r}, but this version has no adapters; leave it empty")
 
 
 def _tool(msg: Any) -> Tool:

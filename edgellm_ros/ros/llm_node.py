@@ -26,7 +26,6 @@ from edgellm_ros.errors import (
     InactiveError,
     RequestError,
     ShuttingDownError,
-    UnsupportedError,
 )
 from edgellm_ros.llm import LLM
 from edgellm_ros.msg import ModelInfo
@@ -95,7 +94,7 @@ class LLMNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         self._llm = llm
         info = llm.info
-        self._model_info.publish(model_info_to_msg(llm.bundle, info, self.parameters.engine))
+        self._publish_model_info(llm)
         self.get_logger().info(
             f"loaded {llm.bundle.manifest.model.name} from {bundle} with executor {info.name} on {info.device}: "
             f"{info.precision}, {info.num_slots} slots of {info.capacity} tokens, {info.memory_bytes / 1e6:.0f} MB"
@@ -233,8 +232,19 @@ class LLMNode(LifecycleNode):
 
         return await self._in_background(work, response)
 
-    def _on_load_lora(self, request: Any, response: Any) -> Any:
-        return set_error(response, UnsupportedError(f"adapter {request.name!r}: this version has no adapters"))
+    async def _on_load_lora(self, request: Any, response: Any) -> Any:
+        def work() -> None:
+            llm = self._loaded()
+            if request.unload:
+                llm.unload_lora(request.name)
+            else:
+                llm.load_lora(request.name)
+            self._publish_model_info(llm)
+
+        return await self._in_background(work, response)
+
+    def _publish_model_info(self, llm: LLM) -> None:
+        self._model_info.publish(model_info_to_msg(llm.bundle, llm.info, self.parameters.engine, llm.loras))
 
     def _loaded(self) -> LLM:
         llm = self._llm

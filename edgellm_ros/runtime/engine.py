@@ -11,7 +11,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,9 @@ from edgellm_ros.errors import (
     ShuttingDownError,
 )
 from edgellm_ros.executors.base import NO_ADAPTER, Executor, LoadedAdapter, SequenceStep
+from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.runtime.device_run import DeviceRun
+from edgellm_ros.runtime.errands import Errands, do
 from edgellm_ros.runtime.generation import Generation
 from edgellm_ros.runtime.kv_cache import SlotTable
 from edgellm_ros.runtime.metrics import Metrics, MetricsSnapshot
@@ -58,6 +60,8 @@ class Engine:
         self._slots = SlotTable(self._info.num_slots, self._info.capacity)
         self._scheduler = Scheduler(config, self._info.num_slots)
         self._run = DeviceRun(executor.run)
+        self._adapters = dict(executor.adapters)  # those that jobs may name; the executor may have more for a moment
+        self._errands = Errands()
         self._metrics = Metrics()
         self._changed = threading.Condition()  # guards the waiting list, who has which slot, and what follows
         self._num_submitted = 0
@@ -76,17 +80,15 @@ class Engine:
         answer longer than the rest of the context ends with FinishReason.LENGTH.
         """
         self._check(job)
-        adapter = self._adapter(job.lora)
         with self._changed:
             self._num_submitted += 1
             order = self._num_submitted
         info = self._info
-        sequence = Sequence(job, order, self._tokenizer, info.vocab_size, info.capacity, adapter, info.vocab_map)
+        sequence = Sequence(job, order, self._tokenizer, info.vocab_size, info.capacity, info.vocab_map)
         with self._changed:
-            if self._failure is not None:
-                raise DeviceError(f"the executor failed earlier and must be loaded again: {self._failure}")
-            if self._closing:
-                raise ShuttingDownError("the engine is closed")
+            self._check_serving()
+            # Under the lock that puts the sequence among those that use the adapter: none is unloaded in between.
+            sequence.adapter = self._adapter(job.lora)
             if self._scheduler.is_full():
                 self._metrics.count_rejected()
                 raise QueueFullError(
@@ -97,6 +99,39 @@ class Engine:
             self._metrics.count_submitted()
             self._changed.notify()
         return Generation(sequence.channel)
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The LoRA adapters that jobs may name."""
+        with self._changed:
+            return dict(self._adapters)
+
+    def load_adapter(self, name: str, source: PackedLora) -> None:
+        """Load an adapter between two steps, and return when jobs may name it.
+
+        Raises what Executor.load_adapter does, ShuttingDownError and DeviceError as `submit`.
+        """
+
+        def work() -> None:
+            loaded = self._executor.load_adapter(name, source)
+            with self._changed:
+                self._adapters[name] = loaded
+
+        self._do(work)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's place. Raises RequestError for an unknown name, and while requests use it."""
+        with self._changed:
+            self._check_serving()
+            adapter = self._adapter(name) if name else NO_ADAPTER
+            if adapter is NO_ADAPTER:
+                raise RequestError("the adapter to unload has no name")
+            sequences = (*self._scheduler.waiting, *self._scheduler.active)
+            users = sum(sequence.adapter is adapter for sequence in sequences)
+            if users:
+                raise RequestError(f"adapter {name!r} is used by {users} requests; cancel them or wait for their end")
+            del self._adapters[name]  # from here on no job can name it
+        self._do(lambda: self._executor.unload_adapter(name))
 
     def reset_session(self, session_id: str) -> bool:
         """Forget what is resident for a session, at its end where it is running; False when there is nothing."""
@@ -117,6 +152,21 @@ class Engine:
         atexit.unregister(self.close)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Have the engine's thread do `work` between two steps, and wait for it."""
+        assert threading.current_thread() is not self._thread, "the engine cannot wait for itself"
+        with self._changed:
+            self._check_serving()
+            done = self._errands.add(work)
+            self._changed.notify()
+        done.result()
+
+    def _check_serving(self) -> None:
+        if self._failure is not None:
+            raise DeviceError(f"the executor failed earlier and must be loaded again: {self._failure}")
+        if self._closing:
+            raise ShuttingDownError("the engine is closed")
 
     def _check(self, job: Job) -> None:
         length, capacity, vocab = len(job.prompt_ids), self._info.capacity, self._info.vocab_size
@@ -144,10 +194,9 @@ class Engine:
     def _adapter(self, name: str) -> LoadedAdapter:
         if not name:
             return NO_ADAPTER
-        loaded = self._executor.adapters
-        if name not in loaded:
-            raise RequestError(f"lora is {name!r}; loaded are: {', '.join(sorted(loaded)) or 'none'}")
-        return loaded[name]
+        if name not in self._adapters:
+            raise RequestError(f"lora is {name!r}; loaded are: {', '.join(sorted(self._adapters)) or 'none'}")
+        return self._adapters[name]
 
     def _serve(self) -> None:
         try:
@@ -172,11 +221,12 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the engine is to end."""
         with self._changed:
-            while not (self._closing or self._scheduler.waiting or self._scheduler.active):
+            while not (self._closing or self._scheduler.waiting or self._scheduler.active or self._errands):
                 self._changed.wait()
             return not self._closing
 
     def _turn(self) -> None:
+        self._run_errands()
         self._reap()
         self._admit()
         sequence = self._scheduler.next_prefill()
@@ -186,6 +236,19 @@ class Engine:
         self._decode()
         if not self._scheduler.active:
             self._drain()
+
+    def _run_errands(self) -> None:
+        with self._changed:
+            errands = self._errands.take()
+        if errands:
+            self._drain()
+        for index, (work, done) in enumerate(errands):
+            try:
+                do(work, done)
+            except Exception:
+                for _, other in errands[index + 1 :]:
+                    other.set_exception(ShuttingDownError("the executor failed"))
+                raise
 
     def _reap(self) -> None:
         """End what was cancelled or is late."""
@@ -342,6 +405,9 @@ class Engine:
         with self._changed:
             self._closing = True
             waiting, active = list(self._scheduler.waiting), list(self._scheduler.active)
+            errands = self._errands.take()
+        for _, done in errands:
+            done.set_exception(error or ShuttingDownError("the engine is closing"))
         for sequence in active:
             self._end(sequence, reason, error)
         for sequence in waiting:

@@ -58,11 +58,10 @@ class Sequence:
         tokenizer: Tokenizer,
         vocab_size: int,
         capacity: int,
-        adapter: LoadedAdapter = NO_ADAPTER,
         vocab_map: VocabMap | None = None,
     ) -> None:
         self.job = job
-        self.adapter = adapter
+        self.adapter: LoadedAdapter = NO_ADAPTER  # set when it is accepted
         self.channel = Channel(job.notify)
         self.submitted_at = job.submitted_at
         self.expires_at = self.submitted_at + job.deadline_s if job.deadline_s is not None else float("inf")

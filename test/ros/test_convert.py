@@ -97,6 +97,8 @@ def test_deadline_priority_session_and_thinking_come_through():
     assert request.deadline_s == pytest.approx(1.5)
     assert (request.priority, request.session_id, request.enable_thinking) == (9, "s", False)
     assert request.pin_system_prompt
+    assert request_from_goal(Chat.Goal(prompt="x", lora="pirate"), NODE).lora == "pirate"
+    assert request_from_goal(Chat.Goal(prompt="x"), NODE).lora == ""
     assert request_from_goal(Chat.Goal(prompt="x"), NODE).deadline_s is None
     assert request_from_goal(Chat.Goal(prompt="x"), NODE).enable_thinking is None
 
@@ -106,7 +108,6 @@ def test_deadline_priority_session_and_thinking_come_through():
     [
         ("images", [CompressedImage(format="png", data=b"x")]),
         ("json_schema", "{}"),
-        ("lora", "pirate"),
         ("tool_choice", "required"),
         ("messages", [ChatMessage(role="user", images=[CompressedImage(format="png", data=b"x")])]),
     ],

@@ -131,7 +131,7 @@ BAD = {
     "a negative deadline": ({"prompt": "x", "deadline": -1.0}, errors.RequestError, "deadline"),
     "a prompt beyond the context": ({"prompt": "word " * 5000}, errors.ContextOverflowError, "context"),
     "a schema": ({"prompt": "x", "json_schema": "{}"}, errors.UnsupportedError, "json_schema"),
-    "an adapter": ({"prompt": "x", "lora": "pirate"}, errors.UnsupportedError, "'pirate'"),
+    "an adapter": ({"prompt": "x", "lora": "pirate"}, errors.RequestError, "lora is 'pirate'; loaded are: none"),
     "a tool choice": ({"prompt": "x", "tool_choice": "required"}, errors.UnsupportedError, "tool_choice"),
     "a thinking mode": ({"prompt": "x", "thinking": 9}, errors.RequestError, "thinking is 9"),
 }  # fmt: skip
@@ -186,7 +186,7 @@ def test_tokenize_goes_there_and_back_and_services_name_their_errors(node):
         both = probe.call(Tokenize, "tokenize", Tokenize.Request(text="x", token_ids=ids))
         assert both.error_code == ErrorCode.REQUEST_INVALID
         lora = probe.call(LoadLora, "load_lora", LoadLora.Request(name="pirate"))
-        assert lora.error_code == ErrorCode.UNSUPPORTED and "pirate" in lora.error_msg
+        assert lora.error_code == ErrorCode.REQUEST_INVALID and "no adapter 'pirate'" in lora.error_msg
         assert not probe.call(ResetSession, "reset_session", ResetSession.Request(session_id="nobody")).existed
         empty = probe.call(ResetSession, "reset_session", ResetSession.Request())
         assert empty.error_code == ErrorCode.REQUEST_INVALID

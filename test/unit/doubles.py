@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,8 @@ class FakeExecutor(Executor):
         self.closed = 0
         self.before_step = before_step
         self._adapters = dict(adapters or {})
+        self._contents = {a.index: a.index for a in self._adapters.values()} | {0: 0}
+        self.before_load: Callable[[str], None] | None = None
         self._cache = np.full((num_slots, capacity), -1, np.int32)
         self._allowed = allowed
         self._valid = [0] * num_slots
@@ -68,6 +71,20 @@ class FakeExecutor(Executor):
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
         return self._adapters
+
+    def load_adapter(self, name: str, source: Any) -> LoadedAdapter:
+        """`source` is the whole number that tells the adapter apart in the cache; the lowest free place is taken."""
+        self.threads.add(threading.get_ident())
+        if self.before_load is not None:
+            self.before_load(name)
+        index = next(i for i in range(1, 99) if i not in self._contents)
+        self._contents[index] = source
+        self._adapters[name] = LoadedAdapter(index, f"contents {source}")
+        return self._adapters[name]
+
+    def unload_adapter(self, name: str) -> None:
+        self.threads.add(threading.get_ident())
+        del self._contents[self._adapters.pop(name).index]
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         self.threads.add(threading.get_ident())
@@ -81,7 +98,7 @@ class FakeExecutor(Executor):
             end = s.position + len(s.token_ids)
             assert len(s.token_ids) > 0 and end <= self.info.capacity, "a step outside the slot"
             assert s.position <= self._valid[s.slot], "a step after tokens that were not computed"
-            self._cache[s.slot, s.position : end] = s.token_ids + ADAPTED * s.adapter
+            self._cache[s.slot, s.position : end] = s.token_ids + ADAPTED * self._contents[s.adapter]
             self._valid[s.slot] = end
             for last in range(end - s.num_logits + 1, end + 1):
                 row = fake_logits(self._cache[s.slot, :last].tolist(), self.info.vocab_size)

@@ -86,6 +86,12 @@ def test_a_formatted_request_replaces_the_template() -> None:
     assert batch.requests[0].prompt == "<s>[INST] Hello [/INST]"
 
 
+def test_a_request_names_its_adapter() -> None:
+    assert one({"lora_name": "fr"}).requests[0].lora == "fr"
+    assert one({"lora_name": "fr"}, apply_chat_template=False).requests[0].lora == "fr"
+    assert one({}).requests[0].lora == ""
+
+
 @pytest.mark.parametrize(
     ("item", "fields", "name"),
     [
@@ -133,8 +139,7 @@ def test_a_wrong_field_is_refused_by_its_name_and_place(
 @pytest.mark.parametrize(
     ("item", "fields", "name"),
     [
-        ({}, {"available_lora_weights": {"fr": "fr.safetensors"}}, "available_lora_weights"),
-        ({"lora_name": "fr"}, {}, r"requests\[0\]\.lora_name"),
+        ({}, {"available_lora_weights": {"fr": "fr.safetensors"}}, "available_lora_weights.*edgellm lora pack"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
             {},

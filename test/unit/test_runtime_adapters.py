@@ -1,0 +1,211 @@
+"""Adapters come and go while the engine serves: no answer is ever given by another adapter than the one it named."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import FinishReason, SamplingParams
+from edgellm_ros.errors import DeviceError, EdgeLLMError, RequestError, ShuttingDownError
+from edgellm_ros.runtime import engine as engine_module
+from edgellm_ros.runtime.engine import Engine
+from edgellm_ros.runtime.sequence import Job
+
+WAIT_S = 20.0
+RED, BLUE = 7, 9  # what tells the adapters' contents apart
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(executor: FakeExecutor, **settings: Any) -> Engine:
+        engines.append(Engine(executor, byte_tokenizer(), EngineConfig(**settings)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def job(prompt: str, lora: str = "", max_tokens: int = 8) -> Job:
+    return Job(tuple(prompt.encode()), SamplingParams(temperature=0.0, max_tokens=max_tokens), lora=lora)
+
+
+def expected(prompt: str, adapter: int = 0, count: int = 8) -> tuple[int, ...]:
+    return tuple(reference_greedy(prompt.encode(), count, BYTE_VOCAB, 128, adapter))
+
+
+def test_an_adapter_is_loaded_between_steps_by_the_engines_thread_and_changes_no_running_answer(start: Any) -> None:
+    executor = FakeExecutor(allowed=128)
+    engine = start(executor)
+    running = engine.submit(job("Hello", max_tokens=60))
+    engine.load_adapter("red", RED)
+    assert set(engine.adapters) == {"red"}
+    assert engine.submit(job("Hello", "red")).result(WAIT_S).token_ids == expected("Hello", RED)
+    assert engine.submit(job("Hello")).result(WAIT_S).token_ids == expected("Hello")
+    assert running.result(WAIT_S).token_ids == expected("Hello", 0, 60)
+    assert len(executor.threads) == 1
+
+
+def test_an_idle_engine_loads_at_once_and_a_freed_place_is_the_next_ones(start: Any) -> None:
+    engine = start(FakeExecutor(allowed=128))
+    for name, contents in (("red", RED), ("blue", BLUE), ("red", RED)):
+        engine.load_adapter(name, contents)
+        assert engine.submit(job("Hi", name)).result(WAIT_S).token_ids == expected("Hi", contents)
+        engine.unload_adapter(name)
+        with pytest.raises(RequestError, match=f"lora is '{name}'; loaded are: none"):
+            engine.submit(job("Hi", name))
+
+
+def test_an_adapter_in_use_is_not_unloaded(start: Any) -> None:
+    held, go = threading.Event(), threading.Event()
+
+    def hold(batch: Any) -> None:
+        held.set()
+        assert go.wait(WAIT_S)
+
+    engine = start(FakeExecutor(num_slots=1, allowed=128, before_step=hold))
+    engine.load_adapter("red", RED)
+    first = engine.submit(job("one", "red"))
+    waiting = engine.submit(job("two", "red"))
+    assert held.wait(WAIT_S)
+    with pytest.raises(RequestError, match="adapter 'red' is used by 2 requests"):
+        engine.unload_adapter("red")
+    go.set()
+    for generation, prompt in ((first, "one"), (waiting, "two")):
+        assert generation.result(WAIT_S).token_ids == expected(prompt, RED)
+    engine.unload_adapter("red")
+    assert not engine.adapters
+    for name in ("red", ""):
+        with pytest.raises(RequestError, match="loaded are: none|has no name"):
+            engine.unload_adapter(name)
+
+
+def test_an_adapter_that_goes_while_a_request_is_prepared_is_refused_and_not_replaced_by_its_successor(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(FakeExecutor(allowed=128))
+    engine.load_adapter("red", RED)
+    make = engine_module.Sequence
+
+    def exchange(*args: Any) -> Any:
+        monkeypatch.setattr(engine_module, "Sequence", make)
+        engine.unload_adapter("red")
+        engine.load_adapter("blue", BLUE)  # into the same place
+        return make(*args)
+
+    monkeypatch.setattr(engine_module, "Sequence", exchange)
+    with pytest.raises(RequestError, match="lora is 'red'; loaded are: blue"):
+        engine.submit(job("Hello", "red"))
+    assert engine.submit(job("Hello", "blue")).result(WAIT_S).token_ids == expected("Hello", BLUE)
+
+
+def test_under_load_and_exchange_every_accepted_answer_is_its_own_adapters(start: Any) -> None:
+    engine = start(FakeExecutor(allowed=128), max_queue=64)
+    contents = {"red": RED, "blue": BLUE}
+    faults: list[str] = []
+    served = dict.fromkeys(contents, 0)
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        prompt = f"prompt {number}"
+        answers = {name: expected(prompt, adapter) for name, adapter in contents.items()}
+        while not stop.is_set():
+            for name, answer in answers.items():
+                try:
+                    got = engine.submit(job(prompt, name)).result(WAIT_S)
+                except RequestError:
+                    continue
+                served[name] += 1
+                if got.token_ids != answer:
+                    faults.append(f"{name} {number}")
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        for name, adapter in contents.items():
+            engine.load_adapter(name, adapter)
+            time.sleep(0.01)
+            while True:
+                try:
+                    engine.unload_adapter(name)
+                    break
+                except RequestError:
+                    time.sleep(0.001)
+    stop.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert not faults and min(served.values()) > 5
+
+
+def test_what_is_wrong_with_an_adapter_goes_to_its_caller_and_the_engine_goes_on(start: Any) -> None:
+    executor = FakeExecutor(allowed=128)
+
+    def refuse(name: str) -> None:
+        raise RequestError("it has rank 99")
+
+    executor.before_load = refuse
+    engine = start(executor)
+    with pytest.raises(RequestError, match="rank 99"):
+        engine.load_adapter("red", RED)
+    assert not engine.adapters
+    assert engine.submit(job("Hello")).result(WAIT_S).token_ids == expected("Hello")
+
+
+def test_a_device_that_fails_while_loading_ends_the_engine_with_the_reason(start: Any) -> None:
+    executor = FakeExecutor(allowed=128)
+
+    def fail(name: str) -> None:
+        raise DeviceError("the bus is gone")
+
+    executor.before_load = fail
+    engine = start(executor)
+    with pytest.raises(DeviceError, match="the bus is gone"):
+        engine.load_adapter("red", RED)
+    engine._thread.join(WAIT_S)
+    for call in (lambda: engine.submit(job("Hello")), lambda: engine.load_adapter("blue", BLUE)):
+        with pytest.raises(DeviceError, match="failed earlier.*the bus is gone"):
+            call()
+
+
+def test_closing_refuses_what_waits_to_be_loaded(start: Any) -> None:
+    held, go = threading.Event(), threading.Event()
+
+    def hold(batch: Any) -> None:
+        held.set()
+        assert go.wait(WAIT_S)
+
+    engine = start(FakeExecutor(allowed=128, before_step=hold))
+    running = engine.submit(job("Hello", max_tokens=100))
+    assert held.wait(WAIT_S)
+    errors: list[EdgeLLMError] = []
+
+    def load() -> None:
+        try:
+            engine.load_adapter("red", RED)
+        except EdgeLLMError as error:
+            errors.append(error)
+
+    loader, closer = threading.Thread(target=load), threading.Thread(target=engine.close)
+    loader.start()
+    while not engine._errands:
+        time.sleep(0.001)
+    closer.start()
+    while not engine._closing:
+        time.sleep(0.001)
+    go.set()
+    loader.join(WAIT_S)
+    closer.join(WAIT_S)
+    assert not loader.is_alive() and [type(error) for error in errors] == [ShuttingDownError]
+    assert running.result(WAIT_S).finish_reason is FinishReason.CANCELLED
+    with pytest.raises(ShuttingDownError):
+        engine.load_adapter("blue", BLUE)
