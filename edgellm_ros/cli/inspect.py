@@ -138,9 +138,10 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     weights = quant.weights + (f" in groups of {quant.group_size}" if quant.group_size else "")
     if quant.lm_head or quant.embedding:
         weights += f"; head {quant.lm_head or quant.weights}, embedding {quant.embedding or quant.weights}"
-    if quant.formats:
-        weights += "; " + ", ".join(f"{stem} {format_text(form)}" for stem, form in list(quant.formats.items())[:8])
-        weights += f" and {len(quant.formats) - 8} more" if len(quant.formats) > 8 else ""
+    for form in dict.fromkeys(quant.formats.values()):
+        stems = [stem for stem, own in quant.formats.items() if own == form]
+        more = f" and {len(stems) - 4} more" if len(stems) > 4 else ""
+        weights += f"; {', '.join(stems[:4])}{more}: {format_text(form)}"
     thinking = f"{tokens.think_start} … {tokens.think_end}" if tokens.think_start else "no tags"
     checked = f"{len(test.cases)} prompts against {test.reference}" if test.cases else "none"
     return [

@@ -279,7 +279,7 @@ def _provenance(source: Checkpoint, quant: QuantSpec) -> dict[str, str]:
     return {
         "source": source.path.name,
         "source_kind": source.kind,
-        **({"quantised_again": f"{source.quantization()}, now {quant.weights}"} if requantised else {}),
+        **({"converted": f"{source.quantization()} to {quant.weights}, not kept"} if requantised else {}),
         "source_sha256": ", ".join(f"{p.name} {hash_file(p).sha256}" for p in source.source_files()),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "edgellm_ros": edgellm_ros.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from edgellm_ros.toolchain.config_values import positive_int
 from edgellm_ros.toolchain.families import FAMILIES
 from edgellm_ros.toolchain.gguf_file import GgufFile
 from edgellm_ros.toolchain.gguf_tokenizer import GgufTokenizer
+from edgellm_ros.toolchain.quantized.gguf_blocks import KEPT, unpack
+from edgellm_ros.toolchain.quantized.packed import PackedWeight, Scheme
 
 _KEYS = {  # Hugging Face's name: GGUF's, after the architecture
     "max_position_embeddings": "context_length",
@@ -53,6 +56,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -93,15 +97,46 @@ class GgufCheckpoint(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of the first axis, q and k rows in Hugging Face's order."""
         own = self._own_name(name)
-        if not (self._interleaved and re.search(r"self_attn\.[qk]_proj\.", name)):
+        order = self._row_order(name)
+        if order is None:
             return self._file.read_rows(own, start, stop)
-        whole = self._file.read_rows(own, 0, self._file.shape(own)[0])
+        return self._file.read_rows(own, 0, len(order))[order[start:stop]]
+
+    def _row_order(self, name: str) -> npt.NDArray[np.int64] | None:
+        """Which of the file's rows are q's and k's in Hugging Face's order; None where they are in it."""
+        if not (self._interleaved and re.search(r"self_attn\.[qk]_proj\.", name)):
+            return None
+        num_rows = self.shape(name)[0]
         heads = positive_int(self.config, "num_attention_heads" if ".q_proj." in name else "num_key_value_heads")
-        if whole.shape[0] % (2 * heads):
-            raise CheckpointError(f"{self.path}: {own} has {whole.shape[0]} rows, which do not make {heads} heads")
-        pairs = whole.reshape(heads, -1, 2, *whole.shape[1:])
-        ordered: npt.NDArray[np.float32] = pairs.swapaxes(1, 2).reshape(whole.shape)
-        return ordered[start:stop]
+        if num_rows % (2 * heads):
+            own = self._own_name(name)
+            raise CheckpointError(f"{self.path}: {own} has {num_rows} rows, which do not make {heads} heads")
+        order: npt.NDArray[np.int64] = np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return order
+
+    def quantization(self) -> str:
+        """Which of GGUF's block types the matrices have; empty when all are floats."""
+        counts = Counter(self._file.type_name(own) for own in self._names.values() if len(self._file.shape(own)) == 2)
+        kinds = [kind for kind, _ in counts.most_common() if kind not in _FLOATS]
+        return "GGUF " + ", ".join(kinds) if kinds else ""
+
+    def quantization_notes(self) -> list[str]:
+        """The types whose blocks are not kept."""
+        kinds = {self._file.type_name(own) for own in self._names.values() if len(self._file.shape(own)) == 2}
+        lost = sorted(kind for kind in kinds if kind not in _FLOATS and kind not in KEPT)
+        return [f"{kind} blocks are not kept: dequantised to fp16" for kind in lost]
+
+    def scheme(self, name: str) -> Scheme | None:
+        """A matrix's, for block types that are kept."""
+        own = self._own_name(name)
+        return KEPT.get(self._file.type_name(own)) if len(self._file.shape(own)) == 2 else None
+
+    def packed(self, name: str) -> PackedWeight:
+        """See Checkpoint.packed; q and k rows in Hugging Face's order."""
+        own = self._own_name(name)
+        weight = unpack(self._file.type_name(own), *self._file.raw_rows(own))
+        order = self._row_order(name)
+        return weight if order is None else weight.take(order)
 
     def num_bytes(self) -> int:
         """Bytes of all tensors in the file."""

@@ -63,6 +63,16 @@ class GgufFile:
         """Bytes of all tensors."""
         return sum(_entry_bytes(entry) for entry in self._entries.values())
 
+    def type_name(self, name: str) -> str:
+        """How a tensor is stored: F16, Q4_0, Q6_K, …"""
+        return str(self._entries[name].type.name)
+
+    def raw_rows(self, name: str) -> tuple[npt.NDArray[np.uint8], int]:
+        """A matrix's rows as bytes (rows, bytes of a row), a read-only view, and the bytes of a block."""
+        entry = self._entries[name]
+        raw = np.frombuffer(self._map, np.uint8, _entry_bytes(entry), entry.begin)
+        return raw.reshape(-1, entry.row_bytes), gguf.GGML_QUANT_SIZES[entry.type][1]
+
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of a tensor's first axis, dequantised to an own float32 array."""
         entry = self._entries[name]

@@ -181,7 +181,7 @@ class KeptWeights:
                 f"{self._source.path}: {stem} has a scale of {np.abs(scale).max():.3g}, stored are fp16 ones up to "
                 "65504; export with --weights int4 or int8, which quantises again"
             )
-        change = np.abs(half.astype(np.float32) - scale) / np.maximum(np.abs(scale), np.finfo(np.float32).tiny)
+        change = np.abs(half.astype(np.float32) - scale) / np.maximum(np.abs(scale), np.finfo(np.float16).tiny)
         self._rounding = max(self._rounding, float(change.max(initial=0.0)))
         return half
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_can_be_quantised_again_when_told(tmp_path: Path) -> None:
     save("fp8", tmp_path / "source", kind="llama")
     bundle = export_bundle(tmp_path / "source", tmp_path / "bundle", weights="int8")
     assert bundle.manifest.quantization.weights == "int8" and not bundle.manifest.quantization.kept
-    assert "ModelOpt FP8" in bundle.manifest.provenance["quantised_again"]
+    assert "ModelOpt FP8" in bundle.manifest.provenance["converted"]
 
 
 def edit(path: Path, change: Any) -> None:

@@ -157,8 +157,15 @@ def save_checkpoint(kind: str, path: Path, *, dtype: torch.dtype = torch.float32
     return model
 
 
-def save_gguf(kind: str, path: Path, quantisation: str = "F32") -> Any:
+def save_gguf(
+    kind: str,
+    path: Path,
+    quantisation: str = "F32",
+    pack: Callable[[str, np.ndarray], tuple[str, np.ndarray]] | None = None,
+) -> Any:
     """Write the same model as a GGUF file and return it; `quantisation` is of the matrices (F16, BF16, Q8_0, Q4_0, …).
+
+    pack(name, matrix) instead says each matrix's type and its bytes, for types that the gguf package cannot make.
 
     Names come from the gguf package's own table, rope factors from transformers' formulas.
     """
@@ -195,7 +202,12 @@ def save_gguf(kind: str, path: Path, quantisation: str = "F32") -> Any:
             array = _interleave(array, config.num_key_value_heads)
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
         kind_of_data = gguf.GGMLQuantizationType[quantisation if array.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name, gguf.quants.quantize(array, kind_of_data), raw_dtype=kind_of_data)
+        if pack is not None and array.ndim == 2:
+            type_name, data = pack(name, array)
+            kind_of_data = gguf.GGMLQuantizationType[type_name]
+        else:
+            data = gguf.quants.quantize(array, kind_of_data)
+        writer.add_tensor(gguf_name, data, raw_dtype=kind_of_data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
