@@ -26,7 +26,8 @@ examples:
 
 An adapter is a directory as PEFT's save_pretrained writes it. Packed adapters are switched from request to request
 and cost a little with each token; a merged one costs nothing and cannot be taken out. Adapters may change q, k, v, o,
-gate, up and down projections with any rank to 64; a changed head or embedding, DoRA and biases are refused by name.
+gate, up and down projections, also stacked ones, with any rank to 64; a changed head or embedding, DoRA and biases are
+refused by name.
 """
 _ADAPTER = "directory with adapter_config.json and adapter_model.safetensors"
 _ANY_BASE = "accept an adapter that names another base model, if its shapes fit"

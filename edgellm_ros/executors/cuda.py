@@ -28,7 +28,7 @@ from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
-from edgellm_ros.executors.lora_layout import PackedLora, unpack
+from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class CudaExecutor(Executor):
         self._decoder.finish_load()
         self._max_loras = settings.max_adapters
         self._model = bundle.manifest.model
+        self._max_lora_rank = config.max_lora_rank
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
         major, minor = info["compute_capability"]
@@ -113,7 +114,8 @@ class CudaExecutor(Executor):
         if isinstance(source, PackedLora):
             adapter = unpack(source, self._model)
         else:
-            adapter = source if isinstance(source, LoraAdapter) else read_adapter(source)
+            found = source if isinstance(source, LoraAdapter) else read_adapter(source)
+            adapter = fit(found, self._model, self._max_lora_rank, "; load the model with a larger max_lora_rank")
         try:
             self._open().load_adapter(index, [(t.layer, t.target, t.a, t.b, t.scale) for t in adapter.tensors])
         except ValueError as error:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from edgellm_ros.errors import RequestError, UnsupportedError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 
+_LARGEST = float(np.finfo(np.float32).max)
 _DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 # A vision tower has layers of the same names, so what may stand before `layers` is spelt out.
 _TENSOR = re.compile(
@@ -116,12 +117,7 @@ def read_adapter(path: str | Path) -> LoraAdapter:
         raise RequestError(
             f"{root} is no LoRA adapter: {error}; it must be a directory with {CONFIG} and {WEIGHTS}, as PEFT saves it"
         ) from error
-    try:
-        config = json.loads(config_bytes)
-        config["r"], config["lora_alpha"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{root / CONFIG} cannot be read: {error!r}; it must have r and lora_alpha") from error
-    _check_config(root / CONFIG, config)
+    config = _read_config(root / CONFIG, config_bytes)
     try:
         stored = safetensors.deserialize(weight_bytes)
     except safetensors.SafetensorError as error:
@@ -133,7 +129,43 @@ def read_adapter(path: str | Path) -> LoraAdapter:
     return LoraAdapter(tensors, digest.hexdigest(), base, bool(config.get("use_rslora")))
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def _read_config(path: Path, text: bytes) -> dict[str, Any]:
+    """The configuration, of which every value that is used has its type."""
+    try:
+        config = json.loads(text)
+        config["r"], config["lora_alpha"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read: {error!r}; it must have r and lora_alpha") from error
+    _check_honoured(path, config)
+    rules: tuple[tuple[str, str, Callable[[Any], bool], Any, str], ...] = (
+        ("r", "rank_pattern", _is_rank, config["r"], "a whole number from 0"),
+        ("lora_alpha", "alpha_pattern", _is_number, config["lora_alpha"], "a finite number"),
+    )
+    for name, pattern, fits, value, what in rules:
+        if not fits(value):
+            raise RequestError(f"{path}: {name} is {value!r}; it must be {what}")
+        of_modules = config.get(pattern) or {}
+        if not isinstance(of_modules, dict):
+            raise RequestError(f"{path}: {pattern} is {of_modules!r}; it must map modules to values")
+        for key, one in of_modules.items():
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise RequestError(f"{path}: {pattern} has {key!r}, which is no pattern: {error}") from error
+            if not fits(one):
+                raise RequestError(f"{path}: {pattern} has {key!r}: {one!r}; it must be {what}")
+    return dict(config)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _check_honoured(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
@@ -164,6 +196,8 @@ def _pair(path: Path, stored: Mapping[str, Mapping[str, Any]], config: Mapping[s
                 f"{', '.join(TARGETS)}"
             )
         key = int(match["layer"]), match["target"]
+        if match["part"] in found.get(key, ()):
+            raise RequestError(f"{path} has lora_{match['part']} of {match['module']} twice, {name} is one of them")
         modules[key] = match["module"]
         found.setdefault(key, {})[match["part"]] = _values(path, name, tensor)
     if not found:
@@ -181,6 +215,8 @@ def _pair(path: Path, stored: Mapping[str, Mapping[str, Any]], config: Mapping[s
                 f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG} says rank {rank}"
             )
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+        if abs(scale) * float(np.abs(b).max(initial=0.0)) > _LARGEST:
+            raise RequestError(f"{path}: {module} is too large: its lora_B times the scale {scale:g} is not finite")
         tensors.append(LoraTensors(*key, a, b, scale))
     return tuple(tensors)
 

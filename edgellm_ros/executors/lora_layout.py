@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +25,7 @@ from edgellm_ros.errors import BundleError, RequestError
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
 
 FloatArray = npt.NDArray[np.float32]
+FUSED = {"qkv_proj": "attn.qkv", "gate_up_proj": "mlp.gate_up"}  # projections that Phi-3 has stacked itself
 LARGEST_RANK = 64  # of a projection: what the graphs and the CUDA kernels are made for
 
 
@@ -72,9 +73,37 @@ def stacks_of(model: ModelSpec) -> tuple[Stack, ...]:
     )
 
 
-def check_fits(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: str = "") -> None:
-    """Raise RequestError that names the first tensor which is not of this model or is over `max_rank`."""
+def fit(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: str = "") -> LoraAdapter:
+    """The adapter with its stacked projections taken apart, as `pack` wants it.
+
+    Raises RequestError that names the first tensor which is not of this model or is over `max_rank`.
+    """
+    _check_fits(adapter, model, max_rank, remedy)
+    tensors: dict[tuple[int, str], LoraTensors] = {}
+    for item in adapter.tensors:
+        for part in _take_apart(item, model):
+            if (part.layer, part.target) in tensors:
+                raise RequestError(f"layers.{part.layer}: {item.target} is changed twice; the adapter is damaged")
+            tensors[part.layer, part.target] = part
+    return replace(adapter, tensors=tuple(tensors.values()))
+
+
+def _take_apart(item: LoraTensors, model: ModelSpec) -> list[LoraTensors]:
+    """Rows of B for each projection that is stacked in `item`, which all have its A."""
+    stack = next((s for s in stacks_of(model) if FUSED.get(item.target) == s.stem), None)
+    if stack is None:
+        return [item]
+    _, rows = _blocks(stack, [0] * len(stack.parts))
+    return [
+        LoraTensors(item.layer, target, item.a, item.b[part], item.scale)
+        for (target, _), part in zip(stack.parts, rows, strict=True)
+    ]
+
+
+def _check_fits(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: str) -> None:
     shapes = {target: (width, s.in_features) for s in stacks_of(model) for target, width in s.parts}
+    whole = {stack.stem: (stack.out_features, stack.in_features) for stack in stacks_of(model)}
+    shapes |= {target: whole[stem] for target, stem in FUSED.items()}
     other = f"; the adapter was made for another model than {model.name}"
     for item in adapter.tensors:
         name = f"layers.{item.layer}.{item.target}"
@@ -93,7 +122,7 @@ def check_fits(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: st
 
 
 def pack(adapter: LoraAdapter, model: ModelSpec) -> tuple[dict[str, FloatArray], dict[str, str]]:
-    """The tensors and the metadata of `lora/NAME.safetensors`; the adapter must fit `model` (check_fits)."""
+    """The tensors and the metadata of `lora/NAME.safetensors`, of an adapter that `fit` returned."""
     matrices, ranks = pack_matrices(adapter, model)
     tensors = {}
     for (layer, stem), (a, b) in matrices.items():

@@ -16,7 +16,7 @@ from edgellm_ros.bundle import GraphSpec, ModelSpec
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import LoadedAdapter
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
-from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, check_fits, pack_matrices, stacks_of, unpack
+from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, stacks_of, unpack
 
 Matrices = Mapping[str, FloatArray]  # by the name of the graph's input
 
@@ -51,11 +51,11 @@ class OrtAdapters:
         """See Executor.load_adapter."""
         index = self._table.free_place(name)
         if isinstance(source, PackedLora):
-            check_fits(unpack(source, self._model), self._model, self._max_rank, self._remedy)
+            fit(unpack(source, self._model), self._model, self._max_rank, self._remedy)
             matrices, fingerprint = source.matrices, source.fingerprint
         else:
-            adapter = source if isinstance(source, LoraAdapter) else read_adapter(source)
-            check_fits(adapter, self._model, self._max_rank, self._remedy)
+            found = source if isinstance(source, LoraAdapter) else read_adapter(source)
+            adapter = fit(found, self._model, self._max_rank, self._remedy)
             packed, _ = pack_matrices(adapter, self._model)
             matrices, fingerprint = packed, adapter.fingerprint
         bound = dict(self._none)

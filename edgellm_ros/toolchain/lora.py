@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from edgellm_ros.bundle import LORA, MANIFEST, WEIGHTS, Bundle, LoraEntry, Manifest, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
-from edgellm_ros.executors.lora_layout import LARGEST_RANK, check_fits, pack
+from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What is added to a model's name for the same weights in another format.
@@ -51,17 +51,19 @@ def modules_of(adapter: LoraAdapter) -> list[ModuleRow]:
     return rows
 
 
-def check_for_bundle(adapter: LoraAdapter, bundle: Bundle, any_base: bool = False) -> None:
-    """Raise RequestError or ToolchainError that names why `adapter` cannot be packed for `bundle`.
+def check_for_bundle(adapter: LoraAdapter, bundle: Bundle, any_base: bool = False) -> LoraAdapter:
+    """The adapter as it is packed for `bundle`: stacked projections taken apart.
 
-    any_base: an adapter that names another base model is accepted if its shapes fit.
+    Raises RequestError or ToolchainError that names why it cannot be. any_base: an adapter that names another base
+    model is accepted if its shapes fit.
     """
     manifest = bundle.manifest
     limit = manifest.graph.max_lora_rank
     remedy = f"; export the bundle again with a larger --max-lora-rank, up to {LARGEST_RANK}" if limit else ""
-    check_fits(adapter, manifest.model, limit or LARGEST_RANK, remedy)
+    fitted = fit(adapter, manifest.model, limit or LARGEST_RANK, remedy)
     if not any_base:
         check_base(adapter, (manifest.model.name, manifest.provenance.get("source", "")), str(bundle.path))
+    return fitted
 
 
 def check_base(adapter: LoraAdapter, names: Iterable[str], where: str) -> None:
@@ -97,8 +99,7 @@ def pack_adapter(
     if name in bundle.manifest.loras and not overwrite:
         raise ToolchainError(f"the bundle has an adapter {name!r}; choose another --name, or replace it with --force")
     adapter = read_adapter(path)
-    check_for_bundle(adapter, bundle, any_base)
-    tensors, metadata = pack(adapter, bundle.manifest.model)
+    tensors, metadata = pack(check_for_bundle(adapter, bundle, any_base), bundle.manifest.model)
     key = bundle.lora_key(name)
     final = bundle.path / key
     partial = final.with_name(f".{name}.partial-{os.getpid()}")

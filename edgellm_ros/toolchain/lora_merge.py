@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.lora import LoraTensors, read_adapter
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
-from edgellm_ros.toolchain.families.base import SEPARATE
+from edgellm_ros.toolchain.families.base import FUSED, SEPARATE
 from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
 from edgellm_ros.toolchain.layers import layer_prefix
 from edgellm_ros.toolchain.lora import check_base
@@ -73,7 +73,7 @@ def merge_adapter(
 
 
 def _tensor_name(item: LoraTensors) -> str:
-    modules = [module for stack in SEPARATE.values() for module in stack]
+    modules = [module for stacks in (SEPARATE, FUSED) for stack in stacks.values() for module in stack]
     module = next(m for m in modules if m.rpartition(".")[2] == item.target)
     return f"{layer_prefix(item.layer)}{module}.weight"
 

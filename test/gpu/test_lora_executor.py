@@ -275,11 +275,12 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(
 
     before = executor.step([step(0, prompt(20), 0)]).copy()
     cases = [
-        (adapter("q_proj", 17, 256, 256), r"layers\.0\.q_proj has rank 17; max_lora_rank is 16"),
+        (adapter("q_proj", 17, 256, 256), r"layers\.0\.q_proj has rank 17; at most 16 .*max_lora_rank"),
         (adapter("q_proj", 4, 128, 256), r"layers\.0\.q_proj\.lora_A is \[4, 128\]; it must be \[rank, 256\]"),
         (adapter("k_proj", 4, 256, 256), r"layers\.0\.k_proj\.lora_B is \[256, 4\]; it must be \[128, 4\]"),
         (adapter("q_proj", 4, 256, 256, 3), r"layers\.3\.q_proj: the model has layers 0 to 2"),
-        (adapter("qkv_proj", 4, 256, 256), "the adapter changes qkv_proj; adapters may change q_proj"),
+        (adapter("qkv_proj", 4, 256, 256), r"layers\.0\.qkv_proj\.lora_B is \[256, 4\]; it must be \[512, 4\]"),
+        (adapter("lm_head", 4, 256, 256), "no such projection; it has q_proj"),
     ]
     for wrong, what in cases:
         with pytest.raises(RequestError, match=what):

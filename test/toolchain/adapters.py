@@ -13,12 +13,13 @@ from edgellm_ros.executors.lora import CONFIG, WEIGHTS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # Phi-3's
 PATTERN = {"q_proj": 3, "v_proj": 16, "layers.1.mlp.down_proj": 5}  # PEFT's rank_pattern
 
 
 def projection(model: Any, layer: int, target: str) -> Any:
     block = model.model.layers[layer]
-    return getattr(block.self_attn if target in ATTENTION else block.mlp, target)
+    return getattr(block.self_attn if hasattr(block.self_attn, target) else block.mlp, target)
 
 
 def write_adapter(path: Path, model: Any, ranks: dict[str, int], seed: int, rslora: bool = False, base: str = "") -> Path:
@@ -34,7 +35,8 @@ def write_adapter(path: Path, model: Any, ranks: dict[str, int], seed: int, rslo
             rows, cols = weight.shape
             scale = 8 / (rank**0.5 if rslora else rank)
             size = 0.5 * float(weight.detach().norm()) / (rows * rank * cols) ** 0.5 / scale
-            at = f"base_model.model.model.layers.{layer}.{'self_attn' if target in ATTENTION else 'mlp'}.{target}"
+            block = "mlp" if hasattr(model.model.layers[layer].mlp, target) else "self_attn"
+            at = f"base_model.model.model.layers.{layer}.{block}.{target}"
             a, b = torch.randn((rank, cols), generator=generator), torch.randn((rows, rank), generator=generator)
             tensors[f"{at}.lora_A.weight"], tensors[f"{at}.lora_B.weight"] = a, b * size
     path.mkdir()

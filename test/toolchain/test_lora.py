@@ -28,7 +28,7 @@ from edgellm_ros.errors import (
     UnsupportedError,
 )
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, read_adapter
-from edgellm_ros.executors.lora_layout import open_packed, unpack
+from edgellm_ros.executors.lora_layout import open_packed, pack, unpack
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.lora import check_for_bundle, pack_adapter
 from edgellm_ros.toolchain.lora_merge import merge_adapter
@@ -58,6 +58,7 @@ def bundle(tiny_bundle: TinyBundle, tmp_path: Path) -> Bundle:
         ("llama", torch.float32, {"rank_pattern": PATTERN, "alpha_pattern": {"v_proj": 3, "mlp.up_proj": 7}}),
         ("qwen2", torch.float32, {"use_rslora": True, "target_modules": "all-linear", "rank_pattern": PATTERN}),
         ("qwen3", torch.bfloat16, {"target_modules": ["o_proj", "gate_proj"], "layers_to_transform": [0, 2]}),
+        ("phi3", torch.float32, {"target_modules": "all-linear", "rank_pattern": {"qkv_proj": 7}}),
         ("mistral", torch.float16, {"target_modules": r".*\.(q|down)_proj"}),
     ],
 )
@@ -150,6 +151,17 @@ def test_packed_blocks_times_an_input_are_what_each_projection_adds(bundle: Bund
     for item in unpack(packed, bundle.manifest.model).tensors:
         original = next(t for t in read_adapter(adapter).tensors if (t.layer, t.target) == (item.layer, item.target))
         assert np.allclose(item.scale * item.b @ item.a, original.scale * original.b @ original.a, atol=1e-6)
+
+
+def test_an_adapter_of_stacked_projections_is_packed_apart(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
+    bundle, model = tiny_bundle("phi3", "fp16"), make_model("phi3")
+    path = write_adapter(tmp_path / "a", model, {"qkv_proj": 6, "gate_up_proj": 4}, 1)
+    tensors, _ = pack(check_for_bundle(read_adapter(path), bundle), bundle.manifest.model)
+    x, changed = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32), merged(model, path)
+    for stem, block, target in (("attn.qkv", "self_attn", "qkv_proj"), ("mlp.gate_up", "mlp", "gate_up_proj")):
+        old, new = (getattr(getattr(m.model.layers[1], block), target).weight.detach().numpy() for m in (model, changed))
+        product = x @ tensors[f"layers.1.{stem}.lora_A"] @ tensors[f"layers.1.{stem}.lora_B"]
+        assert np.allclose(product, x @ (new - old).T, atol=1e-4)
 
 
 def test_a_packed_adapter_is_in_the_manifest_and_its_hash_is_checked(bundle: Bundle, adapter: Path) -> None:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from adapters import ALL, ATTENTION, PATTERN, merged, peft_adapter, write_adapter
+from adapters import ALL, ATTENTION, FUSED, PATTERN, merged, peft_adapter, write_adapter
 from test_export import hf_logits, quantised_model, relative_error
 from tiny import make_model
 
@@ -86,10 +86,10 @@ def run_portable(bundle: Bundle, ids: np.ndarray, adapter: dict[str, np.ndarray]
     return session.run([graph.logits], feed)[0]
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_an_adapter_of_all_projections_is_the_merged_model(kind: str, open_lora: OpenLora, tmp_path: Path) -> None:
     model, executor = make_model(kind), open_lora(kind)
-    path = write_adapter(tmp_path / "a", model, dict.fromkeys(ALL, 8), 1)
+    path = write_adapter(tmp_path / "a", model, dict.fromkeys(FUSED if kind == "phi3" else ALL, 8), 1)
     loaded = executor.load_adapter("a", path)
     ids = prompt(70)
     plain, expected = hf_logits(model, ids), hf_logits(merged(model, path), ids)
@@ -277,7 +277,8 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(open_lora: Ope
         (adapter("q_proj", 4, 32, 64), r"layers\.0\.q_proj\.lora_A is \[4, 32\]; it must be \[rank, 64\]"),
         (adapter("k_proj", 4, 64, 64), r"layers\.0\.k_proj\.lora_B is \[64, 4\]; it must be \[32, 4\]"),
         (adapter("q_proj", 4, 64, 64, 3), r"layers\.3\.q_proj: the model has layers 0 to 2"),
-        (adapter("qkv_proj", 4, 64, 64), "no such projection; it has q_proj"),
+        (adapter("qkv_proj", 4, 64, 64), r"layers\.0\.qkv_proj\.lora_B is \[64, 4\]; it must be \[128, 4\]"),
+        (adapter("lm_head", 4, 64, 64), "no such projection; it has q_proj"),
     ]
     for wrong, what in cases:
         with pytest.raises(RequestError, match=what):

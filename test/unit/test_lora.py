@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from edgellm_ros.errors import RequestError, UnsupportedError
+from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.errors import EdgeLLMError, RequestError, UnsupportedError
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, LoraTensors, make_adapter, read_adapter
+from edgellm_ros.executors.lora_layout import PackedLora, fit, pack_matrices
 
+MODEL = ModelSpec("llama", "tiny", 4, 32, 80, 2, 1, 16, 64, 128, 1e-5)
 Q = "base_model.model.model.layers.3.self_attn.q_proj"
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
@@ -111,7 +116,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, config: dict
         "base_model.model.model.embed_tokens.lora_embedding_A",
         f"{Q}.lora_magnitude_vector",
         "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-        "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.query_key_value.lora_A.weight",
     ],
 )
 def test_tensors_of_other_places_are_refused_by_name(tmp_path: Path, name: str) -> None:
@@ -146,3 +151,81 @@ def test_a_fingerprint_follows_the_contents(tmp_path: Path) -> None:
     a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
     made = [make_adapter((LoraTensors(0, "q_proj", a, b, scale),)).fingerprint for scale in (1.0, 1.0, 2.0)]
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"r": "four"}, "r is 'four'; it must be a whole number"),
+        ({"r": -1}, "r is -1"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a finite number"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan"),
+        ({"lora_alpha": 1e300}, r"lora_alpha is 1e\+300"),
+        ({"lora_alpha": 3e38}, r"q_proj is too large|up_proj is too large"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; it must map"),
+        ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern has 'q_proj': 2.5"),
+        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern has '\(', which is no pattern"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(tmp_path: Path, config: dict[str, Any], what: str) -> None:
+    big = {name: values * 1e5 for name, values in {**pair(Q, 4, 32, 48), **pair(UP, 4, 32, 80)}.items()}
+    with pytest.raises(RequestError, match=what):
+        read_adapter(write(tmp_path, big, **config))
+
+
+def test_a_projection_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    tensors = {**pair(Q, 4, 32, 48), **pair(Q.removeprefix("base_model.model."), 4, 32, 48)}
+    with pytest.raises(RequestError, match=r"has lora_[AB] of .*layers\.3\.self_attn\.q_proj twice"):
+        read_adapter(write(tmp_path, tensors))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "bias", "use_rslora", "peft_type",
+         "base_model_name_or_path", "init_lora_weights", "modules_to_save", "anything")  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=_JSON | st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4))
+def test_no_configuration_gives_a_traceback(tmp_path: Path, config: Any) -> None:
+    write(tmp_path)
+    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / CONFIG).write_text(json.dumps({**whole, **config} if isinstance(config, dict) else config))
+    try:
+        assert read_adapter(tmp_path).rank == 4
+    except EdgeLLMError as error:
+        assert str(tmp_path) in str(error)
+
+
+def test_the_cuda_executor_gives_its_kernels_a_bundles_adapter_projection_by_projection(tmp_path: Path) -> None:
+    from edgellm_ros.executors.adapter_table import AdapterTable
+    from edgellm_ros.executors.cuda import CudaExecutor
+
+    loaded: list[tuple[int, list[Any]]] = []
+
+    class Decoder:
+        def load_adapter(self, index: int, tensors: list[Any]) -> None:
+            if any(len(a) > 8 for _, _, a, _, _ in tensors):
+                raise ValueError("the arena is full")
+            loaded.append((index, tensors))
+
+    executor = CudaExecutor.__new__(CudaExecutor)
+    executor._decoder, executor._model = Decoder(), MODEL
+    executor._max_lora_rank, executor._adapters = 16, AdapterTable(2)
+    adapter = read_adapter(write(tmp_path / "a", {**pair(Q, 4, 32, 32), **pair(UP, 3, 32, 80)}, rank_pattern={"up_proj": 3}))
+    matrices, ranks = pack_matrices(fit(adapter, MODEL, 16), MODEL)
+    assert executor.load_adapter("a", PackedLora("a", "print", matrices, ranks)) == executor.adapters["a"]
+    ((index, tensors),) = loaded
+    assert (index, executor.adapters["a"].fingerprint) == (1, "print")
+    for original in adapter.tensors:
+        (item,) = (t for t in tensors if t[:2] == (original.layer, original.target))
+        assert np.allclose(item[4] * item[3] @ item[2], original.scale * original.b @ original.a, atol=1e-6)
+    with pytest.raises(RequestError, match="adapter 'b': the arena is full"):
+        executor.load_adapter("b", write(tmp_path / "b", pair(Q, 9, 32, 32), r=9))
+    with pytest.raises(RequestError, match=r"layers\.3\.q_proj has rank 17; at most 16"):
+        executor.load_adapter("b", write(tmp_path / "b", pair(Q, 17, 32, 32), r=17))
+    assert set(executor.adapters) == {"a"}
