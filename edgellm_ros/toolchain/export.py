@@ -184,7 +184,7 @@ def _write_weights(
                 elif at.endswith(".bias"):
                     writer.write(at, tensor)
                 else:
-                    writer.write(f"{at}.weight", tensor if kept is None else kept.gain(layer, stem, tensor))
+                    writer.write(f"{at}.weight", tensor)
             progress("weights", layer + 2, total)
         final_norm = read_norm(source, model, FINAL_NORM)
         writer.write("final_norm.weight", final_norm)

@@ -30,8 +30,6 @@ from edgellm_ros.toolchain.quantized.packed import (
 
 _LARGEST_GROUP = 128  # of a stored scale: larger ones are repeated, which changes nothing
 _LARGEST_OF_ROW = 64  # the same for one scale a row: ONNX Runtime batches int8 exactly up to here
-# The norm before these layers takes the factor of their input, so that nothing multiplies at run time.
-_NORM_OF = {"attn.qkv": "input_norm", "mlp.gate_up": "post_norm"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class _Layer:
 
     names: tuple[str, ...]
     format: LinearFormat
-    factor: bool = False  # some of the weights multiply their input
 
 
 class KeptWeights:
@@ -56,10 +53,10 @@ class KeptWeights:
         for layer in range(model.num_layers):
             for stem, modules in self._linears.items():
                 names = tuple(f"{layer_prefix(layer)}{m}.weight" for m in modules)
-                self._layers[f"layers.{layer}.{stem}"] = self._choose(names, fold=stem in _NORM_OF)
+                self._layers[f"layers.{layer}.{stem}"] = self._choose(names)
         self._layers["embed"] = self._choose_embedding()
         if not model.tied_head:
-            self._layers["head"] = self._choose((HEAD,), fold=False)
+            self._layers["head"] = self._choose((HEAD,))
         self._share_row_groups()
 
     @property
@@ -115,18 +112,7 @@ class KeptWeights:
             found["input_factor"] = weight.input_factor
         return found
 
-    def gain(self, layer: int, norm: str, values: FloatArray) -> FloatArray:
-        """A norm's gain with the factor of the linear layer that reads it."""
-        for kind, reader in _NORM_OF.items():
-            stored = self._layers[f"layers.{layer}.{kind}"]
-            if reader == norm and stored.factor and stored.format.scheme != "fp16":
-                parts = [self._source.packed(name).take(slice(0, 1)) for name in stored.names]
-                factor = stack([_convert(p, stored.format) for p in parts], f"layers.{layer}.{kind}").input_factor
-                assert factor is not None
-                return values * factor
-        return values
-
-    def _choose(self, names: tuple[str, ...], *, fold: bool) -> _Layer:
+    def _choose(self, names: tuple[str, ...]) -> _Layer:
         schemes = [self._source.scheme(name) for name in names]
         found = [s for s in schemes if s is not None]
         kinds = {s.kind for s in found}
@@ -135,7 +121,6 @@ class KeptWeights:
                 mixed = ", ".join("floats" if s is None else s.kind for s in schemes)
                 self._notes[f"{names[0]} and what shares its input are {mixed}: dequantised to fp16"] = None
             return _Layer(names, LinearFormat("fp16"))
-        factor = any(s.input_factor for s in found)
         columns = self._source.shape(names[0])[1]
         group = common_group([s.group for s in found], columns)
         kind = found[0].kind
@@ -147,13 +132,13 @@ class KeptWeights:
             group = 0 if group == columns else group
         else:
             group = NVFP4_GROUP
-        ordered = any(s.ordered for s in found)
-        form = LinearFormat(kind, group, any(s.offset for s in found), factor and not fold, ordered)
-        return _Layer(names, form, factor)
+        # A factor stays with this layer alone: in the norm before it, it would reach a LoRA adapter's input too.
+        flags = (any(s.offset for s in found), any(s.input_factor for s in found), any(s.ordered for s in found))
+        return _Layer(names, LinearFormat(kind, group, *flags))
 
     def _choose_embedding(self) -> _Layer:
         """Rows are looked up by the executors, which know int8 in groups and floats."""
-        chosen = self._choose((EMBEDDING,), fold=False)
+        chosen = self._choose((EMBEDDING,))
         if chosen.format.scheme in INTEGERS:
             return replace(chosen, format=replace(chosen.format, scheme="int8"))
         if chosen.format.scheme != "fp16":

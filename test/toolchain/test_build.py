@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import packers
 import pytest
 
 from edgellm_ros.bundle import DECODER, Bundle
@@ -17,6 +18,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
 from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT
+from edgellm_ros.toolchain.export import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
 onnx = pytest.importorskip("onnx")
@@ -65,6 +67,27 @@ def test_every_family_builds_with_fused_attention_and_caches_in_place(
     assert report["executed"] is False and target in engine.key
     decode, prefill = (p["position_ids"] for p in report["profiles"])
     assert (decode, prefill) == ([[1, 1], [1, 1], [1, 8]], [[1, 1], [1, 16], [1, 32]])
+
+
+KEPT = {  # what others quantised: an offset for each group, an input in another order, FP8 in blocks, two levels of scales
+    "awq": (packers.awq(32), packers.awq_config(32), "sm89"),
+    "gptq by activation": (packers.gptq(32, 4, True, True), packers.gptq_config(32, 4, True, True), "sm89"),
+    "fp8 blocks": (packers.fp8_blocks(64, 64), {"quant_method": "fp8", "weight_block_size": [64, 64]}, "sm89"),
+    "nvfp4": (packers.modelopt_nvfp4, packers.modelopt_files("NVFP4", group_size=16)[0], "sm120"),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_others_quantised_builds(case: str, tmp_path: Path) -> None:
+    pack, config, target = KEPT[case]
+    packers.save_quantized("llama", tmp_path / "source", pack, config)
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+    kinds = build_engine(bundle, target, SMALL)[0].report["network"]["kinds"]
+    levels = 2 if case == "nvfp4" else 1
+    assert kinds["DEQUANTIZE"] == levels * 4 * bundle.manifest.model.num_layers and kinds["KV_CACHE_UPDATE"] == 6
+    if case == "nvfp4":
+        with pytest.raises(ToolchainError, match="sm89 has no nvfp4"):
+            build_engine(bundle, "sm89", SMALL)
 
 
 def test_a_key_is_reused_and_a_damaged_engine_is_not(copy: Callable[..., Bundle]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ import tiny
 import torch
 import transformers
 from test_export import PROMPT, hf_logits, relative_error, run_executor, run_portable
+from test_reduced_head import kept_tokens
 
 from edgellm_ros.bundle import DECODER, Bundle
 from edgellm_ros.executors.embedding import EmbeddingTable
@@ -124,6 +126,19 @@ def test_an_embedding_with_offsets_is_looked_up_as_ggml_dequantises_it(tmp_path:
     got = np.empty_like(expected)
     EmbeddingTable(bundle).lookup(np.arange(len(expected), dtype=np.int32), got)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1"])
+def test_a_reduced_head_has_its_tokens_own_rows(quantisation: str, tmp_path: Path) -> None:
+    tiny.save_gguf("llama_tied", tmp_path / "model.gguf", quantisation)
+    tokens = kept_tokens(tmp_path / "model.gguf")
+    (tmp_path / "map.json").write_text(json.dumps({"token_ids": tokens}))
+    whole = export_bundle(tmp_path / "model.gguf", tmp_path / "whole")
+    cut = export_bundle(tmp_path / "model.gguf", tmp_path / "cut", vocab_map=tmp_path / "map.json")
+    for name in ("weight", "scale", "offset") if quantisation == "Q4_1" else ("weight", "scale"):
+        assert np.array_equal(cut.weights()[f"head.{name}"], whole.weights()[f"embed.{name}"][tokens]), name
+    logits = run_executor(cut, PROMPT)[0]
+    np.testing.assert_allclose(logits, run_executor(whole, PROMPT)[0][:, tokens], atol=1e-4)
 
 
 def test_types_without_a_place_are_dequantised_and_said_so(tmp_path: Path) -> None:

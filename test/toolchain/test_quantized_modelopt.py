@@ -62,16 +62,23 @@ def test_integers_are_the_checkpoints_own(case: str, tmp_path: Path) -> None:
     assert np.array_equal(stored, raw)
 
 
-def test_the_factor_of_an_input_goes_into_the_norm_before_it_where_there_is_one(tmp_path: Path) -> None:
+def test_the_factor_of_an_input_is_stored_beside_the_layer_and_the_norm_before_it_stays(tmp_path: Path) -> None:
     save("int4_awq", tmp_path / "source", kind="llama")
     bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
-    quant, weights = bundle.manifest.quantization, bundle.weights()
-    assert quant.formats["attn.o"] == quant.formats["mlp.down"] == LinearFormat("int4", 32, input_factor=True)
-    assert "attn.qkv" not in quant.formats and "layers.0.attn.qkv.input_factor" not in weights
+    weights = bundle.weights()
+    assert bundle.manifest.quantization.format_of("layers.0.attn.qkv") == LinearFormat("int4", 32, input_factor=True)
     source = safetensors.torch.load_file(tmp_path / "source" / "model.safetensors")
-    gain = source["model.layers.0.input_layernorm.weight"].float()
-    factor = source["model.layers.0.self_attn.q_proj.pre_quant_scale"].float()
-    assert np.array_equal(weights["layers.0.input_norm.weight"], (gain * factor).numpy())
+    gain = source["model.layers.0.input_layernorm.weight"].float().numpy()
+    factor = source["model.layers.0.self_attn.q_proj.pre_quant_scale"].float().numpy()
+    assert np.array_equal(weights["layers.0.input_norm.weight"], gain)  # an adapter on q, k, v reads the norm's output
+    assert np.array_equal(weights["layers.0.attn.qkv.input_factor"], factor)
+
+
+def test_layers_that_share_an_input_with_different_factors_are_refused(tmp_path: Path) -> None:
+    save("int4_awq", tmp_path / "source", kind="llama")
+    edit(tmp_path / "source", lambda t: t["model.layers.1.self_attn.k_proj.pre_quant_scale"].mul_(1.5))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.qkv: .*different pre_quant_scale.*--weights int4"):
+        export_bundle(tmp_path / "source", tmp_path / "out")
 
 
 def test_excluded_layers_stay_floats_and_what_is_left_out_is_in_the_manifest(tmp_path: Path) -> None:

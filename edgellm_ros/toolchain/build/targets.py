@@ -64,7 +64,7 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
 def check_formats(bundle: Bundle, target: str) -> None:
     """Raise ToolchainError for a weight format that `target` cannot compute with."""
     quant = bundle.manifest.quantization
-    for scheme in {quant.weights, quant.lm_head or quant.weights}:
+    for scheme in {quant.weights, quant.lm_head or quant.weights, *(form.scheme for form in quant.formats.values())}:
         if scheme not in LOWEST:
             raise ToolchainError(f"weights are {scheme}; engines have fused attention in 16 bit only; export with one "
                                  f"of --weights {', '.join(LOWEST)}")  # fmt: skip
