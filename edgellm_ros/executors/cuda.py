@@ -33,7 +33,7 @@ from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
 _log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
-# The bundle's schemes as the kernels have them. fp8 is made at load from weights that are stored as floats.
+# The bundle's schemes as the kernels have them. fp8 is stored as it is, or made at load from floats.
 _FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
@@ -288,8 +288,8 @@ def _check_formats(bundle: Bundle) -> None:
         problem = ""
         if form.scheme not in _FORMATS:
             problem = f"is {form.scheme}"
-        elif form.scheme == "fp8" and (quant.kept or form.group_size):
-            problem = "is stored as fp8"
+        elif form.scheme == "fp8" and form.group_size:
+            problem = f"is fp8 with a scale for each {form.group_size} input features instead of each row"
         elif form.offset:
             problem = f"is {form.scheme} with an offset for each group (zero points)"
         elif form.input_factor:

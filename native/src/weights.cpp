@@ -99,7 +99,14 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
       break;
     case WeightFormat::fp8:
       if (weight.shape != shape) expect(stem + ".weight", weight, DType::kFloat32, shape);
-      load_fp8(view, weight, stream);
+      if (scale != nullptr) {  // E4M3 already, with one scale a row
+        expect(stem + ".weight", weight, DType::kUInt8, shape);
+        expect(stem + ".scale", *scale, DType::kFloat32, Shape{view.rows});
+        copy(writable(view.data), weight.data, count, stream);
+        copy(writable(view.scales), scale->data, static_cast<std::size_t>(view.rows) * sizeof(float), stream);
+      } else {
+        load_fp8(view, weight, stream);
+      }
       break;
     case WeightFormat::int8:
       expect(stem + ".weight", weight, DType::kInt8, shape);

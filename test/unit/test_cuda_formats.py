@@ -16,6 +16,7 @@ CASES = {
     "nvfp4": ("mlp.down", LinearFormat("nvfp4", 16), r"layers\.0\.mlp\.down of the bundle is nvfp4"),
     "zeros": ("attn.qkv", LinearFormat("int4", 64, offset=True), r"attn\.qkv .*offset .*zero points"),
     "factor": ("attn.o", LinearFormat("int4", 64, input_factor=True), r"attn\.o .*pre_quant_scale"),
+    "blocks": ("mlp.down", LinearFormat("fp8", 128), r"mlp\.down .*fp8 with a scale for each 128 input features"),
     "mixed": ("layers.3.mlp.down", LinearFormat("int8", 64), r"layers\.3\.mlp\.down .*is int8.*attn\.qkv int4"),
     "groups": ("head", LinearFormat("int8", 32), "head .*groups of 32, the layers of 64"),
 }

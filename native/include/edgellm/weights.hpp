@@ -38,8 +38,8 @@ class Weights {
   Weights(const Arena& arena, const DecoderConfig& config);
 
   // Uploads a linear layer's or the embedding's weight by its stored stem ("layers.0.attn.qkv", "embed"), turning it
-  // into the format that the configuration names: fp32 and fp16 to bf16 or fp8; int8 stays; int4 is repacked.
-  // scale: (rows, cols / group) fp16 for int8 and int4, else null.
+  // into the format that the configuration names: fp32 and fp16 to bf16 or fp8; int8 and E4M3 bytes stay; int4 is
+  // repacked. scale: (rows, cols / group) fp16 for int8 and int4, (rows) fp32 for E4M3 bytes, else null.
   // Throws std::invalid_argument for a dtype or shape that is not the plan's. Waits for the stream.
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale, cudaStream_t stream);
   // Uploads a norm's gain, a bias or a rope table (fp32) by its stored name. Waits for the stream.
