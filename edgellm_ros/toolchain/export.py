@@ -9,6 +9,7 @@ import datetime
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,17 @@ import numpy as np
 
 import edgellm_ros
 from edgellm_ros import bundle as names
-from edgellm_ros.bundle import Bundle, GraphSpec, Manifest, ModelSpec, QuantSpec, SelfTest, WeightFile, hash_file
+from edgellm_ros.bundle import (
+    Bundle,
+    GraphSpec,
+    LinearFormat,
+    Manifest,
+    ModelSpec,
+    QuantSpec,
+    SelfTest,
+    WeightFile,
+    hash_file,
+)
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora_layout import LARGEST_RANK
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
@@ -38,6 +49,7 @@ DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises i
 # with the search of quantize_weights.py loses no more perplexity.
 GROUP_SIZES = (64, 32, 16)
 KEEP = "keep"
+_TABLE_NUMBERS = 1 << 20  # of an embedding or a head that are in memory at once
 _HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding
 # The head stays int8: in int4 it costs a small model more perplexity than all its layers together.
 SCHEMES: dict[str, QuantSpec] = {
@@ -170,12 +182,12 @@ def _write_weights(
         for kind, stem in model.rope_tables().items():
             for part, table in zip(("cos", "sin"), ropes[kind], strict=True):
                 writer.write(f"{stem}.{part}", table)
-        embedding = source.read(EMBEDDING)
-        reference.embed(embedding, prompts)
-        _write_linear(writer, "embed", embedding, quant, kept)
+        for first, rows in _tables(source, EMBEDDING, writer, "embed", quant, kept):
+            reference.embed(rows, prompts, first)
         progress("weights", 1, total)
+        buffers: dict[str, FloatArray] = {}
         for layer in range(model.num_layers):
-            tensors = read_layer(source, model, layer)
+            tensors = read_layer(source, model, layer, buffers)
             reference.layer(layer, tensors)
             for stem, tensor in tensors.items():
                 at = f"layers.{layer}.{stem}"
@@ -188,18 +200,52 @@ def _write_weights(
             progress("weights", layer + 2, total)
         final_norm = read_norm(source, model, FINAL_NORM)
         writer.write("final_norm.weight", final_norm)
-        head = embedding if model.tied_head else source.read(HEAD)
-        if vocab is not None:
-            head = head[vocab.token_ids]
-        if quant.head_tensor(model) == "head":
-            _write_linear(writer, "head", head, quant, kept, None if vocab is None else vocab.token_ids)
-        logits = reference.logits(final_norm, head, last=8)
+        stem = "head" if quant.head_tensor(model) == "head" else ""
+        chosen = None if vocab is None else vocab.token_ids
+        parts = [
+            reference.logits(final_norm, rows, last=8)
+            for _, rows in _tables(source, EMBEDDING if model.tied_head else HEAD, writer, stem, quant, kept, chosen)
+        ]
+        logits = [np.concatenate(columns, -1) for columns in zip(*parts, strict=True)]
         progress("weights", total, total)
     except BaseException:
         writer.abort()
         raise
     writer.close()
     return logits
+
+
+def _tables(
+    source: Checkpoint,
+    name: str,
+    writer: WeightWriter,
+    stem: str,
+    quant: QuantSpec,
+    kept: KeptWeights | None,
+    chosen: np.ndarray | None = None,
+) -> Iterator[tuple[int, FloatArray]]:
+    """The rows of the embedding or the head, or the `chosen` ones (ascending), a part of them at a time.
+
+    Yields the number of the part's first row in what is stored, and its rows; each part is written to `stem`, unless
+    that is empty. A table in fp32 at once could be twice the size of a small model.
+    """
+    total, columns = source.shape(name)
+    whole = kept is not None and kept.is_kept(stem)
+    if whole:
+        _write_linear(writer, stem, np.empty(0, np.float32), quant, kept, chosen)
+    # A quantised table is unpacked as a whole, so once and not for every part.
+    step, first = total if source.scheme(name) else max(1, _TABLE_NUMBERS // columns), 0
+    for start in range(0, total, step):
+        rows = source.read_rows(name, start, min(start + step, total))
+        if chosen is not None:
+            rows = rows[chosen[(chosen >= start) & (chosen < start + step)] - start]
+        if not len(rows):
+            continue
+        if stem and not whole:
+            for tensor, data in _stored(rows, quant.format_of(stem)).items():
+                writer.write_rows(f"{stem}.{tensor}", first, data)
+        yield first, rows
+        first += len(rows)
 
 
 def _write_linear(
@@ -211,18 +257,18 @@ def _write_linear(
     rows: np.ndarray | None = None,
 ) -> None:
     """Write a layer's tensors: from `weight`, or the checkpoint's own integers (their `rows`) where they are kept."""
-    if kept is not None and kept.is_kept(stem):
-        for name, tensor in kept.tensors(stem, rows).items():
-            writer.write(f"{stem}.{name}", tensor)
-        return
-    form = quant.format_of(stem)
+    tensors = kept.tensors(stem, rows) if kept is not None and kept.is_kept(stem) else None
+    for name, tensor in (tensors or _stored(weight, quant.format_of(stem))).items():
+        writer.write(f"{stem}.{name}", tensor)
+
+
+def _stored(weight: FloatArray, form: LinearFormat) -> dict[str, np.ndarray]:
+    """What is stored for fp32 rows, by the name after the stem."""
     if form.scheme in ("int4", "int8"):
         quantize = quantize_int4 if form.scheme == "int4" else quantize_int8
         values, scales = quantize(weight, form.group_size)
-        writer.write(f"{stem}.weight", values)
-        writer.write(f"{stem}.scale", scales)
-    else:
-        writer.write(f"{stem}.weight", weight.astype(np.float16 if form.scheme == "fp16" else np.float32))
+        return {"weight": values, "scale": scales}
+    return {"weight": weight.astype(np.float16 if form.scheme == "fp16" else np.float32)}
 
 
 def _scheme(source: Checkpoint, weights: str | None) -> QuantSpec | None:

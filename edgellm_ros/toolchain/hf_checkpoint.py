@@ -54,6 +54,10 @@ class HfCheckpoint(Checkpoint):
         """Rows start to stop - 1 of the first axis."""
         return self._file(name).read_rows(name, start, stop)
 
+    def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
+        """See Checkpoint.read_into."""
+        self._file(name).read_rows(name, 0, len(out), out)
+
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(file.num_bytes(name) for name, file in self._home.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 
 from edgellm_ros.bundle import ModelSpec, QuantSpec
@@ -20,20 +22,31 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def read_layer(checkpoint: Checkpoint, model: ModelSpec, layer: int) -> dict[str, FloatArray]:
-    """One layer's tensors in fp32 under their stored stems: `attn.qkv.weight`, `attn.qkv.bias`, `input_norm`, …"""
+def read_layer(
+    checkpoint: Checkpoint, model: ModelSpec, layer: int, buffers: dict[str, FloatArray] | None = None
+) -> dict[str, FloatArray]:
+    """One layer's tensors in fp32 under their stored stems: `attn.qkv.weight`, `attn.qkv.bias`, `input_norm`, …
+
+    The weights lie in `buffers`, which is filled at the first call and overwritten by the next.
+    """
     prefix = layer_prefix(layer)
     family = family_of(model)
+    buffers = {} if buffers is None else buffers
     found: dict[str, FloatArray] = {}
     for stem, modules in family.linears.items():
-        weights = [checkpoint.read(f"{prefix}{m}.weight") for m in modules]
-        found[f"{stem}.weight"] = np.concatenate(weights) if len(weights) > 1 else weights[0]
+        shapes = [checkpoint.shape(f"{prefix}{m}.weight") for m in modules]
+        ends = list(accumulate(rows for rows, _ in shapes))
+        if stem not in buffers:
+            buffers[stem] = np.empty((ends[-1], shapes[0][1]), np.float32)
+        found[f"{stem}.weight"] = buffers[stem]
+        for module, (rows, _), end in zip(modules, shapes, ends, strict=True):
+            checkpoint.read_into(f"{prefix}{module}.weight", buffers[stem][end - rows : end])
         if has_bias(checkpoint, layer, modules):
             biases = [
                 checkpoint.read(f"{prefix}{m}.bias")
                 if f"{prefix}{m}.bias" in checkpoint
-                else np.zeros(len(w), np.float32)
-                for m, w in zip(modules, weights, strict=True)
+                else np.zeros(rows, np.float32)
+                for m, (rows, _) in zip(modules, shapes, strict=True)
             ]
             found[f"{stem}.bias"] = np.concatenate(biases)
     for stem, module in {**family.norms, **(family.head_norms if model.qk_norm else {})}.items():

@@ -44,6 +44,13 @@ class QuantizedCheckpoint(HfCheckpoint):
             return super().read_rows(name, start, stop)
         return self._reader.read(self._modules[name]).take(slice(start, stop)).dequantize()
 
+    def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
+        """See Checkpoint.read_into."""
+        if name in self._modules:
+            out[...] = self.read(name)
+        else:
+            super().read_into(name, out)
+
     def quantization(self) -> str:
         """See Checkpoint.quantization."""
         return self._reader.describe()

@@ -22,9 +22,13 @@ class ReferenceDecoder:
         self._model, self._ropes = model, ropes
         self._hidden: list[FloatArray] = []
 
-    def embed(self, embedding: FloatArray, prompts: list[npt.NDArray[np.int64]]) -> None:
-        """Start with the prompts' rows of the (vocab, hidden) embedding."""
-        self._hidden = [embedding[p].astype(np.float32) * np.float32(self._model.embed_scale) for p in prompts]
+    def embed(self, embedding: FloatArray, prompts: list[npt.NDArray[np.int64]], first: int = 0) -> None:
+        """Start with the prompts' rows of the embedding; `embedding` (rows, hidden) are those from row `first` on."""
+        if not self._hidden:
+            self._hidden = [np.zeros((len(p), self._model.hidden_size), np.float32) for p in prompts]
+        for hidden, prompt in zip(self._hidden, prompts, strict=True):
+            here = (prompt >= first) & (prompt < first + len(embedding))
+            hidden[here] = embedding[prompt[here] - first] * np.float32(self._model.embed_scale)
 
     def layer(self, index: int, weights: dict[str, FloatArray]) -> None:
         """Run layer `index`; `weights` has the stems of toolchain/weights.py, without the layer's own prefix."""
@@ -42,11 +46,11 @@ class ReferenceDecoder:
             self._hidden[i] = x + y
 
     def logits(self, final_norm: FloatArray, head: FloatArray, last: int) -> list[FloatArray]:
-        """(min(last, prompt length), vocab) logits after the last positions of each prompt."""
+        """(min(last, prompt length), rows of head) logits after the last positions of each prompt."""
         return [self.logits_at(i, slice(-last, None), final_norm, head) for i in range(len(self._hidden))]
 
     def logits_at(self, prompt: int, positions: slice, final_norm: FloatArray, head: FloatArray) -> FloatArray:
-        """(positions, vocab) logits after some positions of one prompt."""
+        """(positions, rows of head) logits after some positions of one prompt."""
         x = self._hidden[prompt][positions]
         logits: FloatArray = _rms_norm(x, final_norm, self._model.rms_norm_eps) @ head.T
         cap = np.float32(self._model.logit_softcap)

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _PACKED: dict[str, npt.DTypeLike] = {
     "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?",
 }  # fmt: skip
 _DTYPES = {**FLOATS, **_PACKED}
+Float32 = npt.NDArray[np.float32]
+_CHUNK = 1 << 20  # numbers read at once
 _REMEDY = "download or copy the file again"
 
 
@@ -37,7 +40,7 @@ class _Entry:
 
 
 class SafetensorsFile:
-    """Read-only, memory-mapped; a tensor's bytes are touched when it is read."""
+    """Read-only; a tensor's bytes are read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         """Map `path` and check every tensor's range; raises CheckpointError when the file is not whole."""
@@ -45,8 +48,8 @@ class SafetensorsFile:
         self.size = path.stat().st_size
         if self.size < 8:
             raise CheckpointError(f"{path} is truncated: {self.size} bytes are no safetensors header; {_REMEDY}")
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb")  # noqa: SIM115  (closed with the object)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._entries = self._read_header()
 
     def __contains__(self, name: str) -> bool:
@@ -80,8 +83,8 @@ class SafetensorsFile:
         dtype = np.dtype(_DTYPES[entry.dtype])
         return np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.begin).reshape(entry.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows start to stop - 1 of a tensor's first axis, as an own float32 array."""
+    def read_rows(self, name: str, start: int, stop: int, out: Float32 | None = None) -> Float32:
+        """Rows start to stop - 1 of a tensor's first axis as float32, in `out` (contiguous) or an own array."""
         entry = self._entries[name]
         if entry.dtype not in FLOATS:
             raise CheckpointError(
@@ -90,12 +93,21 @@ class SafetensorsFile:
             )
         dtype = np.dtype(FLOATS[entry.dtype])
         row = math.prod(entry.shape[1:])
-        raw = np.frombuffer(self._map, dtype, (stop - start) * row, entry.begin + start * row * dtype.itemsize)
-        raw = raw.reshape(stop - start, *entry.shape[1:])
-        if entry.dtype == "BF16":  # the upper half of a float32
-            widened: npt.NDArray[np.float32] = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
-            return widened
-        return raw.astype(np.float32)
+        values = np.empty((stop - start) * row, np.float32) if out is None else out.reshape(-1)
+        assert values.size == (stop - start) * row and (out is None or values.base is not None), (name, values.size)
+        first = entry.begin + start * row * dtype.itemsize
+        # Read, not mapped: pages of a map would count as the process's memory, and faulting them in costs more.
+        chunk = np.empty(min(_CHUNK, values.size), dtype)
+        for done in range(0, values.size, _CHUNK):
+            part = chunk[: values.size - done]
+            if os.preadv(self._file.fileno(), [part.data], first + done * dtype.itemsize) != part.nbytes:
+                raise CheckpointError(f"{self.path} became shorter while {name} was read; {_REMEDY}")
+            into = values[done : done + part.size]
+            if entry.dtype == "BF16":  # the upper half of a float32
+                np.left_shift(part, 16, out=into.view(np.uint32), dtype=np.uint32)
+            else:
+                into[...] = part
+        return values.reshape(stop - start, *entry.shape[1:]) if out is None else out
 
     def _read_header(self) -> dict[str, _Entry]:
         length = int.from_bytes(self._map[:8], "little")

@@ -123,6 +123,16 @@ class WeightWriter:
         self._file.write(np.ascontiguousarray(data).data)
         self._missing.discard(name)
 
+    def write_rows(self, name: str, first: int, data: npt.NDArray[Any]) -> None:
+        """Write rows of a planned tensor from row `first` on; the last row completes it."""
+        plan = self._plan[name]
+        row = plan.num_bytes // plan.shape[0]
+        assert data.dtype == np.dtype(plan.dtype) and data.shape[1:] == plan.shape[1:], (name, data.dtype, data.shape)
+        self._file.seek(self._start + self._offsets[name] + first * row)
+        self._file.write(np.ascontiguousarray(data).data)
+        if first + len(data) == plan.shape[0]:
+            self._missing.discard(name)
+
     def close(self) -> None:
         """Finish the file; a tensor that was planned but never written is our own bug."""
         self._file.close()
