@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.quality import Quality
 
 HELP = "make a bundle of a Hugging Face directory or a GGUF file"
 EXAMPLES = """\
@@ -12,6 +18,7 @@ examples:
   edgellm export Qwen3-0.6B -o qwen3 --weights int8             closer to the original
   edgellm export model-Q4_1.gguf -o model --max-context 16384
   edgellm export Qwen3-0.6B-NVFP4 -o qwen3        quantised by others: its numbers are kept
+  edgellm export Qwen3-0.6B-AWQ -o qwen3 --verify --against Qwen3-0.6B    refused if it lost too much
   edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
   edgellm export SmolLM2-135M-Instruct -o smollm2 --max-lora-rank 16      adapters can be packed into it
 
@@ -45,13 +52,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="write decoders that take LoRA adapters up to this rank, for requests to name (default 0: none)",
     )
     parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
-    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--verify", action="store_true", help="measure what it lost (edgellm verify); one that fails a mark is refused"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="ORIGINAL", help="what --verify compares with (default: CHECKPOINT itself)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing bundle; with --verify, keep one that fails too"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Export, then show the bundle's table."""
     from edgellm_ros.cli.inspect import print_bundle
     from edgellm_ros.cli.progress import shown_progress
+    from edgellm_ros.cli.verify import print_quality, verify_and_store
     from edgellm_ros.errors import ToolchainError
 
     try:
@@ -59,17 +75,41 @@ def execute(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ToolchainError(f"export needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
 
-    with shown_progress() as show:
-        bundle = export_bundle(
-            args.checkpoint,
-            args.output,
-            weights=args.weights,
-            max_context=args.max_context,
-            name=args.name,
-            overwrite=args.force,
-            progress=show,
-            vocab_map=args.vocab_map,
-            max_lora_rank=args.max_lora_rank,
-        )
+    if args.against and not args.verify:
+        raise ToolchainError("--against is what --verify compares with; add --verify")
+
+    refused: list[Quality] = []
+
+    class Refused(ToolchainError):
+        """Leaves the export without a bundle."""
+
+    try:
+        with shown_progress() as show:
+
+            def accept(bundle: Bundle) -> None:
+                quality = verify_and_store(bundle, show, args.force, against=args.against or args.checkpoint)
+                if quality.failed and not quality.accepted:
+                    refused.append(quality)
+                    raise Refused
+
+            bundle = export_bundle(
+                args.checkpoint,
+                args.output,
+                weights=args.weights,
+                max_context=args.max_context,
+                name=args.name,
+                overwrite=args.force,
+                progress=show,
+                vocab_map=args.vocab_map,
+                max_lora_rank=args.max_lora_rank,
+                accept=accept if args.verify else None,
+            )
+    except Refused:
+        print_quality(str(args.output), refused[0])
+        print(f"error: {args.output} is not written: it lost too much; more bits or `edgellm quantize` lose "
+              "less, --force lets it through", file=sys.stderr)  # fmt: skip
+        return 1
+    if args.verify:
+        print_quality(str(bundle.path), bundle.manifest.quality)
     print_bundle(bundle, "just written")
     return 0

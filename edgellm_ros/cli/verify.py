@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from edgellm_ros.bundle import Bundle
     from edgellm_ros.quality import Quality
 
 HELP = "measure what a bundle lost against its original, and judge it"
@@ -39,12 +41,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure, store, show."""
-    import dataclasses
-
-    from rich.console import Console
-
     from edgellm_ros.bundle import Bundle
     from edgellm_ros.cli.progress import shown_progress
+
+    bundle = Bundle.open(args.bundle)
+    with shown_progress() as show:
+        quality = verify_and_store(
+            bundle, show, args.force, against=args.against, text_file=args.text, scheme=args.scheme,
+            marks_file=args.marks, executor=args.executor,
+        )  # fmt: skip
+    print_quality(str(args.bundle), quality)
+    return 1 if quality.failed and not quality.accepted else 0
+
+
+def verify_and_store(bundle: Bundle, show: Callable[[str, int, int], None], force: bool, **options: Any) -> Quality:
+    """Measure with the options of `verify_bundle`; stored unless the manifest has a verdict with more figures."""
+    import dataclasses
+
     from edgellm_ros.errors import ToolchainError
 
     try:
@@ -52,18 +65,22 @@ def execute(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ToolchainError(f"verify needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
 
-    bundle = Bundle.open(args.bundle)
-    with shown_progress() as show:
-        quality = verify_bundle(bundle, args.against, args.text, args.scheme, args.marks, args.executor, show)
-    quality = dataclasses.replace(quality, accepted=args.force and bool(quality.failed))
-    console = Console(highlight=False)
-    console.print(quality_table(str(args.bundle), quality))
-    if args.against is None and bundle.manifest.quality.kl_divergence is not None:
-        console.print("not stored: the verdict in the manifest has more figures; give --against to replace it")
-    else:
+    quality = verify_bundle(bundle, progress=show, **options)
+    quality = dataclasses.replace(quality, accepted=force and bool(quality.failed))
+    if quality.kl_divergence is not None or bundle.manifest.quality.kl_divergence is None:
         store_quality(bundle, quality)
-    console.print(f"{args.bundle}: {quality.summary()}", soft_wrap=True, markup=False)
-    return 1 if quality.failed and not args.force else 0
+    return quality
+
+
+def print_quality(title: str, quality: Quality) -> None:
+    """The table and the verdict in a line."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(quality_table(title, quality))
+    if quality.kl_divergence is None and quality.original_perplexity is not None:
+        console.print("not stored: the manifest's verdict has more figures; give --against to replace it")
+    console.print(f"{title}: {quality.summary()}", soft_wrap=True, markup=False)
 
 
 def quality_table(title: str, quality: Quality) -> Table:

@@ -9,7 +9,7 @@ import datetime
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def export_bundle(
     progress: Progress | None = None,
     vocab_map: Path | None = None,
     max_lora_rank: int = 0,
+    accept: Callable[[Bundle], object] | None = None,
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
@@ -77,7 +78,8 @@ def export_bundle(
     int4 for any other. max_context: tokens the bundle can be run with, at most the model's own limit.
     progress is called with (stage, done, total). vocab_map: a file by `edgellm reduce-vocab`; the head then has rows
     for its tokens only. max_lora_rank: above 0, decoders that take adapters as inputs are written as well, for
-    projections of at most that rank. Raises ToolchainError and its kinds; then nothing is left behind.
+    projections of at most that rank. accept is called with the finished bundle before it gets its name; raising there
+    refuses it. Raises ToolchainError and its kinds; then nothing is left behind.
     """
     if weights is not None and weights not in (*SCHEMES, KEEP):
         raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join((*SCHEMES, KEEP))}")
@@ -94,6 +96,8 @@ def export_bundle(
         partial.mkdir(parents=True)
         scheme = _scheme(source, weights)
         _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank)
+        if accept is not None:
+            accept(Bundle.open(partial, verify=False))
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)

@@ -173,6 +173,27 @@ def test_other_weights_fail_with_the_number_unless_they_are_let_through(
     assert Bundle.open(bundle.path).manifest.quality.accepted
 
 
+def test_an_export_that_lost_too_much_is_not_written_unless_it_is_forced(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    other, output = tmp_path / "other", tmp_path / "bundle"
+    make_model("llama", seed=1).save_pretrained(other)
+    save_tokenizer(other)
+    arguments = ["export", str(tiny_checkpoint("llama")), "-o", str(output), "--weights", "fp32", "--verify"]
+    assert main([*arguments, "--against", str(other)]) == 1
+    shown = capsys.readouterr()
+    assert "FAIL" in shown.out and "cosine" in shown.out and "bundle is not written" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert main([*arguments, "--against", str(other), "--force"]) == 0
+    assert Bundle.open(output).manifest.quality.accepted and "FAILED (let through)" in capsys.readouterr().out
+    shutil.rmtree(output)
+    assert main(arguments) == 0
+    quality = Bundle.open(output).manifest.quality
+    assert quality.original == "checkpoint" and quality.marks and not quality.failed
+    assert main([*arguments[:-1], "--against", str(other)]) == 2
+
+
 def test_without_the_original_its_stored_figures_are_used_and_kept(
     copy: Callable[..., Bundle], tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -74,6 +74,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         "overwrite": True,
         "vocab_map": None,
         "max_lora_rank": 8,
+        "accept": None,
     }
     assert "tiny [bold] robot" in capsys.readouterr().out
 
