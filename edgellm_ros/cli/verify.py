@@ -17,18 +17,21 @@ HELP = "measure what a bundle lost against its original, and judge it"
 EXAMPLES = """\
 examples:
   edgellm verify smollm2 --against SmolLM2-135M-Instruct     the whole table, judged by the marks of its scheme
+  edgellm verify smollm2-int8_sq --against SmolLM2-135M-Instruct    of a checkpoint, activations rounded as it says
   edgellm verify smollm2                                     perplexity and tasks only
   edgellm verify smollm2 --against original/ --text mine.txt --marks mine.yaml
 
 Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 24 tasks with one right answer. The
 verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
+Of a quantised checkpoint nothing is stored; its activations are rounded as its scales say, which no bundle does yet.
 exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, 2 a mistake that the message explains
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE",
+                        help="directory that `edgellm export` wrote, or `edgellm quantize`")  # fmt: skip
     parser.add_argument("--against", type=Path, metavar="CHECKPOINT",
                         help="the original: a Hugging Face directory or a .gguf file")  # fmt: skip
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of our own)")
@@ -41,17 +44,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure, store, show."""
-    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.bundle import MANIFEST, Bundle
     from edgellm_ros.cli.progress import shown_progress
 
-    bundle = Bundle.open(args.bundle)
+    options = {"text_file": args.text, "scheme": args.scheme, "marks_file": args.marks}
     with shown_progress() as show:
-        quality = verify_and_store(
-            bundle, show, args.force, against=args.against, text_file=args.text, scheme=args.scheme,
-            marks_file=args.marks, executor=args.executor,
-        )  # fmt: skip
+        if (args.bundle / "config.json").is_file() and not (args.bundle / MANIFEST).exists():
+            quality = _verify_checkpoint(args, show, options)
+        else:
+            bundle = Bundle.open(args.bundle)
+            quality = verify_and_store(
+                bundle, show, args.force, against=args.against, executor=args.executor, **options
+            )
     print_quality(str(args.bundle), quality)
     return 1 if quality.failed and not quality.accepted else 0
+
+
+def _verify_checkpoint(args: argparse.Namespace, show: Callable[[str, int, int], None], options: Any) -> Quality:
+    import dataclasses
+
+    from edgellm_ros.errors import ToolchainError
+
+    try:
+        from edgellm_ros.toolchain.verify.verify import verify_checkpoint
+    except ImportError as error:
+        raise ToolchainError(f"verify needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
+    if args.against is None:
+        raise ToolchainError(f"{args.bundle} is a checkpoint; name the original with --against")
+    quality = verify_checkpoint(args.bundle, args.against, progress=show, **options)
+    return dataclasses.replace(quality, accepted=args.force and bool(quality.failed))
 
 
 def verify_and_store(bundle: Bundle, show: Callable[[str, int, int], None], force: bool, **options: Any) -> Quality:

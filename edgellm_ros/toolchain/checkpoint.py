@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
-from edgellm_ros.toolchain.quantized.packed import PackedWeight, Scheme
+from edgellm_ros.toolchain.quantized.packed import ActivationScale, PackedWeight, Scheme
 
 
 class Checkpoint(abc.ABC):
@@ -67,6 +67,10 @@ class Checkpoint(abc.ABC):
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """Write the whole tensor to `out`, contiguous and of its shape: memory used again costs no page faults."""
         out[...] = self.read(name)
+
+    def activation_scale(self, name: str) -> ActivationScale | None:
+        """How the input of the weight `name` is rounded where activations are quantised too; None when it is not."""
+        return None
 
     @abc.abstractmethod
     def num_bytes(self) -> int:

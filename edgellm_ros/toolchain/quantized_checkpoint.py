@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint, quantization_config
 from edgellm_ros.toolchain.quantized.base import Tensors
 from edgellm_ros.toolchain.quantized.create import create_reader
-from edgellm_ros.toolchain.quantized.packed import PackedWeight, Scheme
+from edgellm_ros.toolchain.quantized.packed import ActivationScale, PackedWeight, Scheme
 
 
 class QuantizedCheckpoint(HfCheckpoint):
@@ -62,6 +62,10 @@ class QuantizedCheckpoint(HfCheckpoint):
     def scheme(self, name: str) -> Scheme | None:
         """See Checkpoint.scheme."""
         return self._reader.modules[self._modules[name]].scheme if name in self._modules else None
+
+    def activation_scale(self, name: str) -> ActivationScale | None:
+        """See Checkpoint.activation_scale."""
+        return self._reader.activation_scale(self._modules[name]) if name in self._modules else None
 
     def packed(self, name: str) -> PackedWeight:
         """See Checkpoint.packed."""

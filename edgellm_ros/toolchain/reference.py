@@ -38,9 +38,9 @@ class ReferenceDecoder:
             if m.output_norms:
                 y = _rms_norm(y, weights["attn.out_norm"], m.rms_norm_eps)
             x = x + y
-            y = _linear(_rms_norm(x, weights["post_norm"], m.rms_norm_eps), weights, "mlp.gate_up")
+            y = self.linear(_rms_norm(x, weights["post_norm"], m.rms_norm_eps), weights, "mlp.gate_up")
             gate, up = np.split(y, 2, -1)
-            y = _linear(_ACTIVATIONS[m.activation](gate) * up, weights, "mlp.down")
+            y = self.linear(_ACTIVATIONS[m.activation](gate) * up, weights, "mlp.down")
             if m.output_norms:
                 y = _rms_norm(y, weights["mlp.out_norm"], m.rms_norm_eps)
             self._hidden[i] = x + y
@@ -60,7 +60,7 @@ class ReferenceDecoder:
         m = self._model
         window, rope = m.window(layer), m.rope(layer)
         length = len(y)
-        qkv = _linear(y, weights, "attn.qkv").reshape(length, -1, m.head_dim).swapaxes(0, 1)
+        qkv = self.linear(y, weights, "attn.qkv").reshape(length, -1, m.head_dim).swapaxes(0, 1)
         q, k, v = np.split(qkv, [m.num_heads, m.num_heads + m.num_kv_heads])
         if m.qk_norm:
             q = _rms_norm(q, weights["attn.q_norm"], m.rms_norm_eps)
@@ -75,7 +75,13 @@ class ReferenceDecoder:
         scores = np.where(hidden, np.float32(-np.inf), scores)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = (scores / scores.sum(-1, keepdims=True)) @ v
-        return _linear(mixed.swapaxes(0, 1).reshape(length, -1), weights, "attn.o")
+        return self.linear(mixed.swapaxes(0, 1).reshape(length, -1), weights, "attn.o")
+
+    def linear(self, x: FloatArray, weights: dict[str, FloatArray], stem: str) -> FloatArray:
+        """(tokens, out) of a linear layer."""
+        y: FloatArray = x @ weights[f"{stem}.weight"].T
+        bias = weights.get(f"{stem}.bias")
+        return y if bias is None else y + bias
 
     def _rotate(self, x: FloatArray, rope: str) -> FloatArray:
         cos, sin = (table[: x.shape[1]] for table in self._ropes[rope])
@@ -102,9 +108,3 @@ _ACTIVATIONS = {"silu": _silu, "gelu_tanh": _gelu_tanh}
 def _rms_norm(x: FloatArray, gain: FloatArray, eps: float) -> FloatArray:
     normed: FloatArray = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * gain
     return normed
-
-
-def _linear(x: FloatArray, weights: dict[str, FloatArray], stem: str) -> FloatArray:
-    y: FloatArray = x @ weights[f"{stem}.weight"].T
-    bias = weights.get(f"{stem}.bias")
-    return y if bias is None else y + bias

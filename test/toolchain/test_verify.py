@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import packers
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 import yaml
+from safetensors.torch import load_file
 from tiny import make_model, save_checkpoint, save_tokenizer
 
 from edgellm_ros.bundle import TOKENIZER, Bundle
@@ -24,10 +28,12 @@ from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import SCHEMES, export_bundle
+from edgellm_ros.toolchain.verify import verify as verify_module
 from edgellm_ros.toolchain.verify.comparison import Comparison
 from edgellm_ros.toolchain.verify.marks import read_marks
-from edgellm_ros.toolchain.verify.passages import read_tasks, read_text
-from edgellm_ros.toolchain.verify.verify import verify_bundle
+from edgellm_ros.toolchain.verify.passages import Text, read_tasks, read_text
+from edgellm_ros.toolchain.verify.reading import CheckpointReading
+from edgellm_ros.toolchain.verify.verify import verify_bundle, verify_checkpoint
 
 TinyCheckpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str], Bundle]
@@ -177,6 +183,7 @@ def test_an_export_that_lost_too_much_is_not_written_unless_it_is_forced(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(verify_module, "read_text", lambda path: Text("part", " ".join(WORDS[:160])))
     other, output = tmp_path / "other", tmp_path / "bundle"
     make_model("llama", seed=1).save_pretrained(other)
     save_tokenizer(other)
@@ -237,6 +244,83 @@ def test_a_reduced_head_is_compared_over_the_tokens_that_it_has(
     assert quality.num_tokens == len(every) < len(ids) - 1
     assert quality.perplexity == pytest.approx(every.mean().exp().item(), rel=1e-4)
     assert quality.kl_divergence < 1e-6 and not quality.failed
+
+
+def round_inputs(model: torch.nn.Module, tensors: dict[str, torch.Tensor], kind: str) -> None:
+    """Every linear layer with an input_scale rounds what it reads, as torch rounds it."""
+
+    def hook(factor: torch.Tensor, scale: float) -> Callable[..., tuple[torch.Tensor]]:
+        def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            x = inputs[0] * factor
+            if kind == "int8":
+                return (torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127) / factor,)
+            return ((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale / factor,)
+
+        return rounded
+
+    for name, module in model.named_modules():
+        if f"{name}.input_scale" in tensors:
+            factor = tensors.get(f"{name}.pre_quant_scale", torch.ones(1)).float()
+            module.register_forward_pre_hook(hook(factor, float(tensors[f"{name}.input_scale"])))
+
+
+@pytest.mark.parametrize(
+    ("pack", "algorithm", "kind", "scheme"),
+    [(packers.modelopt_int8(True), "W8A8_SQ_PER_CHANNEL", "int8", "int8_sq"), (packers.modelopt_fp8, "FP8", "fp8", "fp8")],
+    ids=["int8_sq", "fp8"],
+)
+def test_a_quantised_checkpoint_is_measured_with_its_activations_rounded(
+    pack: Any, algorithm: str, kind: str, scheme: str, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    root = tmp_path / "quantised"
+    model = packers.save_quantized("llama", root, pack, *packers.modelopt_files(algorithm))
+    round_inputs(model, load_file(root / "model.safetensors"), kind)
+    original = make_model("llama")
+    ids = Tokenizer((root / "tokenizer.json").read_text()).encode(text.read_text())
+    pieces = windows(ids, 256)
+    got, theirs = (torch.cat([hf(m, read) for read, _ in pieces]) for m in (model, original))
+    expected = torch_figures(got, theirs, torch.cat([after for _, after in pieces]))
+    quality = verify_checkpoint(root, tiny_checkpoint("llama"), text)
+    # A value between two steps may fall to either side, so the figures are close and not the same.
+    assert quality.perplexity == pytest.approx(expected["perplexity"], rel=5e-3)
+    assert quality.kl_divergence == pytest.approx(expected["kl_divergence"], rel=5e-2)
+    assert quality.scheme == scheme and kind in quality.executor
+    plain = verify_bundle(export_bundle(root, tmp_path / "bundle"), tiny_checkpoint("llama"), text)
+    assert plain.scheme == scheme and plain.kl_divergence < 0.8 * quality.kl_divergence  # a bundle does not round them
+    marks = tmp_path / "marks.yaml"
+    marks.write_text(f"{scheme}: {{max_kl_divergence: {quality.kl_divergence * 0.99}}}")
+    arguments = ["verify", str(root), "--against", str(tiny_checkpoint("llama")), "--text", str(text)]
+    assert main([*arguments, "--marks", str(marks)]) == 1
+    assert f"kl divergence {quality.kl_divergence:.4g}, allowed" in capsys.readouterr().out
+    assert main([*arguments, "--marks", str(marks), "--force"]) == 0
+
+
+def test_a_checkpoint_needs_an_original_and_marks(
+    tiny_checkpoint: TinyCheckpoint, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_checkpoint("llama")
+    assert main(["verify", str(path)]) == 2
+    assert "name the original with --against" in capsys.readouterr().err
+    with pytest.raises(ToolchainError, match="neither a bundle nor a quantised checkpoint; name the marks"):
+        verify_checkpoint(path, path, text)
+    assert not verify_checkpoint(path, path, text, "fp32").failed
+
+
+def test_an_original_that_has_read_the_passages_is_not_run_again(
+    tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path
+) -> None:
+    original, stages = CheckpointReading(tiny_checkpoint("llama")), []
+    first = verify_bundle(tiny_bundle("llama", "fp16"), original, text)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+
+    again = verify_bundle(tiny_bundle("llama", "int8"), original, text, progress=progress)
+    assert "original" not in stages and again.original_perplexity == first.original_perplexity
+    assert again == dataclasses.replace(
+        verify_bundle(tiny_bundle("llama", "int8"), tiny_checkpoint("llama"), text), created=again.created
+    )
 
 
 def test_the_real_model_is_measured_as_transformers_measures_it(

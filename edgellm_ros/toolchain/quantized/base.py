@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.errors import CheckpointError
-from edgellm_ros.toolchain.quantized.packed import FloatArray, PackedWeight, Scheme
+from edgellm_ros.toolchain.quantized.packed import ActivationScale, FloatArray, PackedWeight, Scheme
 from edgellm_ros.toolchain.safetensors_file import FLOATS, SafetensorsFile
 
 SMALLEST_GROUP = 16  # input features: what every executor's integer products need at least
@@ -91,6 +91,10 @@ class QuantReader(abc.ABC):
     @abc.abstractmethod
     def read(self, module: str) -> PackedWeight:
         """The numbers of one module."""
+
+    def activation_scale(self, module: str) -> ActivationScale | None:
+        """How the module's input is rounded, with one scale for all tokens; None where it is not, or otherwise."""
+        return None
 
     @abc.abstractmethod
     def describe(self) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, is_excluded, text_list
 from edgellm_ros.toolchain.quantized.fp8_blocks import spread_blocks
-from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, PackedWeight, Scheme, e4m3
+from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, ActivationScale, PackedWeight, Scheme, e4m3
 
 CONFIG_FILE = "hf_quant_config.json"
 # quant_algo: how the weight is stored, and whether activations have scales as well.
@@ -104,6 +104,15 @@ class ModelOpt(QuantReader):
             return PackedWeight("fp8", info.scheme.group, values, wide, None, input_factor)
         scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1)).copy()
         return PackedWeight(kind, 0, values, scale, None, input_factor)
+
+    def activation_scale(self, module: str) -> ActivationScale | None:
+        """See QuantReader.activation_scale: int8 with int8 weights, else FP8; NVFP4's are not known beforehand."""
+        name, kind = f"{module}.input_scale", self._kinds[module]
+        if name not in self.tensors or kind == "nvfp4":
+            return None
+        factor = f"{module}.pre_quant_scale"
+        values = self.tensors.floats(factor).reshape(-1) if factor in self.parts else None
+        return ActivationScale("int8" if kind == "int8" else "fp8", float(self.tensors.floats(name).max()), values)
 
     def _scan_module(self, module: str) -> Module:
         name = f"{module}.weight"

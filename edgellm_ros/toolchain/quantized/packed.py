@@ -49,6 +49,15 @@ _E4M3 = _make_e4m3()
 
 
 @dataclass(frozen=True)
+class ActivationScale:
+    """A layer's input is rounded to multiples of `value`: whole numbers, or those of FP8 (E4M3)."""
+
+    kind: str  # int8, fp8
+    value: float
+    factor: FloatArray | None = None  # (in,) multiplies the input before; dequantised weights have it already
+
+
+@dataclass(frozen=True)
 class Scheme:
     """What a module's tensors are, known before they are read."""
 

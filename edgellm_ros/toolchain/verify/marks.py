@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from edgellm_ros.bundle import QuantSpec
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.quality import Quality, QualityMark
 
@@ -21,6 +22,15 @@ FIGURES = {
     "min_cosine": lambda q: q.cosine,
     "min_task_share": lambda q: _task_share(q),
 }
+
+
+# ModelOpt's quant_algo -> the recipe that makes it.
+_RECIPES = {
+    "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "INT8_SQ": "int8_sq",
+    "W8A8_SQ_PER_CHANNEL": "int8_sq", "W4A16_AWQ": "int4_awq", "INT4_AWQ": "int4_awq", "W4A8_AWQ": "w4a8_awq",
+    "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4", "W4A16_NVFP4": "nvfp4",
+}  # fmt: skip
+_SCHEMES = ("int4", "int8", "fp8", "nvfp4")
 
 
 def read_marks(path: Path | None = None) -> dict[str, dict[str, float]]:
@@ -44,6 +54,14 @@ def limits_for(scheme: str, path: Path | None = None) -> dict[str, float]:
         raise ToolchainError(f"there are no marks for scheme {scheme!r}; known are {', '.join(marks)}; name one with "
                              "--scheme, or a file with --marks")  # fmt: skip
     return marks[scheme]
+
+
+def scheme_of(quant: QuantSpec | None, kept: str = "") -> str:
+    """Whose marks count: the recipe's where a checkpoint's integers were kept, else the weights' scheme."""
+    kept = quant.kept if quant is not None else kept
+    words = kept.replace(",", " ").split()
+    found = next((_RECIPES[word] for word in words if word in _RECIPES), "")
+    return found or (quant.weights if quant is not None else next((w for w in words if w in _SCHEMES), kept))
 
 
 def judge(quality: Quality, limits: Mapping[str, float]) -> Quality:

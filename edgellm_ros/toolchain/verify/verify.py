@@ -1,7 +1,8 @@
 """Runs a bundle and its original over the same tokens, judges the difference, and stores the verdict in the manifest.
 
 The bundle is run as a robot runs it, by its executor, prompts in pieces. Where no original is at hand, its figures of
-an earlier run are used if they are of the same text.
+an earlier run are used if they are of the same text. A quantised checkpoint is measured as its scales say, activations
+included, which no bundle rounds.
 """
 
 from __future__ import annotations
@@ -9,31 +10,28 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgellm_ros.bundle import MANIFEST, TOKENIZER, Bundle
-from edgellm_ros.config import EngineConfig
+from edgellm_ros.bundle import MANIFEST, TOKENIZER, Bundle, TokenSpec
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors import Executor, SequenceStep, create_executor
 from edgellm_ros.quality import Quality, TaskScore
 from edgellm_ros.tokenizer import Tokenizer
-from edgellm_ros.toolchain.verify.comparison import Comparison, Logits, TextFigures
-from edgellm_ros.toolchain.verify.marks import judge, limits_for
-from edgellm_ros.toolchain.verify.original import Original
-from edgellm_ros.toolchain.verify.passages import Ids, Passage, Task, read_tasks, read_text, text_windows
+from edgellm_ros.toolchain.verify.comparison import Comparison, TextFigures
+from edgellm_ros.toolchain.verify.executor_reading import ExecutorReading
+from edgellm_ros.toolchain.verify.marks import judge, limits_for, scheme_of
+from edgellm_ros.toolchain.verify.passages import Ids, Passage, Task, Text, read_tasks, read_text, text_windows
+from edgellm_ros.toolchain.verify.reading import CheckpointReading
 from edgellm_ros.toolchain.weights import Progress
 
 WINDOW = 512  # tokens that are read together, as llama.cpp's perplexity; less where the bundle's context is shorter
-_LOGITS_AT_ONCE = 1 << 22  # of one model; a few arrays of this size are in memory
-_MAX_PIECE = 128
 
 
 def verify_bundle(
     bundle: Bundle,
-    against: Path | None = None,
+    against: Path | CheckpointReading | None = None,
     text_file: Path | None = None,
     scheme: str = "",
     marks_file: Path | None = None,
@@ -42,39 +40,94 @@ def verify_bundle(
 ) -> Quality:
     """Measure `bundle` and judge it by the marks of `scheme` (its own unless given); nothing is stored.
 
-    against: the checkpoint it was made from; without it, perplexity and tasks only. executor: a name in EngineConfig.
-    Raises ToolchainError, and what loading the bundle raises.
+    against: the checkpoint it was made from, or one that was read before; without it, perplexity and tasks only.
+    executor: a name in EngineConfig. Raises ToolchainError, and what loading the bundle raises.
     """
     progress = progress or _silent
-    scheme = scheme or bundle.manifest.quantization.weights
-    limits = limits_for(scheme, marks_file)
     manifest = bundle.manifest
-    text, encode = read_text(text_file), Tokenizer(bundle.read_text(TOKENIZER)).encode
-    window = min(WINDOW, manifest.model.max_context)
-    windows = text_windows(text, encode, manifest.tokens, window)
-    tasks = read_tasks(encode, manifest.tokens, min(manifest.model.max_context, 2 * WINDOW))
-    passages = [*windows, *(task.passage for task in tasks)]
-    original = None
-    if against is not None:
-        original = Original(against, bundle, text.content)
-        original.read(passages, progress)
-    capacity = max(len(passage.ids) for passage in passages)
-    config = EngineConfig(executor=executor, max_slots=1, max_context=capacity, prefill_chunk=_MAX_PIECE)
-    runner = create_executor(bundle, config)
+    scheme = scheme or scheme_of(manifest.quantization)
+    limits = limits_for(scheme, marks_file)
+    tokenizer, context = bundle.read_text(TOKENIZER), manifest.model.max_context
+    material = _Material.make(read_text(text_file), tokenizer, manifest.tokens, context)
+    original = CheckpointReading(against) if isinstance(against, Path) else against
+    if original is not None:
+        original.check_same(manifest.model, tokenizer, material.text.content)
+        original.read(material.passages, context, bundle.vocab_map(), progress)
+    candidate = ExecutorReading(bundle, material.passages, executor)
     try:
-        figures = _compare(runner, original, windows, progress)
-        scores = _ask(runner, original, tasks, len(windows), progress)
+        quality = _measure(candidate, original, material, scheme, progress)
     finally:
-        runner.close()
-    quality = Quality(
+        candidate.close()
+    return judge(quality if original is not None else _with_earlier(quality, manifest.quality), limits)
+
+
+def verify_checkpoint(
+    path: Path,
+    against: Path | CheckpointReading,
+    text_file: Path | None = None,
+    scheme: str = "",
+    marks_file: Path | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Measure a quantised checkpoint, activations rounded as its scales say, and judge it.
+
+    Raises ToolchainError, also for a checkpoint that is not quantised and no `scheme` given.
+    """
+    progress = progress or _silent
+    candidate = CheckpointReading(path, rounded=True)
+    how = candidate.source.quantization()
+    if not how and not scheme:
+        raise ToolchainError(f"{path} is neither a bundle nor a quantised checkpoint; name the marks with --scheme")
+    scheme = scheme or scheme_of(None, how)
+    limits = limits_for(scheme, marks_file)
+    tokenizer, context = candidate.source.tokenizer_json(), candidate.model.max_context
+    material = _Material.make(read_text(text_file), tokenizer, candidate.source.token_spec(), context)
+    original = CheckpointReading(against) if isinstance(against, Path) else against
+    original.check_same(candidate.model, tokenizer, material.text.content)
+    original.read(material.passages, context, None, progress)
+    candidate.read(material.passages, context, None, progress, "checkpoint")
+    return judge(_measure(candidate, original, material, scheme, progress), limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Material:
+    """What both models read."""
+
+    text: Text
+    window: int
+    windows: list[Passage]
+    tasks: list[Task]
+
+    @property
+    def passages(self) -> list[Passage]:
+        """The windows, then the tasks'."""
+        return [*self.windows, *(task.passage for task in self.tasks)]
+
+    @classmethod
+    def make(cls, text: Text, tokenizer_json: str, tokens: TokenSpec, max_context: int) -> _Material:
+        """For a model of that tokenizer and context."""
+        encode, window = Tokenizer(tokenizer_json).encode, min(WINDOW, max_context)
+        tasks = read_tasks(encode, tokens, min(max_context, 2 * WINDOW))
+        return cls(text, window, text_windows(text, encode, tokens, window), tasks)
+
+
+def _measure(
+    candidate: ExecutorReading | CheckpointReading,
+    original: CheckpointReading | None,
+    material: _Material,
+    scheme: str,
+    progress: Progress,
+) -> Quality:
+    figures = _compare(candidate, original, material.windows, progress)
+    return Quality(
         scheme=scheme,
-        text=text.name,
-        text_sha256=text.sha256,
+        text=material.text.name,
+        text_sha256=material.text.sha256,
         num_tokens=figures.num_tokens,
-        window=window,
-        executor=f"{runner.info.name} on {runner.info.device}",
+        window=material.window,
+        executor=candidate.description,
         perplexity=figures.perplexity,
-        tasks=scores,
+        tasks=_ask(candidate, original, material.tasks, len(material.windows), progress),
         original=original.name if original is not None else "",
         original_perplexity=figures.original_perplexity,
         perplexity_ratio_error=figures.ratio_error,
@@ -84,9 +137,6 @@ def verify_bundle(
         cosine=figures.cosine,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-    if original is None:
-        quality = _with_earlier(quality, manifest.quality)
-    return judge(quality, limits)
 
 
 def store_quality(bundle: Bundle, quality: Quality) -> Bundle:
@@ -105,13 +155,16 @@ def store_quality(bundle: Bundle, quality: Quality) -> Bundle:
 
 
 def _compare(
-    runner: Executor, original: Original | None, windows: Sequence[Passage], progress: Progress
+    candidate: ExecutorReading | CheckpointReading,
+    original: CheckpointReading | None,
+    windows: Sequence[Passage],
+    progress: Progress,
 ) -> TextFigures:
     comparison = Comparison()
     for done, window in enumerate(windows):
         progress("text", done, len(windows))
-        rows = _rows(runner, window.targets)
-        for start, logits in _read(runner, window, len(window.ids)):
+        rows = candidate.rows(window.targets)
+        for start, logits in candidate.pieces(done, len(window.ids)):
             stop = start + len(logits)
             theirs = None if original is None else original.logits(done, slice(start, stop))
             comparison.add(logits, rows[start:stop], theirs)
@@ -120,44 +173,27 @@ def _compare(
 
 
 def _ask(
-    runner: Executor, original: Original | None, tasks: Sequence[Task], first: int, progress: Progress
+    candidate: ExecutorReading | CheckpointReading,
+    original: CheckpointReading | None,
+    tasks: Sequence[Task],
+    first: int,
+    progress: Progress,
 ) -> tuple[TaskScore, ...]:
-    """`first` is the place of the first task among the passages that the original has read."""
+    """`first` is the place of the first task among the passages."""
     scores: dict[str, TaskScore] = {}
     for i, task in enumerate(tasks):
         progress("tasks", i, len(tasks))
-        wanted = _rows(runner, task.passage.targets)
-        count = len(wanted)
-        best = np.concatenate([logits.argmax(-1) for _, logits in _read(runner, task.passage, count)])
-        passed = np.array_equal(best, wanted)
+        wanted = candidate.rows(task.passage.targets)
+
+        def exact(model: ExecutorReading | CheckpointReading, at: int = first + i, wanted: Ids = wanted) -> int:
+            best = np.concatenate([logits.argmax(-1) for _, logits in model.pieces(at, len(wanted))])
+            return int(np.array_equal(best, wanted))
+
         old = scores.get(task.kind, TaskScore(task.kind, 0, 0, None if original is None else 0))
-        theirs = None
-        if original is not None:
-            best = original.logits(first + i, slice(len(task.passage.ids) - count, None)).argmax(-1)
-            theirs = (old.original or 0) + int(np.array_equal(best, wanted))
-        scores[task.kind] = TaskScore(task.kind, old.total + 1, old.passed + int(passed), theirs)
+        theirs = None if original is None else (old.original or 0) + exact(original)
+        scores[task.kind] = TaskScore(task.kind, old.total + 1, old.passed + exact(candidate), theirs)
     progress("tasks", len(tasks), len(tasks))
     return tuple(scores.values())
-
-
-def _read(runner: Executor, passage: Passage, count: int) -> Iterator[tuple[int, Logits]]:
-    """Run a passage in pieces; gives the position and logits of the last `count` tokens, each piece till the next."""
-    first = len(passage.ids) - count
-    vocab = runner.info.vocab_map
-    columns = runner.info.vocab_size if vocab is None else len(vocab)
-    piece = max(8, min(_MAX_PIECE, _LOGITS_AT_ONCE // columns) // 8 * 8)
-    for start in range(0, len(passage.ids), piece):
-        ids = passage.ids[start : start + piece]
-        wanted = max(0, start + len(ids) - max(first, start))
-        logits = runner.step([SequenceStep(0, ids, start, wanted)])
-        if wanted:
-            yield start + len(ids) - wanted, logits
-
-
-def _rows(runner: Executor, token_ids: Ids) -> Ids:
-    """The logits' columns of some tokens; -1 for one that a reduced head has no row for."""
-    vocab = runner.info.vocab_map
-    return token_ids if vocab is None else vocab.rows(token_ids)
 
 
 def _with_earlier(quality: Quality, earlier: Quality) -> Quality:
