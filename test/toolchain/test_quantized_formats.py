@@ -19,6 +19,9 @@ from edgellm_ros.bundle import DECODER
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.quantized.base import Tensors
+from edgellm_ros.toolchain.quantized.create import create_reader
+from edgellm_ros.toolchain.safetensors_file import SafetensorsFile
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 # name: packer, quantization_config, the scheme that is stored
@@ -134,6 +137,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict], Any], dict[str, Any], str]] = {
     "gptq format": ("gptq", keep, {"checkpoint_format": "gptq_v2"}, "from 7 to 7 instead of 8.*gptq stores them less 1"),
     "gptq unsorted": ("gptq by activation", keep, {"desc_act": False}, "g_idx is not sorted, .*desc_act false"),
     "gptq uneven": ("gptq", replace("g_idx", torch.zeros(64).int()), {}, r"g_idx does not give each of 4 groups 16"),
+    "gptq list": ("gptq", keep, {"checkpoint_format": [2]}, r"checkpoint_format is '\[2\]'; read are gptq, gptq_v2"),
     "gptq per layer": ("gptq", keep, {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic gives '.:.*down.*' settings"),
     "ct shape": ("ct int4", replace("weight_shape", torch.tensor([64, 32])), {}, r"weight_packed is \[64, 8\]; .*\[64, 4\]"),
     "ct scale": ("ct int4", replace("weight_scale", torch.ones(64, 1)), {}, r"weight_scale is \[64, 1\]; .*\[64, 2\]"),
@@ -142,6 +146,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict], Any], dict[str, Any], str]] = {
     "ct sparse": ("ct int4", keep, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask'"),
     "ct format": ("ct int4", keep, {"format": "marlin-24"}, "format is 'marlin-24'; read are pack-quantized"),
     "ct ignored": ("ct int4", keep, {"ignore": ["re:.*q_proj"]}, "q_proj is quantised, yet ignore names it"),
+    "ct pattern": ("ct int4", keep, {"ignore": ["re:(lm"]}, r"'re:\(lm' is no regular expression"),
     "ct types": ("ct w8a8", replace("weight", torch.zeros(64, 64).to(torch.float8_e4m3fn)), {}, "stored as F8_E4M3; .*I8"),
     "fp8 block": ("fp8 blocks", keep, {"weight_block_size": [128, 128]}, r"weight_scale_inv is .*\[128, 128\] needs"),
     "fp8 shape": ("fp8 blocks", keep, {"weight_block_size": "auto"}, "weight_block_size is 'auto'"),
@@ -188,6 +193,17 @@ def test_compressed_tensors_reads_the_awq_packers_weights_alike() -> None:
     values, scale, zero = converter._convert_gemm_module(tensors["qweight"], tensors["scales"], tensors["qzeros"])
     wide = (values.float().reshape(64, 3, 32) - zero.float()[..., None]) * scale.float()[..., None]
     np.testing.assert_allclose(wide.reshape(64, 96).numpy(), meant, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "order"), [(4, True), (8, False)])
+def test_what_autogptq_packed_means_what_its_own_layer_computes(bits: int, order: bool) -> None:
+    path = Path(__file__).parent / "data" / "autogptq_0_7_1.safetensors"  # its metadata says how it was made
+    file = SafetensorsFile(path)
+    layer = {f"{bits}.{part}": file for part in ("qweight", "qzeros", "scales", "g_idx")}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 16, "sym": False, "desc_act": order}
+    got = create_reader(config, Tensors(path, layer)).read(str(bits)).dequantize()
+    expected = safetensors.torch.load_file(path)[f"{bits}.dequantised"].numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def is_excluded(module: str, patterns: Sequence[str], prefixes: bool = False) ->
     for pattern in patterns:
         below = pattern.rstrip("*").rstrip(".") + "."
         if pattern.startswith("re:"):
-            found = re.match(pattern[3:], module) is not None
+            try:
+                found = re.match(pattern[3:], module) is not None
+            except re.error as error:
+                raise CheckpointError(f"quantization_config: {pattern!r} is no regular expression: {error}") from error
         else:
             found = fnmatch.fnmatchcase(module, pattern) or module.startswith(below) or (prefixes and pattern in module)
         if found:

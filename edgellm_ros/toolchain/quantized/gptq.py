@@ -30,7 +30,7 @@ class Gptq(QuantReader):
         """See QuantReader.scan."""
         self._bits = self.integer("bits", (4, 8))
         self._group = self.group_size()
-        layout = self.config.get("checkpoint_format") or "gptq"
+        layout = str(self.config.get("checkpoint_format") or "gptq")
         if layout not in _FORMATS:
             raise self.error(f"quantization_config: checkpoint_format is {layout!r}; read are {', '.join(_FORMATS)}")
         self._more = _FORMATS[layout]
