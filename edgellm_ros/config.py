@@ -134,6 +134,7 @@ class BuildOptions:
     profile: str = setting(
         "split", "split: one profile for decode and one for prefill; single: one for both", choices=("split", "single")
     )
+    lora: bool = setting(False, "take adapters as inputs, from rank 0 to what the bundle was exported for")
     memory_limit: int = setting(0, "scratch memory the engine may take; 0 is the builder's own limit", minimum=0,
                                 unit="MiB")  # fmt: skip
 
@@ -148,6 +149,8 @@ class BuildOptions:
             raise ToolchainError(
                 f"max-context {context} exceeds the bundle's {limit}; export it again with --max-context {context}"
             )
+        if self.lora and not bundle.manifest.graph.max_lora_rank:
+            raise ToolchainError(f"{bundle.path} has no decoder that takes adapters; export it with --max-lora-rank 16")
         if self.max_verify > context:
             raise ToolchainError(f"max-verify {self.max_verify} exceeds max-context {context}; lower it")
         prefill = max(min(self.max_input, context), self.max_verify)

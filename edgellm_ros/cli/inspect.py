@@ -88,7 +88,7 @@ def _engines(bundle: Bundle) -> list[tuple[str, str]]:
             engine = report.read_engine(path)
             target = engine.report.get("target")
             fits = "for the GPU here" if target == here else f"for {target}; here is {here or 'no GPU'}"
-            if engine.report.get("sources") != report.source_hashes(bundle):
+            if not report.is_of(engine, bundle):
                 fits = "built from other weights or another graph"
             found.append((path.name, f"{human_bytes(engine.report['engine']['size']):>10}  {fits}"))
         except ToolchainError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,13 +12,13 @@ from pathlib import Path
 import packers
 import pytest
 
-from edgellm_ros.bundle import DECODER, Bundle
+from edgellm_ros.bundle import DECODER, DECODER_LORA, Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
-from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT
+from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, is_of
 from edgellm_ros.toolchain.export import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
@@ -176,3 +177,23 @@ def test_the_command_builds_and_inspect_lists_it(
     assert main(["inspect", str(bundle.path)]) == 0
     shown = capsys.readouterr().out
     assert path.name in shown and "for sm89" in shown
+
+
+@pytest.mark.parametrize(("weights", "target"), [("int4", "sm89"), ("fp16", "sm120")])
+def test_a_decoder_with_adapters_builds_for_every_rank_from_none(
+    tiny_bundle: Callable[..., Bundle], tmp_path: Path, weights: str, target: str
+) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle("qwen3", weights, 16).path, tmp_path / "bundle"))
+    engine, _ = build_engine(bundle, target, dataclasses.replace(SMALL, lora=True))
+    model, kinds = bundle.manifest.model, engine.report["network"]["kinds"]
+    assert (kinds["KV_CACHE_UPDATE"], kinds["ATTENTION_OUTPUT"]) == (2 * model.num_layers, model.num_layers)
+    for profile in engine.report["profiles"]:
+        assert profile["layers.0.attn.qkv.lora_A"] == [[64, 0], [64, 48], [64, 48]]
+        assert profile["layers.2.mlp.down.lora_B"] == [[0, 64], [16, 64], [16, 64]]
+    assert engine.key.endswith("-lora") and is_of(engine, bundle)
+    assert set(engine.report["sources"]) == {DECODER_LORA, "weights.safetensors"}
+
+
+def test_adapters_need_a_bundle_that_was_exported_for_them(tiny_bundle: TinyBundle) -> None:
+    with pytest.raises(ToolchainError, match="no decoder that takes adapters; export it with --max-lora-rank"):
+        build_engine(tiny_bundle("llama", "int4"), "sm89", dataclasses.replace(SMALL, lora=True))

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import edgellm_ros
-from edgellm_ros.bundle import DECODER, Bundle, hash_file
+from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import report as reports
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.check import check_network
-from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
+from edgellm_ros.toolchain.build.profiles import add_profiles, lora_ranks, profile_ranges
 from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, Engine
 from edgellm_ros.config import BuildOptions
 
@@ -80,18 +80,20 @@ def _build(
     assert options.max_context is not None, "options are resolved"
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    graph = targets.load_graph(bundle, options.max_context)
+    name = reports.graph_file(options.lora)
+    graph = targets.load_graph(bundle, name, options.max_context)
     log: list[tuple[str, str]] = []
     logger = _logger(trt, log)
     maker = trt.Builder(logger)
     network = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     started = time.monotonic()
-    _parse(trt, network, logger, graph, bundle, log)
+    _parse(trt, network, logger, graph, bundle.file(name), log)
     parsed = time.monotonic()
     warnings = [text for level, text in log if level == "WARNING"]
-    table = check_network(network, graph, bundle.manifest, options.max_context, warnings)
+    table = check_network(network, graph, bundle.manifest, options.max_context, warnings, options.lora)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
-    profiles = profile_ranges(inputs, bundle.manifest.graph, options)
+    model, names = bundle.manifest.model, bundle.manifest.graph
+    profiles = profile_ranges(inputs, names, options, lora_ranks(model, names) if options.lora else {})
     config = maker.create_builder_config()
     add_profiles(maker, config, profiles)
     config.clear_flag(trt.BuilderFlag.WEIGHT_STREAMING)
@@ -120,25 +122,25 @@ def _build(
         "peak_memory_bytes": _peak_memory(),
         "activation_memory_bytes": activation,  # of the engine on the GPU, for each profile
         "engine": {"size": entry.size, "sha256": entry.sha256},
-        "sources": reports.source_hashes(bundle),
+        "sources": reports.source_hashes(bundle, options.lora),
         "network": table,
         "warnings": warnings,
         "executed": False,  # building proves shapes and layers, not numbers
     }
 
 
-def _parse(trt: Any, network: Any, logger: Any, graph: Any, bundle: Bundle, log: list[tuple[str, str]]) -> None:
+def _parse(trt: Any, network: Any, logger: Any, graph: Any, path: Path, log: list[tuple[str, str]]) -> None:
     parser = trt.OnnxParser(network, logger)
     for node in graph.graph.node:
         if not parser.supports_operator(node.op_type):
             raise ToolchainError(f"the builder {trt.__version__} has no operator {node.op_type} ({_place(node.name)}); "
                                  "use a newer TensorRT, or export for this one")  # fmt: skip
-    if not parser.parse(graph.SerializeToString(), str(bundle.file(DECODER))):
+    if not parser.parse(graph.SerializeToString(), str(path)):
         errors = []
         for index in range(parser.num_errors):
             error = parser.get_error(index)
             errors.append(f"{_place(error.node_name())}, operator {error.node_operator()}: {error.desc()}")
-        raise ToolchainError(_explain(f"{DECODER} cannot be parsed", errors or [text for _, text in log], graph))
+        raise ToolchainError(_explain(f"{path.name} cannot be parsed", errors or [text for _, text in log], graph))
 
 
 def _explain(what: str, errors: list[str], graph: Any) -> str:

@@ -7,17 +7,20 @@ from typing import Any
 
 from edgellm_ros.bundle import Manifest
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.lora_layout import stacks_of
 
 _DTYPES = {"float16": "HALF", "float32": "FLOAT"}
 
 
-def check_network(network: Any, graph: Any, manifest: Manifest, capacity: int, warnings: list[str]) -> dict[str, Any]:
+def check_network(
+    network: Any, graph: Any, manifest: Manifest, capacity: int, warnings: list[str], lora: bool = False
+) -> dict[str, Any]:
     """Compare names, shapes and layers; returns the layer table for the report.
 
-    network: an INetworkDefinition after parsing; graph: the onnx model it came from. Raises ToolchainError that lists
+    network: an INetworkDefinition after parsing; graph: the onnx model it came from; lora: one with adapters. Raises ToolchainError that lists
     everything that differs.
     """
-    faults = [*_tensors(network, manifest, capacity), *(w for w in warnings if "unused input" in w.lower())]
+    faults = [*_tensors(network, manifest, capacity, lora), *(w for w in warnings if "unused input" in w.lower())]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     faults += _attention(layers, graph, manifest)
     kinds = Counter(_kind(layer.type) for layer in layers)
@@ -30,7 +33,7 @@ def check_network(network: Any, graph: Any, manifest: Manifest, capacity: int, w
     return {"layers": len(layers), "kinds": dict(kinds.most_common())}
 
 
-def _tensors(network: Any, manifest: Manifest, capacity: int) -> list[str]:
+def _tensors(network: Any, manifest: Manifest, capacity: int, lora: bool) -> list[str]:
     graph, model = manifest.graph, manifest.model
     half = _DTYPES[graph.activation_dtype]
     rows = getattr(model, "num_rows", model.vocab_size)
@@ -45,6 +48,9 @@ def _tensors(network: Any, manifest: Manifest, capacity: int) -> list[str]:
     for layer in range(model.num_layers):
         inputs |= {name.format(layer=layer): (cache, half) for name in (graph.past_key, graph.past_value)}
         outputs |= {name.format(layer=layer): (cache, half) for name in (graph.present_key, graph.present_value)}
+        for stack in stacks_of(model) if lora else ():
+            a, b = (name.format(layer=layer, stem=stack.stem) for name in (graph.lora_a, graph.lora_b))
+            inputs |= {a: ((stack.in_features, -1), half), b: ((-1, stack.out_features), half)}
     found_in = [network.get_input(i) for i in range(network.num_inputs)]
     found_out = [network.get_output(i) for i in range(network.num_outputs)]
     return [*_compare("input", inputs, found_in), *_compare("output", outputs, found_out)]

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgellm_ros.bundle import GraphSpec
+from edgellm_ros.bundle import GraphSpec, ModelSpec
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.lora_layout import stacks_of
 from edgellm_ros.config import BuildOptions
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]  # smallest, the one to be fastest at, largest
 
 
-def profile_ranges(inputs: dict[str, Shape], graph: GraphSpec, options: BuildOptions) -> list[dict[str, Range]]:
+def profile_ranges(
+    inputs: dict[str, Shape], graph: GraphSpec, options: BuildOptions, max_lora: dict[str, int]
+) -> list[dict[str, Range]]:
     """A range for each input in each profile; `inputs` are the network's shapes with -1 where they vary.
 
     Decode has 1 to max_verify tokens a sequence and all their logits; it starts at 1 but does not stop there, because
-    a profile of exactly one token would duplicate the weights. Raises ToolchainError for an input of unknown role.
+    a profile of exactly one token would duplicate the weights. max_lora: the largest R of each LoRA input. Raises ToolchainError for an input of unknown role.
     """
     assert options.max_context is not None, "options are resolved"
     verify, longest = options.max_verify, options.max_input
     lengths = [(1, 1, verify), (1, max(1, longest // 2), longest)]
     if options.profile == "single":
         lengths = [(1, 1, longest)]
-    return [{name: _range(name, shape, graph, options, length) for name, shape in inputs.items()} for length in lengths]
+    loras = {name: _lora_range(inputs[name], rank) for name, rank in max_lora.items()}
+    return [
+        loras | {n: _range(n, shape, graph, options, length) for n, shape in inputs.items() if n not in loras}
+        for length in lengths
+    ]
+
+
+def lora_ranks(model: ModelSpec, graph: GraphSpec) -> dict[str, int]:
+    """The largest R of each LoRA input: every projection that is stacked in its layer with the largest rank."""
+    return {
+        name.format(layer=layer, stem=stack.stem): graph.max_lora_rank * len(stack.parts)
+        for layer in range(model.num_layers)
+        for stack in stacks_of(model)
+        for name in (graph.lora_a, graph.lora_b)
+    }
+
+
+def _lora_range(shape: Shape, largest: int) -> Range:
+    low, best, high = (tuple(rank if size == -1 else size for size in shape) for rank in (0, largest, largest))
+    return low, best, high
 
 
 def add_profiles(builder: Any, config: Any, profiles: list[dict[str, Range]]) -> None:

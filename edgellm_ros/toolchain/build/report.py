@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, hash_file
+from edgellm_ros.bundle import DECODER, DECODER_LORA, WEIGHTS, Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.config import BuildOptions
 
@@ -31,12 +31,26 @@ def engine_key(builder: str, version: str, target: str, options: BuildOptions) -
     """Flavour, version, architecture and options, as a directory's name."""
     parts = [builder, version, target, f"b{options.max_batch}", f"s{options.max_input}", f"c{options.max_context}"]
     parts += [f"v{options.max_verify}", options.profile]
+    parts += ["lora"] if options.lora else []
     return "-".join(parts + ([f"m{options.memory_limit}"] if options.memory_limit else []))
 
 
-def source_hashes(bundle: Bundle) -> dict[str, str]:
-    """sha256 of the files that an engine is made from."""
-    return {name: bundle.manifest.files[name].sha256 for name in (DECODER, WEIGHTS)}
+def graph_file(lora: bool) -> str:
+    """The decoder that an engine with or without adapters is made from."""
+    return DECODER_LORA if lora else DECODER
+
+
+def source_hashes(bundle: Bundle, lora: bool) -> dict[str, str]:
+    """sha256 of the files that an engine is made from; empty for one that the bundle lacks."""
+    files = bundle.manifest.files
+    return {name: files[name].sha256 if name in files else "" for name in (graph_file(lora), WEIGHTS)}
+
+
+def is_of(engine: Engine, bundle: Bundle) -> bool:
+    """Whether an engine was built from the bundle's files as they are."""
+    options = engine.report.get("options")
+    lora = bool(options.get("lora")) if isinstance(options, dict) else False
+    return bool(engine.report.get("sources") == source_hashes(bundle, lora))
 
 
 def read_engine(path: Path) -> Engine:
@@ -54,7 +68,7 @@ def read_engine(path: Path) -> Engine:
 
 def check_engine(engine: Engine, bundle: Bundle) -> None:
     """Raise ToolchainError unless the engine is unchanged and was built from this bundle's files."""
-    if engine.report.get("sources") != source_hashes(bundle):
+    if not is_of(engine, bundle):
         raise ToolchainError(
             f"{engine.path} was built from other weights or another graph; build it again with --force"
         )

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
+from edgellm_ros.bundle import WEIGHTS, Bundle
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.config import BUILD_TARGETS
 
@@ -97,16 +97,16 @@ def memory_available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def load_graph(bundle: Bundle, capacity: int) -> Any:
-    """decoder.onnx with its cache capacity fixed, as TensorRT needs it; raises ToolchainError for a newer opset."""
+def load_graph(bundle: Bundle, name: str, capacity: int) -> Any:
+    """The decoder `name` with its cache capacity fixed, as TensorRT needs it; ToolchainError for a newer opset."""
     import onnx
 
-    model = onnx.load(str(bundle.file(DECODER)), load_external_data=False)
+    model = onnx.load(str(bundle.file(name)), load_external_data=False)
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx"):
-            raise ToolchainError(f"{DECODER} uses operators of {opset.domain}, which TensorRT has not; export again")
+            raise ToolchainError(f"{name} uses operators of {opset.domain}, which TensorRT has not; export again")
         if opset.version > MAX_OPSET:
-            raise ToolchainError(f"{DECODER} has ONNX opset {opset.version}; the builder is known to take up to "
+            raise ToolchainError(f"{name} has ONNX opset {opset.version}; the builder is known to take up to "
                                  f"{MAX_OPSET}; export the model again with this version")  # fmt: skip
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
