@@ -17,7 +17,7 @@ from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What is added to a model's name for the same weights in another format.
-_FORMAT = re.compile(r"[-._](gguf|i?q\d\w*|f16|f32|bf16|fp16|fp32|bnb|4bit|8bit|unsloth)$")
+_FORMAT = re.compile(r"[-._](gguf|i?q\d\w*|f16|f32|bf16|fp16|fp32|fp8|int4|int8|nvfp4|awq|gptq|bnb|4bit|8bit|unsloth)$")
 
 
 @dataclass(frozen=True)

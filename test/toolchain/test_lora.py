@@ -244,6 +244,7 @@ def test_an_adapter_with_more_layers_is_refused(bundle: Bundle, tmp_path: Path) 
         ("/home/me/models/smollm2-135m-instruct/", True),
         ("/cache/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/0123abc", True),
         ("unsloth/SmolLM2-135M-Instruct-bnb-4bit", True),
+        ("Qwen/SmolLM2-135M-Instruct-AWQ", True),
         ("", True),
         ("HuggingFaceTB/SmolLM2-135M", False),
         ("HuggingFaceTB/SmolLM2-360M-Instruct", False),
