@@ -239,7 +239,7 @@ class LLM:
     def _unknown_lora(self, name: str) -> str:
         loaded = self.loras
         others = sorted(set(self.bundle.manifest.loras) - set(loaded))
-        more = f"; the bundle also has {', '.join(others)}, not loaded" if others else ""
+        more = f"; the bundle also has {', '.join(others)}, not loaded: load it first" if others else ""
         return f"lora is {name!r}; loaded are: {', '.join(loaded) or 'none'}{more}"
 
     def _stop_ids(self, request: Request) -> frozenset[int]:

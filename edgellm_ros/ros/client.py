@@ -26,7 +26,7 @@ from edgellm_ros import errors
 from edgellm_ros.action import Chat
 from edgellm_ros.errors import EdgeLLMError, RequestError, UnavailableError
 from edgellm_ros.msg import ChatMessage, Sampling, Tool
-from edgellm_ros.srv import ResetSession, Tokenize
+from edgellm_ros.srv import LoadLora, ResetSession, Tokenize
 
 _LOST_AFTER_S = 3.0
 _QOS = QoSProfile(depth=100)  # the default keeps 10 responses
@@ -196,6 +196,7 @@ class LLMClient:
         self._chat = ActionClient(self._node, Chat, f"{node_name}/chat", **deep, feedback_sub_qos_profile=_QOS)
         self._tokenize = self._node.create_client(Tokenize, f"{node_name}/tokenize")
         self._reset = self._node.create_client(ResetSession, f"{node_name}/reset_session")
+        self._lora = self._node.create_client(LoadLora, f"{node_name}/load_lora")
         self._executor = SingleThreadedExecutor(context=context)
         self._executor.add_node(self._node)
         self._sender = _Sender(self._executor)
@@ -236,6 +237,14 @@ class LLMClient:
     def reset_session(self, session_id: str, timeout_s: float = 10.0) -> bool:
         """Forget what is resident of a conversation; False when there was nothing."""
         return bool(self._call(self._reset, ResetSession.Request(session_id=session_id), timeout_s).existed)
+
+    def load_lora(self, name: str, timeout_s: float = 60.0) -> None:
+        """Have an adapter of the node's bundle loaded, so that goals can name it (`lora`)."""
+        self._call(self._lora, LoadLora.Request(name=name), timeout_s)
+
+    def unload_lora(self, name: str, timeout_s: float = 10.0) -> None:
+        """Free an adapter's place; goals that use it must have ended."""
+        self._call(self._lora, LoadLora.Request(name=name, unload=True), timeout_s)
 
     def close(self) -> None:
         """Cancel what runs and disconnect."""

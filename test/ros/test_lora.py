@@ -76,6 +76,11 @@ def test_goals_name_adapters_that_were_loaded_at_start_or_by_the_service(node, b
         probe.wait_for(lambda: list(infos[-1].adapters) == ["place"], 10)
         with pytest.raises(errors.RequestError, match="lora is 'pick'; loaded are: place"):
             say("pick")
+        client.load_lora("pick")
+        assert [say("pick"), say("place")] == [expected["pick"], expected["place"]]
+        client.unload_lora("pick")
+        with pytest.raises(errors.RequestError, match="lora is 'pick'; loaded are: place"):
+            client.unload_lora("pick")
         for name in ("grasp", str(bundle.path.parent / "pick"), "../pick", ""):
             refused = probe.call(LoadLora, "load_lora", LoadLora.Request(name=name))
             assert refused.error_code == ErrorCode.REQUEST_INVALID
