@@ -21,9 +21,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
-
 from edgellm_ros import native  # noqa: E402
+from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.executors import SequenceStep  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402

@@ -40,7 +40,7 @@ for part in "${parts[@]}"; do
     test) run test 220 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
     sanitize)  # every path once; cuBLASLt's own kernels are not ours to check
       for tool in memcheck racecheck; do
-        run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex-exclude kns=nvjet \
+        run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kns=edgellm \
           "$python" -m pytest -q -p no:cacheprovider test/gpu/test_short_run.py
       done
       ;;

@@ -11,6 +11,7 @@
 #include <cassert>
 
 #include "attention_decode_tile.cuh"
+#include "cluster.cuh"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "launch.hpp"
 
@@ -45,41 +46,31 @@ struct DecodeAttentionParams {
   float scale;  // times log2(e)
 };
 
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// *p of the block with this rank in the cluster; p is in shared memory.
-__device__ __forceinline__ float load_from_cluster(const float* p, int rank) {
-  float v = 0.0f;
-#if __CUDA_ARCH__ >= 900
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(address) : "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0,[%1];" : "=f"(v) : "r"(address) : "memory");
-#endif
-  return v;
-}
-
 __device__ __forceinline__ float fast_exp2(float x) {  // 0 for what is far below
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// The positions of one split.
+constexpr int kBlockPositions = kAttentionWarps * kTilePositions;
+
+// The positions of one split: blocks of 64 in turn with the other splits, so that what a head's blocks read at a time
+// lies together.
 struct SplitRange {
-  int num_splits, start, end;
+  int num_splits, start, end, stride;
 
   __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int split) {
-    const int length = position + 1, first = p.window > 0 ? max(0, length - p.window) : 0;
-    num_splits = min(decode_attention_splits(length - first, p.most_splits), static_cast<int>(gridDim.x));
-    const int span = ceil_div(ceil_div(length - first, num_splits), kTilePositions) * kTilePositions;
-    start = first + split * span;
-    end = min(length, start + span);
+    end = position + 1;
+    const int first = p.window > 0 ? max(0, end - p.window) : 0;
+    num_splits = min(decode_attention_splits(end - first, p.most_splits), static_cast<int>(gridDim.x));
+    start = first + split * kBlockPositions;
+    stride = num_splits * kBlockPositions;
   }
-  __device__ __forceinline__ bool contains(int position) const { return position >= start && position < end; }
+  // `position` is the last one.
+  __device__ __forceinline__ bool has_last(int position) const {
+    const int behind = position - start;
+    return behind >= 0 && behind % stride < kBlockPositions;
+  }
 };
 
 // A row of qkv that a warp rotates: lane i has pairs i and i + 32 of (dim, dim + head_dim / 2).
@@ -132,15 +123,15 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   using Element = typename Tile::Element;
   using Row = RopeRow<HD>;
   constexpr int kTiles = kTilesInFlight<HD, F>;
-  constexpr int kStep = kAttentionWarps * kTilePositions;
   constexpr int kRowPasses = (kTileHeads + 2 + kAttentionWarps - 1) / kAttentionWarps;
   constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;             // heads next to each other in other banks
   __shared__ __align__(16) uint16_t queries[2][kTileHeads][kQueryStride];  // rounded, and the rest
   __shared__ __align__(16) Element new_key[HD], new_value[HD];
   __shared__ __align__(16) float warp_out[kAttentionWarps][kTileHeads * HD];
   __shared__ float warp_max[kAttentionWarps][kTileHeads], warp_total[kAttentionWarps][kTileHeads];
-  __shared__ __align__(16) float block_out[kTileHeads * HD];
-  __shared__ float block_max[kTileHeads], block_total[kTileHeads];
+  // From every block of the cluster: its sums of the outputs that this one merges, and maximum and total of each head.
+  __shared__ __align__(16) float received[kTileHeads * HD + 4 * kMaxCluster];
+  __shared__ __align__(16) float2 received_tops[kMaxCluster][kTileHeads];
   __shared__ unsigned int order;
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
@@ -161,13 +152,12 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   Tile tiles[kTiles];
   float cos[Row::kPairs], sin[Row::kPairs];
   const auto load_first = [&](const SplitRange& range, int position) {
-    const int limit = min(range.end, position);  // the new token's row is not there yet
 #pragma unroll
     for (int r = 0; r < kTiles; r++) {
-      const int base = range.start + warp * kTilePositions + r * kStep;
-      if (base >= limit) continue;
-      tiles[r].load_keys(key_bytes, base, limit - 1, lane);
-      tiles[r].load_values(value_bytes, base, limit - 1, lane);
+      const int base = range.start + warp * kTilePositions + r * range.stride;
+      if (base >= position) continue;  // the new token's row is not there yet
+      tiles[r].load_keys(key_bytes, base, position - 1, lane);
+      tiles[r].load_values(value_bytes, base, position - 1, lane);
     }
 #pragma unroll
     for (int j = 0; j < Row::kPairs; j++) {
@@ -184,6 +174,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kAttentionThreads) {  // columns without a head
     queries[0][num_valid + j / HD][j % HD] = queries[1][num_valid + j / HD][j % HD] = 0;
   }
+  if (p.cluster > 1) cluster_arrive_relaxed();
   start_dependents();
   wait_for_predecessor();
   const int position = *static_cast<const volatile int32_t*>(p.positions + sequence);
@@ -212,7 +203,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     load_first(range, position);
   }
   if (split >= range.num_splits) return;  // launched for a longer sequence of the batch
-  const bool owns_new = range.contains(position);
+  const bool owns_new = range.has_last(position);
 
 #pragma unroll
   for (int pass = 0; pass < kRowPasses; pass++) {
@@ -266,18 +257,17 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   }
   float top = kNoScore;                            // of head g
   float total[4] = {}, out[Tile::kSteps][4] = {};  // of heads 2t and 2t + 1
-  const int limit = min(range.end, position);
-  for (int first = range.start + warp * kTilePositions; first < range.end; first += kTiles * kStep) {
+  for (int first = range.start + warp * kTilePositions; first < range.end; first += kTiles * range.stride) {
 #pragma unroll
     for (int r = 0; r < kTiles; r++) {
-      const int base = first + r * kStep, next = base + kTiles * kStep;
+      const int base = first + r * range.stride, next = base + kTiles * range.stride;
       if (base >= range.end) break;
       Tile& tile = tiles[r];
       // The new token's row in the cache may not be visible yet.
       if (owns_new && position - base < kTilePositions) tile.insert(new_key, new_value, position - base, lane);
       float scores[4];
       tile.score(q, scores);
-      if (next < limit) tile.load_keys(key_bytes, next, limit - 1, lane);
+      if (next < position) tile.load_keys(key_bytes, next, position - 1, lane);
       if (base + kTilePositions > range.end) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -304,7 +294,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
       const uint32_t ones[4] = {one, one, one, one};
       tile_mma<F>(total, ones, b0, b1);  // of the weights as they are rounded
       tile.accumulate(b0, b1, out);
-      if (next < limit) tile.load_values(value_bytes, next, limit - 1, lane);
+      if (next < position) tile.load_values(value_bytes, next, position - 1, lane);
     }
   }
 
@@ -321,7 +311,13 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   }
   if (t == 0) warp_max[warp][g] = top;
   __syncthreads();
-  for (int j = 4 * tid; j < num_valid * HD; j += 4 * kAttentionThreads) {
+
+  // Each block of the cluster merges a share of the outputs, which the others put into its shared memory.
+  const int rank = split % p.cluster, clusters = ceil_div(range.num_splits, p.cluster);
+  const int num_ranks = min(p.cluster, range.num_splits), num_outs = num_valid * HD;
+  const int share = ceil_div(ceil_div(num_outs, num_ranks), 4) * 4;
+  if (p.cluster > 1) cluster_wait();  // until all of its blocks run
+  for (int j = 4 * tid; j < num_outs; j += 4 * kAttentionThreads) {
     const int head = j / HD;
     float highest = kNoScore, sum = 0.0f;
     float4 merged = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -335,15 +331,19 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
       merged.x = fmaf(e, v.x, merged.x), merged.y = fmaf(e, v.y, merged.y);
       merged.z = fmaf(e, v.z, merged.z), merged.w = fmaf(e, v.w, merged.w);
     }
-    *reinterpret_cast<float4*>(&block_out[j]) = merged;
-    if (j % HD == 0) block_max[head] = highest, block_total[head] = sum;
+    const int target = j / share;
+    float4* to = reinterpret_cast<float4*>(&received[rank * share + j - target * share]);
+    const int peer = j % HD / 4;  // the threads of a head tell one block each
+    static_assert(HD / 4 >= kMaxCluster);
+    if (p.cluster > 1) {
+      store_to_cluster(to, target, merged);
+      if (peer < num_ranks) store_to_cluster(&received_tops[rank][head], peer, make_float2(highest, sum));
+    } else {
+      *to = merged;
+      if (peer == 0) received_tops[0][head] = make_float2(highest, sum);
+    }
   }
-
-  // Each block of the cluster merges a share of the outputs.
-  const int rank = split % p.cluster, clusters = ceil_div(range.num_splits, p.cluster);
-  const int num_ranks = min(p.cluster, range.num_splits);
-  const int share = ceil_div(num_valid * HD, num_ranks);
-  const int first_out = rank * share, last_out = min(num_valid * HD, first_out + share);
+  const int first_out = rank * share, last_out = min(num_outs, first_out + share);
   const std::size_t first_row = static_cast<std::size_t>(sequence) * p.num_heads + first_head;
   if (p.cluster > 1) {
     cluster_barrier();
@@ -352,27 +352,23 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   }
   for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
     const int head = j / HD;
+    float2 tops[kMaxCluster];  // maximum, total
+    float outs[kMaxCluster];
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; r++) {
+      tops[r] = make_float2(kNoScore, 0.0f), outs[r] = 0.0f;
+      if (r >= num_ranks) continue;
+      tops[r] = received_tops[r][head];
+      outs[r] = received[r * share + j - first_out];
+    }
     float highest = kNoScore, sum = 0.0f, o = 0.0f;
-    if (p.cluster > 1) {
-      float maxima[kMaxCluster], totals[kMaxCluster], outs[kMaxCluster];
 #pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) {
-        maxima[r] = kNoScore, totals[r] = outs[r] = 0.0f;
-        if (r >= num_ranks) continue;
-        maxima[r] = load_from_cluster(&block_max[head], r);
-        totals[r] = load_from_cluster(&block_total[head], r);
-        outs[r] = load_from_cluster(&block_out[j], r);
-      }
+    for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, tops[r].x);
 #pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, maxima[r]);
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) {
-        const float e = fast_exp2(maxima[r] - highest);
-        sum = fmaf(e, totals[r], sum);
-        o = fmaf(e, outs[r], o);
-      }
-    } else {
-      highest = block_max[head], sum = block_total[head], o = block_out[j];
+    for (int r = 0; r < kMaxCluster; r++) {
+      const float e = fast_exp2(tops[r].x - highest);
+      sum = fmaf(e, tops[r].y, sum);
+      o = fmaf(e, outs[r], o);
     }
     if (clusters == 1) {
       p.out[first_row * HD + j] = __float2bfloat16(o / sum);
@@ -383,7 +379,6 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     // Ranks that share a head write the same numbers; each must have done so before it is counted below.
     if (j == first_out || j % HD == 0) p.partial_max[at] = highest, p.partial_sum[at] = sum;
   }
-  if (p.cluster > 1) cluster_barrier();  // no block may leave while others read its shared memory
   if (clusters == 1) return;
 
   __threadfence();

@@ -22,21 +22,21 @@ constexpr int kTileHeads = 8;
 // Of the loads that a lane's `bytes` are read with.
 constexpr int widest_unit(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 2; }
 
-// Read once by one SM: past L1. The rows of a head lie one behind the other, so L2 may fetch the neighbours at once.
+// Read once by one SM: past L1. The rows of a head lie one behind the other, so L2 may fetch a neighbour at once.
 template <int kBytes>
 __device__ __forceinline__ void load_unit(uint32_t* to, const std::byte* from) {
   if constexpr (kBytes == 16) {
-    asm volatile("ld.global.cg.L2::256B.v4.u32 {%0,%1,%2,%3},[%4];"
+    asm volatile("ld.global.cg.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "l"(from)
                  : "memory");
   } else if constexpr (kBytes == 8) {
-    asm volatile("ld.global.cg.L2::256B.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+    asm volatile("ld.global.cg.L2::128B.v2.u32 {%0,%1},[%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
   } else if constexpr (kBytes == 4) {
-    asm volatile("ld.global.cg.L2::256B.u32 %0,[%1];" : "=r"(to[0]) : "l"(from) : "memory");
+    asm volatile("ld.global.cg.L2::128B.u32 %0,[%1];" : "=r"(to[0]) : "l"(from) : "memory");
   } else {
     uint16_t v;
-    asm volatile("ld.global.cg.L2::256B.u16 %0,[%1];" : "=h"(v) : "l"(from) : "memory");
+    asm volatile("ld.global.cg.L2::128B.u16 %0,[%1];" : "=h"(v) : "l"(from) : "memory");
     to[0] = v;
   }
 }

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
 #pragma unroll 4
     for (int r = 0; r < p.cluster_size; r++) {
       const float e = exp2f(tree_load_peer(&block_max[row], r, p.cluster_size) - highest);
-      const float4 v = tree_load_peer4(partial + row * kStride + d, r, p.cluster_size);
+      const float4 v = tree_load_peer(reinterpret_cast<const float4*>(partial + row * kStride + d), r, p.cluster_size);
       sum = fmaf(e, tree_load_peer(&block_total[row], r, p.cluster_size), sum);
       o.x = fmaf(e, v.x, o.x), o.y = fmaf(e, v.y, o.y), o.z = fmaf(e, v.z, o.z), o.w = fmaf(e, v.w, o.w);
     }

@@ -1,6 +1,7 @@
 // What tree attention brings into shared memory: tiles of the prefix, and the new tokens' rotated rows.
 #pragma once
 
+#include "cluster.cuh"
 #include "edgellm/kernels/attention_tree.hpp"
 #include "kv_format.cuh"
 
@@ -116,42 +117,16 @@ __device__ __forceinline__ void tree_load_matrices_transposed(uint32_t* r, const
 
 // Over the blocks of a cluster, or over the block.
 __device__ __forceinline__ void tree_barrier(int cluster_size) {
-#if __CUDA_ARCH__ >= 900
   if (cluster_size > 1) {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    return;
+    cluster_barrier();
+  } else {
+    __syncthreads();
   }
-#endif
-  __syncthreads();
 }
-// Shared memory of the cluster's block `rank`.
-__device__ __forceinline__ float tree_load_peer(const float* p, int rank, int cluster_size) {
-#if __CUDA_ARCH__ >= 900
-  if (cluster_size > 1) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-    float v;
-    asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(address) : "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0,[%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
-  }
-#endif
-  return *p;
-}
-__device__ __forceinline__ float4 tree_load_peer4(const float* p, int rank, int cluster_size) {
-#if __CUDA_ARCH__ >= 900
-  if (cluster_size > 1) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-    float4 v;
-    asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(address) : "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3},[%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-  }
-#endif
-  return *reinterpret_cast<const float4*>(p);
+// Shared memory of the cluster's block `rank`; `T` is float or float4.
+template <class T>
+__device__ __forceinline__ T tree_load_peer(const T* p, int rank, int cluster_size) {
+  return cluster_size > 1 ? load_from_cluster(p, rank) : *p;
 }
 
 // Shared memory of a block: tiles in the operands' format, tiles as the cache has them, and the rotated queries.

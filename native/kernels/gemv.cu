@@ -95,17 +95,24 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / (1.5f * static_cast<float>(num_sms));
   const int in_flight = c.chunks * c.rows;  // loads a thread
   float preference = tile.threads < 96 ? 0.5f : 1.0f;
+  // Few rows are spread best by blocks with much under way, and so are those of a layer's widest product; a head's come
+  // as many short-lived blocks.
+  const bool few_rows = w.rows < 40 * num_sms, head = w.rows >= 500 * num_sms;
+  const bool many_rows = w.rows >= 100 * num_sms && !head;
+  const int columns = tile.threads * c.chunks;  // 16-byte loads of a row
   if (is_8bit(w)) {
-    const float by_loads = in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : c.chunks == 2 ? 0.998f : 0.97f;
+    float by_loads = in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : c.chunks == 2 ? 0.998f : 0.97f;
+    if (in_flight == 16 && columns >= 256 && c.chunks == (many_rows ? 2 : few_rows ? 1 : 0)) by_loads = 1.01f;
     preference *= tile.threads > 256 ? by_loads * 1.01f : by_loads;
+  } else if (in_flight == 16) {
+    const bool narrow = tile.threads > 128 && tile.threads <= 256;
+    preference *= c.chunks == 2 ? 1.0f : c.chunks == 1 ? 0.993f : narrow ? 1.005f : 0.97f;
+  } else if (few_rows) {
+    preference *= in_flight == 8 ? (c.chunks == 1 && tile.threads > 256 ? 1.01f : 0.99f) : 0.97f;
+  } else if (in_flight == 4) {
+    preference *= head || (columns >= 512 && !many_rows) ? 1.0f : 0.99f;
   } else {
-    // Many rows come as many short-lived blocks; few are spread best by blocks with much under way.
-    const bool many_rows = w.rows >= 40 * num_sms;
-    if (many_rows) {
-      preference *= in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : 0.99f;
-    } else {
-      preference *= in_flight == 16 && c.chunks <= 2 ? 1.0f : in_flight == 8 ? 0.99f : 0.97f;
-    }
+    preference *= 0.985f;
   }
   return used * (preference - 0.005f * static_cast<float>(c.chunks)) * (fill < 1.0f ? fill : 1.0f);
 }

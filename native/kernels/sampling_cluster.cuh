@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cluster.cuh"
 #include "device.cuh"
 
 namespace edgellm::kernels {
@@ -20,21 +21,18 @@ struct Cluster {
   int size;
 
   __device__ __forceinline__ void barrier() const {
-#if __CUDA_ARCH__ >= 900
     if (size > 1) {
-      __syncwarp();
-      asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-      return;
+      cluster_barrier();
+    } else {
+      __syncthreads();
     }
-#endif
-    __syncthreads();
   }
   // *p of block `r`; p is in shared memory.
   __device__ __forceinline__ uint64 load(const uint64* p, int r) const {
 #if __CUDA_ARCH__ >= 900
     if (size > 1) {
       uint64 v;
-      asm volatile("ld.shared::cluster.u64 %0,[%1];" : "=l"(v) : "r"(address(p, r)) : "memory");
+      asm volatile("ld.shared::cluster.u64 %0,[%1];" : "=l"(v) : "r"(cluster_address(p, r)) : "memory");
       return v;
     }
 #endif
@@ -44,21 +42,12 @@ struct Cluster {
 #if __CUDA_ARCH__ >= 900
     if (size > 1) {
       uint32_t v;
-      asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(address(p, r)) : "memory");
+      asm volatile("ld.shared::cluster.u32 %0,[%1];" : "=r"(v) : "r"(cluster_address(p, r)) : "memory");
       return v;
     }
 #endif
     return *p;
   }
-
- private:
-#if __CUDA_ARCH__ >= 900
-  static __device__ __forceinline__ uint32_t address(const void* p, int r) {
-    uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-    asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(a) : "r"(r));
-    return a;
-  }
-#endif
 };
 
 // The block's part in sums and maxima over the cluster.

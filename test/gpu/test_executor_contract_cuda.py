@@ -35,10 +35,19 @@ __all__ = [
 ]
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
-def executor(request: pytest.FixtureRequest, gpu_bundle: Callable[..., Bundle]) -> Iterator[Executor]:
+@pytest.fixture(
+    scope="module",
+    params=[(model, weights) for model in ("gpu_qwen3", "smollm2") for weights in ("fp16", "int8", "int4")],
+    ids="-".join,
+)
+def executor(
+    request: pytest.FixtureRequest, gpu_bundle: Callable[..., Bundle], smollm2: Callable[[str], Bundle]
+) -> Iterator[Executor]:
+    """Over random weights, and over SmolLM2's own."""
+    model, weights = request.param
     config = EngineConfig(executor="cuda", max_slots=4, max_context=CAPACITY)
-    made = create_executor(gpu_bundle("gpu_qwen3", request.param), config)
+    bundle = smollm2(weights) if model == "smollm2" else gpu_bundle(model, weights)
+    made = create_executor(bundle, config)
     assert made.info.name == "cuda"
     yield made
     made.close()

@@ -1,0 +1,162 @@
+"""SmolLM2-135M-Instruct's own weights on the GPU: Hugging Face's tokens and logits, and the self-test of its bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_executor_contract import step
+
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import ChatMessage, Request, SamplingParams
+from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.executors.selftest import measure_self_test
+from edgellm_ros.llm import LLM
+
+NUM_TOKENS = 64
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three things that a robot should check before it crosses a room.",
+    "Write a short story about a lighthouse.",
+    "Explain why the sky is blue.",
+    "List the numbers from one to twenty.",
+    "How do I make a cup of tea?",
+    "Translate 'good morning' into Spanish, and explain the words.",
+    "What does a gearbox do?",
+)
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf: Path) -> dict[str, Any]:
+    """transformers' model in fp32 and in bf16, on the GPU where PyTorch has one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=dtype, attn_implementation="eager"
+        )
+        models[name] = model.to(device).eval()
+    return models
+
+
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    """The most likely tokens, end tokens among them: generation does not stop there, nor is their logit touched."""
+    import torch
+
+    tokens = torch.tensor([ids], device=model.device)
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NUM_TOKENS, do_sample=False,
+        eos_token_id=model.config.vocab_size + 1,
+    )  # fmt: skip
+    return [int(token) for token in out[0, len(ids) :]]
+
+
+def dequantised(bundle: Bundle, stem: str) -> np.ndarray:
+    """The fp32 numbers that a stored weight stands for: signed nibbles, the low one first, or bytes, times scales."""
+    tensors = bundle.weights()
+    weight = np.asarray(tensors[f"{stem}.weight"])
+    if f"{stem}.scale" not in tensors:
+        return weight.astype(np.float32)
+    scale = np.asarray(tensors[f"{stem}.scale"]).astype(np.float32)
+    values = weight.view(np.int8)
+    if bundle.manifest.quantization.weights == "int4" and not stem.startswith(("embed", "head")):
+        values = np.stack([(values << 4) >> 4, values >> 4], axis=-1).reshape(len(weight), -1)
+    grouped = values.reshape(len(values), scale.shape[1], -1).astype(np.float32)
+    return (grouped * scale[..., None]).reshape(values.shape)
+
+
+def with_stored_weights(model: Any, bundle: Bundle) -> Any:
+    """A copy of transformers' model that computes with the bundle's numbers."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(model)
+    spec = bundle.manifest.model
+    heads = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(dequantised(bundle, "embed")))  # the head is tied to it
+        for index, layer in enumerate(model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            for stem, parts, sizes in (
+                ("attn.qkv", (attention.q_proj, attention.k_proj, attention.v_proj), heads),
+                ("attn.o", (attention.o_proj,), [spec.hidden_size]),
+                ("mlp.gate_up", (mlp.gate_proj, mlp.up_proj), [spec.intermediate_size] * 2),
+                ("mlp.down", (mlp.down_proj,), [spec.hidden_size]),
+            ):
+                rows = torch.from_numpy(dequantised(bundle, f"layers.{index}.{stem}")).split(sizes)
+                for part, own in zip(parts, rows, strict=True):
+                    part.weight.copy_(own)
+    return model
+
+
+def agreeing(a: list[int], b: list[int]) -> int:
+    """Tokens before the first difference."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
+    smollm2: Callable[[str], Bundle], reference: dict[str, Any]
+) -> None:
+    bundle = smollm2("fp16")
+    config = EngineConfig(executor="cuda", max_slots=2, max_context=512)
+    compared, whole = [], 0
+    with LLM(bundle, config, CudaExecutor(bundle, config)) as llm:
+        for text in PROMPTS:
+            chat = Request(messages=(ChatMessage("user", text),))
+            ids = llm.tokenize(llm.render(chat))
+            expected, rounded = greedy(reference["fp32"], ids), greedy(reference["bf16"], ids)
+            sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+            got = list(llm.complete(Request(prompt_ids=tuple(ids), sampling=sampling)).token_ids)
+            limit = agreeing(expected, rounded)
+            compared.append((agreeing(got, expected), limit, text))
+            whole += limit == NUM_TOKENS
+    print(compared)
+    assert whole >= 2, compared  # otherwise nothing was shown
+    assert all(equal >= limit for equal, limit, _ in compared), compared
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+def test_logits_are_as_close_to_those_of_the_stored_weights_in_fp32_as_bf16_is(
+    weights: str, smollm2: Callable[[str], Bundle], reference: dict[str, Any]
+) -> None:
+    """The largest error over the largest logit: 1.0 to 2.2e-2 was measured for bf16 activations."""
+    import torch
+
+    bundle = smollm2(weights)
+    executor = CudaExecutor(bundle, EngineConfig(executor="cuda", max_slots=1, max_context=256))
+    try:
+        with torch.no_grad():
+            ids = np.random.default_rng(2).integers(100, 40_000, 96).astype(np.int32)
+            tokens = torch.tensor(ids[None].astype(np.int64), device=reference["fp32"].device)
+            model = with_stored_weights(reference["fp32"], bundle)
+            expected = model(tokens).logits[0].float().cpu().numpy()
+        prefilled = executor.step([step(0, ids[:80], 0, 80)]).copy()
+        decoded = [executor.step([step(0, ids[i : i + 1], i)]).copy() for i in range(80, 96)]
+    finally:
+        executor.close()
+    got = np.concatenate([prefilled, *decoded])
+    error = np.abs(got - expected).max() / np.abs(expected).max()
+    print(f"{weights}: largest error {error:.4f} of the largest logit")
+    assert error < 0.022
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+def test_the_bundles_self_test_passes_on_the_gpu(weights: str, smollm2: Callable[[str], Bundle]) -> None:
+    bundle = smollm2(weights)
+    assert bundle.manifest.self_test.cases
+    executor = CudaExecutor(bundle, EngineConfig(executor="cuda", max_slots=1, max_context=512))
+    try:
+        measured = measure_self_test(executor, bundle.manifest)
+    finally:
+        executor.close()
+    print(weights, measured)
+    LLM.open(bundle.path, EngineConfig(executor="cuda", max_slots=1, max_context=512)).close()
