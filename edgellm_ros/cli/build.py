@@ -13,10 +13,11 @@ EXAMPLES = """\
 examples:
   edgellm build smollm2                                on the robot: for its own GPU, with its TensorRT
   edgellm build smollm2 --target sm89                  anywhere, without a GPU: with TensorRT-RTX
+  edgellm build smollm2 --target sm89 --lora           with adapter inputs (edgellm export --max-lora-rank)
   edgellm build smollm2 --target sm120 --max-context 2048 --max-batch 4
 
-The engine goes to BUNDLE/engines/KEY with report.json; a key that is there is reused. TensorRT builds for the GPU it
-runs on; TensorRT-RTX (pip install 'edgellm_ros[rtx]') builds for the RTX architectures it knows, not for Jetson.
+The engine goes to BUNDLE/engines/KEY with report.json and layers.json; a key that is there is reused. TensorRT builds
+for the GPU it runs on; TensorRT-RTX (pip install 'edgellm_ros[rtx]') builds for RTX architectures, not for Jetson.
 Building checks names, shapes and layers; it never executes the engine. docs/build.md says more.
 """
 
@@ -41,6 +42,7 @@ def execute(args: argparse.Namespace) -> int:
     from edgellm_ros.cli.inspect import human_bytes
     from edgellm_ros.errors import ToolchainError
     from edgellm_ros.toolchain.build.builder import build_engine
+    from edgellm_ros.toolchain.build.kernels import fused_attentions
 
     options = settings_from(args, BuildOptions())
     bundle = Bundle.open(args.bundle)
@@ -61,5 +63,8 @@ def execute(args: argparse.Namespace) -> int:
           f"engine {human_bytes(facts['engine']['size'])}")  # fmt: skip
     kinds = facts["network"]["kinds"]
     print(f"  {facts['network']['layers']} layers: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    fused = fused_attentions(facts.get("kernels", {}))
+    if fused:
+        print(f"  {fused} fused attention kernels, one for each layer in {len(facts['profiles'])} profiles")
     print("  built, never executed: names, shapes and layers were checked, not numbers")
     return 0

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import resource
 import shutil
+import signal
+import sys
+import types
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import packers
 import pytest
 
-from edgellm_ros.bundle import DECODER, DECODER_LORA, Bundle
+from edgellm_ros.bundle import DECODER, DECODER_LORA, MANIFEST, Bundle, hash_file
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
-from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, is_of
+from edgellm_ros.toolchain.build.kernels import check_kernels, fused_attentions, kernel_counts
+from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
 from edgellm_ros.toolchain.export import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
 onnx = pytest.importorskip("onnx")
 SMALL = BuildOptions(max_input=32, max_context=64)
+QUICK = dataclasses.replace(SMALL, profile="single")
 TinyBundle = Callable[[str, str], Bundle]
 
 
@@ -57,7 +66,7 @@ def test_every_family_builds_with_fused_attention_and_caches_in_place(
     copy: Callable[..., Bundle], kind: str, weights: str, target: str
 ) -> None:
     bundle = copy(kind, weights)
-    engine, fresh = build_engine(bundle, target, SMALL)
+    engine, fresh = build_engine(bundle, target, SMALL if target == "sm89" else QUICK)
     report, layers = engine.report, bundle.manifest.model.num_layers
     kinds = report["network"]["kinds"]
     assert fresh and (kinds["KV_CACHE_UPDATE"], kinds["ATTENTION_OUTPUT"]) == (2 * layers, layers)
@@ -66,8 +75,10 @@ def test_every_family_builds_with_fused_attention_and_caches_in_place(
     assert kinds.get("DEQUANTIZE", 0) == len(quantised) and bool(quantised) == (weights != "fp16")
     assert report["engine"]["size"] == (engine.path / ENGINE).stat().st_size > 10_000
     assert report["executed"] is False and target in engine.key
-    decode, prefill = (p["position_ids"] for p in report["profiles"])
-    assert (decode, prefill) == ([[1, 1], [1, 1], [1, 8]], [[1, 1], [1, 16], [1, 32]])
+    ranges = [p["position_ids"] for p in report["profiles"]]
+    split = [[[1, 1], [1, 1], [1, 8]], [[1, 1], [1, 16], [1, 32]]]
+    assert ranges == (split if target == "sm89" else [[[1, 1], [1, 1], [1, 32]]])
+    assert fused_attentions(report["kernels"]) == layers * len(ranges), "after fusing: one for each layer and profile"
 
 
 KEPT = {  # what others quantised: an offset for each group, an input in another order, FP8 in blocks, two levels of scales
@@ -93,14 +104,14 @@ def test_what_others_quantised_builds(case: str, tmp_path: Path) -> None:
 
 def test_a_key_is_reused_and_a_damaged_engine_is_not(copy: Callable[..., Bundle]) -> None:
     bundle = copy()
-    engine, _ = build_engine(bundle, "sm89", SMALL)
+    engine, _ = build_engine(bundle, "sm89", QUICK)
     before = (engine.path / REPORT).stat().st_mtime_ns
-    again, fresh = build_engine(bundle, "sm89", SMALL)
+    again, fresh = build_engine(bundle, "sm89", QUICK)
     assert not fresh and (again.path / REPORT).stat().st_mtime_ns == before
     os.truncate(engine.path / ENGINE, 100)
     with pytest.raises(ToolchainError, match="100 bytes.*--force"):
-        build_engine(bundle, "sm89", SMALL)
-    rebuilt, fresh = build_engine(bundle, "sm89", SMALL, force=True)
+        build_engine(bundle, "sm89", QUICK)
+    rebuilt, fresh = build_engine(bundle, "sm89", QUICK, force=True)
     assert fresh and [p.name for p in (bundle.path / ENGINES).iterdir()] == [rebuilt.key]
 
 
@@ -197,3 +208,143 @@ def test_a_decoder_with_adapters_builds_for_every_rank_from_none(
 def test_adapters_need_a_bundle_that_was_exported_for_them(tiny_bundle: TinyBundle) -> None:
     with pytest.raises(ToolchainError, match="no decoder that takes adapters; export it with --max-lora-rank"):
         build_engine(tiny_bundle("llama", "int4"), "sm89", dataclasses.replace(SMALL, lora=True))
+
+
+def test_the_layer_table_names_every_layer_of_the_network(copy: Callable[..., Bundle]) -> None:
+    bundle = copy("gemma3_scaled", "int4")
+    engine, _ = build_engine(bundle, "sm89", QUICK)
+    layers = json.loads((engine.path / LAYERS).read_text())
+    network = engine.report["network"]
+    assert len(layers) == network["layers"] and "table" not in network
+    assert Counter(layer["kind"] for layer in layers) == network["kinds"]
+    writes = {layer["name"]: layer for layer in layers if layer["kind"] == "KV_CACHE_UPDATE"}
+    assert len(writes) == 2 * bundle.manifest.model.num_layers
+    assert all(layer["outputs"].endswith("HALF ?x2x64x32") for layer in writes.values())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_in_the_middle_of_a_build_stops_it_and_leaves_nothing(copy: Callable[..., Bundle], late: bool) -> None:
+    bundle = copy()
+    calls: list[str] = []
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        calls.append(phase)
+        if len(calls) == (20 if late else 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(bundle, "sm89", QUICK, progress=interrupt)
+    assert nothing_is_left(bundle) and signal.getsignal(signal.SIGINT) is before
+    again = len(calls)
+    build_engine(bundle, "sm89", QUICK, progress=lambda *_: calls.append(""))
+    assert len(calls) - again > again, "it stopped before the end"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_an_engine_is_said_and_leaves_nothing(copy: Callable[..., Bundle]) -> None:
+    """The kernel refuses bytes beyond a limit for files, as a full disk does: half of the engine is written by then."""
+    bundle = copy()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(ToolchainError, match=r"cannot write .*File too large"):
+            build_engine(bundle, "sm89", QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert nothing_is_left(bundle)
+
+
+def test_force_keeps_the_engine_that_is_there_until_the_new_one_is_whole(copy: Callable[..., Bundle]) -> None:
+    bundle = copy()
+    engine, _ = build_engine(bundle, "sm89", QUICK)
+    before = hash_file(engine.path / ENGINE)
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(bundle, "sm89", QUICK, force=True, progress=interrupt)
+    assert hash_file(engine.path / ENGINE) == before
+    assert [p.name for p in (bundle.path / ENGINES).iterdir()] == [engine.key]
+
+
+def test_a_newer_versions_bundle_and_an_unknown_operators_set_end_in_a_sentence(
+    copy: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = copy()
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    (bundle.path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 99, "new": 1}))
+    assert main(["build", str(bundle.path), "--target", "sm89"]) != 0
+    error = capsys.readouterr().err
+    assert "schema_version 99" in error and "update edgellm_ros" in error and "Traceback" not in error
+    (bundle.path / MANIFEST).write_text(json.dumps({**manifest, "newer_field": 1}))
+    assert main(["build", str(bundle.path), "--target", "sm89"]) != 0
+    assert "unknown field 'newer_field'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("weights", "target", "message"),
+    [
+        ("fp8", "sm86", "sm86 has no fp8 .*sm89 or newer"),
+        ("nvfp4", "sm89", "sm89 has no nvfp4 .*sm100 or newer"),
+        ("int4", "sm75", "target is 'sm75'"),
+    ],
+)
+def test_a_format_that_an_architecture_lacks_is_refused_by_name(
+    weights: str, target: str, message: str, tiny_bundle: TinyBundle
+) -> None:
+    bundle = tiny_bundle("llama", "int4")
+    quant = dataclasses.replace(bundle.manifest.quantization, weights=weights)
+    changed = Bundle(bundle.path, dataclasses.replace(bundle.manifest, quantization=quant))
+    with pytest.raises(ToolchainError, match=message):
+        build_engine(changed, target, QUICK)
+
+
+def test_kernels_are_counted_by_their_definitions() -> None:
+    number = "0x" + "0123456789abcdef" * 2
+    engine = (
+        b"\x00\xff__global__ void __launch_bounds__(128) _gemm_mha_v2_" + number.encode() + b"(const float* x) { }\n"
+        b"extern __global__ void add_" + number.encode() + b" (int n);_gemm_mha_v2_" + number.encode() + b"(1);\x00"
+    )
+    assert kernel_counts(engine) == {"_gemm_mha_v2": 1, "add": 1}
+    assert fused_attentions(kernel_counts(memoryview(engine))) == 1
+    check_kernels({"_gemm_mha_v2": 6, "add": 1}, 6)
+    check_kernels({"another_version": 5}, 6)
+    with pytest.raises(ToolchainError, match="5 fused attention kernels for 6 attentions"):
+        check_kernels({"_gemm_mha_v2": 5}, 6)
+
+
+def test_tensorrts_own_path_keeps_a_timing_cache_beside_the_engines(
+    copy: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself is not here: TensorRT-RTX stands in for its module, and its cache, which stays empty, for the file."""
+    rtx = importlib.import_module("tensorrt_rtx")
+
+    class Config(rtx.Builder):
+        def create_builder_config(self) -> object:
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+            return config
+
+    module = types.ModuleType("tensorrt")
+    module.__dict__.update({**vars(rtx), "Builder": Config, "__version__": "10.9"})
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(targets, "current_target", lambda: "sm89")
+    bundle = copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX's: its cache does nothing
+        engine, fresh = build_engine(bundle, "current", QUICK, builder="tensorrt")
+        cache = bundle.path / ENGINES / "timing-10.9-sm89.cache"
+        assert fresh and engine.key.startswith("tensorrt-10.9-sm89") and cache.stat().st_size > 0
+        cache.write_bytes(b"of another version")
+        assert build_engine(bundle, "current", QUICK, builder="tensorrt", force=True)[1]
+    assert cache.read_bytes() != b"of another version"
+    assert [path.name for path in list_engines(bundle)] == [engine.key]
+
+
+def test_without_tensorrt_its_absence_is_said(tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(targets, "current_target", lambda: "sm87")
+    with pytest.raises(ToolchainError, match="builder tensorrt cannot be imported .*it comes with JetPack"):
+        build_engine(tiny_bundle("llama", "int4"), "sm87", QUICK, builder="tensorrt")

@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import edgellm_ros
 from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import report as reports
-from edgellm_ros.toolchain.build import targets
+from edgellm_ros.toolchain.build import targets, timing
 from edgellm_ros.toolchain.build.check import check_network
+from edgellm_ros.toolchain.build.kernels import check_kernels, kernel_counts
 from edgellm_ros.toolchain.build.profiles import add_profiles, lora_ranks, profile_ranges
-from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, REPORT, Engine
+from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, LAYERS, REPORT, Engine
 from edgellm_ros.config import BuildOptions
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
@@ -59,8 +62,10 @@ def build_engine(
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        facts = _build(trt, flavour, bundle, target, options, partial / ENGINE, progress or _silent)
+        with _interruptible() as interrupted:
+            facts = _build(trt, flavour, bundle, target, options, partial / ENGINE, progress or _silent, interrupted)
         facts["key"] = final.name
+        (partial / LAYERS).write_text(reports.layer_table(facts["network"].pop("table")), encoding="utf-8")
         (partial / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -74,9 +79,26 @@ def build_engine(
     return reports.read_engine(final), True
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list that this gives, and raised at the end: no exception may pass through the builder."""
+    interrupted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
 def _build(
-    trt: Any, flavour: str, bundle: Bundle, target: str, options: BuildOptions, output: Path, progress: Progress
-) -> dict[str, Any]:
+    trt: Any, flavour: str, bundle: Bundle, target: str, options: BuildOptions, output: Path, progress: Progress,
+    interrupted: list[int],
+) -> dict[str, Any]:  # fmt: skip
     assert options.max_context is not None, "options are resolved"
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
@@ -102,15 +124,21 @@ def _build(
     if flavour == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
-    monitor = _monitor(trt, progress)
+    # TensorRT measures kernels on the GPU and remembers; TensorRT-RTX does neither.
+    cache = timing.load(config, output.parent.parent, trt.__version__, target) if flavour == "tensorrt" else None
+    monitor = _monitor(trt, progress, interrupted)
     config.progress_monitor = monitor
     serialized = maker.build_serialized_network(network, config)
-    if monitor.interrupted:
+    if interrupted:
         raise KeyboardInterrupt
     if serialized is None:
         raise ToolchainError(_explain("the builder failed", [text for level, text in log if "ERROR" in level], graph))
     output.write_bytes(serialized)
     entry = hash_file(output)
+    kernels = kernel_counts(serialized)
+    check_kernels(kernels, model.num_layers * len(profiles))
+    if cache is not None:
+        timing.save(cache, output.parent.parent, trt.__version__, target)
     activation = [int(n) for _, text in log for n in re.findall(r"Total Activation Memory: (\d+)", text)]
     return {
         "builder": {"name": flavour, "version": trt.__version__, "edgellm_ros": edgellm_ros.__version__},
@@ -124,6 +152,7 @@ def _build(
         "engine": {"size": entry.size, "sha256": entry.sha256},
         "sources": reports.source_hashes(bundle, options.lora),
         "network": table,
+        "kernels": kernels,  # of TensorRT-RTX's engines, which hold their source; defined once a layer and profile
         "warnings": warnings,
         "executed": False,  # building proves shapes and layers, not numbers
     }
@@ -178,12 +207,11 @@ def _logger(trt: Any, log: list[tuple[str, str]]) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: Progress, interrupted: list[int]) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
-            self.interrupted = False
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
@@ -194,9 +222,9 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             try:
                 progress(phase, step + 1, self.steps.get(phase, 0))
-            except KeyboardInterrupt:  # it must not pass through the builder; false makes that stop
-                self.interrupted = True
-            return not self.interrupted
+            except KeyboardInterrupt:
+                interrupted.append(signal.SIGINT)
+            return not interrupted  # false makes the builder stop
 
     return Monitor()
 

@@ -15,10 +15,10 @@ _DTYPES = {"float16": "HALF", "float32": "FLOAT"}
 def check_network(
     network: Any, graph: Any, manifest: Manifest, capacity: int, warnings: list[str], lora: bool = False
 ) -> dict[str, Any]:
-    """Compare names, shapes and layers; returns the layer table for the report.
+    """Compare names, shapes and layers; returns the layers and their counts for the report.
 
-    network: an INetworkDefinition after parsing; graph: the onnx model it came from; lora: one with adapters. Raises ToolchainError that lists
-    everything that differs.
+    network: an INetworkDefinition after parsing; graph: the onnx model it came from; lora: one with adapters. Raises
+    ToolchainError that lists everything that differs.
     """
     faults = [*_tensors(network, manifest, capacity, lora), *(w for w in warnings if "unused input" in w.lower())]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
@@ -30,7 +30,14 @@ def check_network(
     if faults:
         shown = "\n  ".join(faults[:12]) + (f"\n  and {len(faults) - 12} more" if len(faults) > 12 else "")
         raise ToolchainError(f"the parsed network is not what the manifest says; export the model again:\n  {shown}")
-    return {"layers": len(layers), "kinds": dict(kinds.most_common())}
+    return {"layers": len(layers), "kinds": dict(kinds.most_common()), "table": [_row(layer) for layer in layers]}
+
+
+def _row(layer: Any) -> list[str]:
+    """Name, kind, and dtype and shape of every output."""
+    outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+    shapes = [f"{_kind(t.dtype)} {'x'.join('?' if size < 0 else str(size) for size in t.shape)}" for t in outputs]
+    return [layer.name, _kind(layer.type), ", ".join(shapes)]
 
 
 def _tensors(network: Any, manifest: Manifest, capacity: int, lora: bool) -> list[str]:

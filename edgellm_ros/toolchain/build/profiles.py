@@ -19,7 +19,8 @@ def profile_ranges(
     """A range for each input in each profile; `inputs` are the network's shapes with -1 where they vary.
 
     Decode has 1 to max_verify tokens a sequence and all their logits; it starts at 1 but does not stop there, because
-    a profile of exactly one token would duplicate the weights. max_lora: the largest R of each LoRA input. Raises ToolchainError for an input of unknown role.
+    a profile of exactly one token would duplicate the weights. max_lora: the largest R of each LoRA input. Raises
+    ToolchainError for an input of unknown role.
     """
     assert options.max_context is not None, "options are resolved"
     verify, longest = options.max_verify, options.max_input

@@ -11,7 +11,7 @@ from edgellm_ros.bundle import DECODER, DECODER_LORA, WEIGHTS, Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.config import BuildOptions
 
-ENGINES, ENGINE, REPORT = "engines", "decoder.engine", "report.json"
+ENGINES, ENGINE, REPORT, LAYERS = "engines", "decoder.engine", "report.json", "layers.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def is_of(engine: Engine, bundle: Bundle) -> bool:
     options = engine.report.get("options")
     lora = bool(options.get("lora")) if isinstance(options, dict) else False
     return bool(engine.report.get("sources") == source_hashes(bundle, lora))
+
+
+def layer_table(rows: list[list[str]]) -> str:
+    """The text of layers.json: name, kind and outputs of every layer of the parsed network, a line each."""
+    lines = ",\n".join(json.dumps(dict(zip(("name", "kind", "outputs"), row, strict=True))) for row in rows)
+    return f"[\n{lines}\n]\n"
 
 
 def read_engine(path: Path) -> Engine:
