@@ -11,8 +11,6 @@ from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.cli.options import FORMATTER
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from edgellm_ros.bundle import Bundle
     from edgellm_ros.executors.lora import LoraAdapter
 
@@ -65,8 +63,6 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from edgellm_ros.bundle import Bundle
     from edgellm_ros.executors.lora import read_adapter
     from edgellm_ros.toolchain.lora import check_for_bundle
@@ -75,7 +71,7 @@ def _check(args: argparse.Namespace) -> int:
     adapter = read_adapter(args.adapter)
     if bundle is not None:
         check_for_bundle(adapter, bundle, args.any_base)
-    Console(highlight=False).print(_table(args.adapter, adapter, bundle))
+    _show(args.adapter, adapter, bundle)
     return 0
 
 
@@ -102,35 +98,29 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from edgellm_ros.bundle import Bundle
     from edgellm_ros.toolchain.lora import pack_adapter
 
     bundle = Bundle.open(args.bundle, verify=False)
     adapter, bundle = pack_adapter(args.adapter, bundle, args.name, args.any_base, args.force)
     name = args.name or args.adapter.resolve().name
-    Console(highlight=False).print(_table(args.adapter, adapter, bundle))
+    _show(args.adapter, adapter, bundle)
     size = bundle.manifest.files[bundle.lora_key(name)].size
     print(f"packed as {name!r}: {bundle.path / bundle.lora_key(name)}, {human_bytes(size)}")
+    if not bundle.manifest.graph.max_lora_rank:
+        print("only the cuda executor runs it in this bundle; for the others export it again with --max-lora-rank")
     return 0
 
 
-def _table(path: Path, adapter: LoraAdapter, bundle: Bundle | None) -> Table:
+def _show(path: Path, adapter: LoraAdapter, bundle: Bundle | None) -> None:
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from edgellm_ros.toolchain.lora import modules_of
 
     rows = modules_of(adapter)
-    total = sum(row.parameters for row in rows)
-    fits = f"; fits {bundle.path} ({bundle.manifest.model.name})" if bundle is not None else ""
-    base = adapter.base or "a base it does not name"
-    caption = (
-        f"{total:,} parameters, {human_bytes(4 * total)} in fp32; trained on {base}"
-        f"{', rslora' if adapter.rslora else ''}{fits}"
-    )
-    table = Table(title=escape(str(path)), caption=escape(caption), title_justify="left", caption_justify="left")
+    table = Table(title=escape(str(path)), title_justify="left")
     for heading in ("module", "layers", "rank", "alpha", "scale", "parameters"):
         table.add_column(heading, justify="left" if heading == "module" else "right")
     for row in rows:
@@ -142,7 +132,12 @@ def _table(path: Path, adapter: LoraAdapter, bundle: Bundle | None) -> Table:
             _several(row.scales),
             f"{row.parameters:,}",
         )
-    return table
+    Console(highlight=False).print(table)
+    total = sum(row.parameters for row in rows)
+    print(f"{total:,} parameters, {human_bytes(4 * total)} in fp32{', rslora' if adapter.rslora else ''}")
+    print(f"trained on {adapter.base or 'a base that it does not name'}")
+    if bundle is not None:
+        print(f"fits {bundle.path} ({bundle.manifest.model.name})")
 
 
 def _layers(layers: tuple[int, ...]) -> str:

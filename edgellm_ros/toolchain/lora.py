@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from edgellm_ros.bundle import LORA, MANIFEST, WEIGHTS, Bundle, LoraEntry, Manifest, hash_file
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.lora import LoraAdapter, read_adapter
+from edgellm_ros.executors.lora import TARGETS, LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -35,7 +35,7 @@ class ModuleRow:
 def modules_of(adapter: LoraAdapter) -> list[ModuleRow]:
     """What an adapter changes, a row for each kind of projection."""
     rows = []
-    for target in dict.fromkeys(item.target for item in adapter.tensors):
+    for target in sorted({item.target for item in adapter.tensors}, key=TARGETS.index):
         items = [item for item in adapter.tensors if item.target == target]
         roots = [len(i.a) ** 0.5 if adapter.rslora else len(i.a) for i in items]
         rows.append(

@@ -190,7 +190,7 @@ def test_the_command_builds_and_inspect_lists_it(
     assert path.name in shown and "for sm89" in shown
 
 
-@pytest.mark.parametrize(("weights", "target"), [("int4", "sm89"), ("fp16", "sm120")])
+@pytest.mark.parametrize(("weights", "target"), [("int4", "sm120")])
 def test_a_decoder_with_adapters_builds_for_every_rank_from_none(
     tiny_bundle: Callable[..., Bundle], tmp_path: Path, weights: str, target: str
 ) -> None:

@@ -307,7 +307,8 @@ def test_the_commands_check_pack_and_merge(
     (row,) = (line.split("│") for line in shown.splitlines() if "q_proj" in line)
     assert [cell.strip() for cell in row[1:7]] == ["q_proj", "0 to 2", "4", "8", "2", "1,536"]
     assert main(["lora", "pack", str(adapter), "--bundle", str(bundle.path), "--name", "grasp"]) == 0
-    assert "packed as 'grasp'" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "packed as 'grasp'" in shown and "only the cuda executor runs it" in shown
     assert main(["inspect", str(bundle.path)]) == 0
     assert "grasp: rank 8" in capsys.readouterr().out
     save_checkpoint("llama", tmp_path / "source")

@@ -86,7 +86,7 @@ def run_portable(bundle: Bundle, ids: np.ndarray, adapter: dict[str, np.ndarray]
     return session.run([graph.logits], feed)[0]
 
 
-@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["llama_bias", "mistral", "gemma3", "phi3"])
 def test_an_adapter_of_all_projections_is_the_merged_model(kind: str, open_lora: OpenLora, tmp_path: Path) -> None:
     model, executor = make_model(kind), open_lora(kind)
     path = write_adapter(tmp_path / "a", model, dict.fromkeys(FUSED if kind == "phi3" else ALL, 8), 1)
@@ -118,14 +118,13 @@ def test_pefts_own_adapter_and_merge_agree_to_1e_4(tiny_checkpoint: Callable[[st
         assert np.array_equal(got.argmax(-1), reference.argmax(-1))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(
-    "ranks",
+    ("ranks", "rslora"),
     [
-        {"q_proj": 1, "v_proj": 5},
-        {"k_proj": 64, "o_proj": 16, "up_proj": 3},
-        {"q_proj": 5, "k_proj": 8, "v_proj": 64, "gate_proj": 16, "up_proj": 1, "down_proj": 9},
-        {"down_proj": 64},
+        ({"q_proj": 1, "v_proj": 5}, False),
+        ({"k_proj": 64, "o_proj": 16, "up_proj": 3}, True),
+        ({"q_proj": 5, "k_proj": 8, "v_proj": 64, "gate_proj": 16, "up_proj": 1, "down_proj": 9}, False),
+        ({"down_proj": 64}, True),
     ],
 )
 def test_any_subset_of_projections_may_have_any_ranks(
@@ -196,7 +195,7 @@ def two(open_lora: OpenLora, tmp_path: Path, request: pytest.FixtureRequest) -> 
     return executor
 
 
-@pytest.mark.parametrize("two", ["fp32", "fp16", "int8", "int4"], indirect=True)
+@pytest.mark.parametrize("two", ["fp32", "int8", "int4"], indirect=True)
 def test_each_sequence_of_a_batch_has_its_own_adapter_with_the_bits_that_it_has_alone(two: Executor) -> None:
     adapters, ids = [0, 1, 2, 2, 2, 0, 0, 1], [prompt(20 + i) for i in range(8)]
 
