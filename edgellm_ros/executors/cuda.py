@@ -26,6 +26,14 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
+from edgellm_ros.executors.cuda_heads import (
+    head_order,
+    layer_rope_stems,
+    no_rope_tables,
+    order_adapter,
+    order_stacked,
+    whole_table,
+)
 from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
@@ -116,6 +124,7 @@ class CudaExecutor(Executor):
         else:
             found = source if isinstance(source, LoraAdapter) else read_adapter(source)
             adapter = fit(found, self._model, self._max_lora_rank, "; load the model with a larger max_lora_rank")
+        adapter = order_adapter(self._model, adapter)
         try:
             self._open().load_adapter(index, [(t.layer, t.target, t.a, t.b, t.scale) for t in adapter.tensors])
         except ValueError as error:
@@ -245,12 +254,13 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings = module.DecoderConfig()
     for name in (
         "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-        "rms_norm_eps", "embed_scale", "qk_norm",
+        "rms_norm_eps", "embed_scale", "attention_scale", "qk_norm",
     ):  # fmt: skip
         setattr(settings, name, getattr(model, name))
     settings.num_positions = model.max_context
     settings.tied_head = quant.head_tensor(model) == "embed"
     settings.sliding_windows = list(model.sliding_windows)
+    settings.layer_ropes = layer_rope_stems(model)
     settings.layer_format = formats[_FORMATS[quant.weights]]
     settings.head_format = formats[_FORMATS[quant.lm_head]]
     settings.embedding_format = formats[_FORMATS[quant.embedding]]
@@ -313,10 +323,7 @@ def _missing_kernels(model: ModelSpec) -> list[str]:
     found = {
         f"the activation {model.activation}": model.activation != "silu",
         "norms on the outputs of attention and MLP": model.output_norms,
-        f"attention scores scaled by {model.score_scale:.4g}": model.score_scale != model.head_dim**-0.5,
         f"logits capped at {model.logit_softcap:g}": bool(model.logit_softcap),
-        f"rope of {model.rotary_dim} of a head's {model.head_dim} channels": bool(model.rotary_dim),
-        "another rope, or none, in some layers": bool(model.layer_ropes),
     }
     return [name for name, needed in found.items() if needed]
 
@@ -343,15 +350,34 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
 
 
 def _upload(decoder: Any, bundle: Bundle) -> None:
-    weights = bundle.weights()
+    weights, model = bundle.weights(), bundle.manifest.model
     names = set(weights.names())
+    ropes = set(layer_rope_stems(model) or ["rope"])
     for name in weights.names():
-        values = weights[name]
         if name.endswith(".scale"):
             continue  # goes with its weight
-        if values.ndim == 2 and name.endswith(".weight"):
-            stem = name.removesuffix(".weight")
-            scale = f"{stem}.scale"
-            decoder.load_linear(stem, values, weights[scale] if scale in names else None)
+        stem, _, what = name.rpartition(".")
+        values = weights[name]
+        if stem.startswith("rope"):
+            if stem in ropes:
+                decoder.load_vector(name, whole_table(model, values, float(what == "cos")))
+        elif values.ndim == 2 and what == "weight":
+            scale = weights[f"{stem}.scale"] if f"{stem}.scale" in names else None
+            if stem.endswith("attn.qkv"):
+                values = order_stacked(model, values)
+                scale = None if scale is None else order_stacked(model, scale)
+            decoder.load_linear(stem, values, scale)
+        elif stem.endswith(("attn.qkv", "attn.q_norm", "attn.k_norm")):
+            decoder.load_vector(name, _order_vector(model, values, stem))
         else:
             decoder.load_vector(name, values)
+    for name, values in no_rope_tables(model).items():
+        decoder.load_vector(name, values)
+
+
+def _order_vector(model: ModelSpec, values: npt.NDArray[Any], stem: str) -> npt.NDArray[Any]:
+    """A bias of the stacked projection, or a head norm's gain, as the weight's rows are."""
+    order = head_order(model)
+    if order is None:
+        return values
+    return order_stacked(model, values) if stem.endswith("attn.qkv") else values[order]

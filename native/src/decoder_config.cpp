@@ -1,6 +1,7 @@
 #include "edgellm/decoder_config.hpp"
 
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
 #include "edgellm/adapters.hpp"
@@ -90,6 +91,16 @@ int DecoderConfig::window(int layer) const {
   return sliding_windows.empty() ? 0 : sliding_windows[static_cast<std::size_t>(layer)];
 }
 
+std::string DecoderConfig::rope(int layer) const {
+  return layer_ropes.empty() ? "rope" : layer_ropes[static_cast<std::size_t>(layer)];
+}
+
+std::vector<std::string> DecoderConfig::ropes() const {
+  if (layer_ropes.empty()) return {"rope"};
+  const std::set<std::string> all(layer_ropes.begin(), layer_ropes.end());
+  return {all.begin(), all.end()};
+}
+
 std::size_t DecoderConfig::kv_bytes_per_token() const {
   return std::size_t{2} * static_cast<std::size_t>(num_layers * num_kv_heads * head_dim) *
          kernels::kv_element_bytes(kv_format);
@@ -116,6 +127,13 @@ void DecoderConfig::check() const {
   require(sliding_windows.empty() || static_cast<int>(sliding_windows.size()) == num_layers,
           "sliding_windows has " + std::to_string(sliding_windows.size()) +
               " entries; it must have one for each of the " + std::to_string(num_layers) + " layers, or none");
+  require(layer_ropes.empty() || static_cast<int>(layer_ropes.size()) == num_layers,
+          "layer_ropes has " + std::to_string(layer_ropes.size()) + " entries; it must have one for each of the " +
+              std::to_string(num_layers) + " layers, or none");
+  for (const std::string& stem : ropes()) {
+    require(stem.starts_with("rope"), "the rope tables " + stem + " must have a name that starts with rope");
+  }
+  require(attention_scale >= 0.0F, "attention_scale is negative");
   require(num_slots > 0, "num_slots is " + std::to_string(num_slots) + "; it must be at least 1");
   require(
       capacity > 0 && capacity <= num_positions,
@@ -159,8 +177,10 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("weights", "final_norm.weight", hidden * 2);
   const std::size_t rope =
       static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
-  plan.add("weights", "rope.cos", rope * sizeof(float));
-  plan.add("weights", "rope.sin", rope * sizeof(float));
+  for (const std::string& stem : config.ropes()) {
+    plan.add("weights", stem + ".cos", rope * sizeof(float));
+    plan.add("weights", stem + ".sin", rope * sizeof(float));
+  }
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const std::string at = "layers." + std::to_string(layer) + ".";
     for (const LinearShape& linear : layer_linears(config)) {

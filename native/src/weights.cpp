@@ -43,8 +43,8 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
     }
     layer.input_norm = arena.get<__nv_bfloat16>(at + "input_norm.weight");
     layer.post_norm = arena.get<__nv_bfloat16>(at + "post_norm.weight");
-    layer.rope.cos = arena.get<float>("rope.cos");
-    layer.rope.sin = arena.get<float>("rope.sin");
+    layer.rope.cos = arena.get<float>(config.rope(index) + ".cos");
+    layer.rope.sin = arena.get<float>(config.rope(index) + ".sin");
     layer.rope.norm_eps = config.rms_norm_eps;
     if (config.qk_norm) {
       layer.rope.q_gain = arena.get<__nv_bfloat16>(at + "attn.q_norm.weight");
@@ -136,7 +136,7 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
 
 void Weights::load_vector(const std::string& name, const HostTensor& values, cudaStream_t stream) {
   if (!arena_.plan().contains(name)) throw std::invalid_argument("the decoder has no tensor " + name);
-  const bool stays_fp32 = name.ends_with(".bias") || name.starts_with("rope.");
+  const bool stays_fp32 = name.ends_with(".bias") || name.starts_with("rope");
   const std::size_t count = arena_.plan().size(name) / (stays_fp32 ? sizeof(float) : sizeof(__nv_bfloat16));
   if (values.dtype != DType::kFloat32 || static_cast<std::size_t>(values.shape.num_elements()) != count) {
     throw std::invalid_argument(name + " is " + name_of(values.dtype) + " " + values.shape.to_string() +
@@ -152,7 +152,8 @@ void Weights::load_vector(const std::string& name, const HostTensor& values, cud
 }
 
 std::vector<std::string> Weights::missing() const {
-  std::vector<std::string> expected = {"embed.weight", "final_norm.weight", "rope.cos", "rope.sin"};
+  std::vector<std::string> expected = {"embed.weight", "final_norm.weight"};
+  for (const std::string& stem : config_.ropes()) expected.insert(expected.end(), {stem + ".cos", stem + ".sin"});
   if (!config_.tied_head) expected.push_back("head.weight");
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     const std::string at = "layers." + std::to_string(layer) + ".";

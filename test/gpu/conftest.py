@@ -46,6 +46,10 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "gpu_llama_bias": lambda: transformers.LlamaConfig(**common, head_dim=80, attention_bias=True, mlp_bias=True),
         "gpu_mistral": lambda: transformers.MistralConfig(**common, sliding_window=16, head_dim=96),
         "gpu_qwen2": lambda: transformers.Qwen2Config(**common, tie_word_embeddings=True),
+        "gpu_smollm3": lambda: transformers.SmolLM3Config(**{**common, "num_hidden_layers": 4}, no_rope_layer_interval=2),
+        "gpu_phi3": lambda: transformers.Phi3Config(
+            **common, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+        ),
         "gpu_qwen3": lambda: transformers.Qwen3Config(**common, head_dim=128),
     }
 

@@ -19,7 +19,8 @@ from edgellm_ros.executors import SequenceStep, create_executor
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 
-KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3")  # every head_dim, bias, norm, window
+# Every head_dim, bias, norm, window; layers without rope; stacked projections and rope of half a head.
+KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_smollm3", "gpu_phi3")
 RNG = np.random.default_rng(11)
 OpenCuda = Callable[..., CudaExecutor]
 

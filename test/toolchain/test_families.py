@@ -93,6 +93,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         ({"num_attention_heads": [4, 4]}, r"num_attention_heads is \[4, 4\]"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
         ({"head_dim": 15}, "head_dim is 15"),
+        ({"head_dim": 24}, "positions turn 24 of a head's 24 channels; .* multiples of 16"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),

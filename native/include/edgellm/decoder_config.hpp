@@ -20,9 +20,12 @@ struct DecoderConfig {
   int num_positions = 0;  // rows of the rope tables
   float rms_norm_eps = 1e-5F;
   float embed_scale = 1.0F;
+  float attention_scale = 0.0F;  // of attention scores; 0: head_dim^-0.5
   bool qk_norm = false;
   bool tied_head = false;            // the head is the embedding table itself
   std::vector<int> sliding_windows;  // one a layer, 0 is none; empty when no layer has one
+  // Stem of each layer's tables, STEM.cos and STEM.sin (num_positions, head_dim / 2); empty: "rope" in all layers.
+  std::vector<std::string> layer_ropes;
 
   kernels::WeightFormat layer_format = kernels::WeightFormat::bf16;
   kernels::WeightFormat head_format = kernels::WeightFormat::bf16;
@@ -51,6 +54,8 @@ struct DecoderConfig {
   int q_width() const { return num_heads * head_dim; }
   bool has_bias(const std::string& stem) const;
   int window(int layer) const;
+  std::string rope(int layer) const;
+  std::vector<std::string> ropes() const;  // that any layer has
   std::size_t kv_bytes_per_token() const;
   // Throws std::invalid_argument that names what the kernels cannot do.
   void check() const;
