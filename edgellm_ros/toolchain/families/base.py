@@ -84,8 +84,8 @@ class Family(abc.ABC):
         rotary_dim = read_rotary_dim(config, head_dim) if self.partial_rotary else head_dim
         if rotary_dim % 16:  # GroupQueryAttention's cos_cache
             raise CheckpointError(
-                f"positions turn {rotary_dim} of a head's {head_dim} channels; ONNX Runtime's attention takes multiples "
-                "of 16"
+                f"positions turn {rotary_dim} of a head's {head_dim} channels; ONNX Runtime's attention takes "
+                "multiples of 16"
             )
         return ModelSpec(
             family=self.name,
