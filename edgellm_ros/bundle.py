@@ -126,6 +126,7 @@ class LinearFormat:
     offset: bool = False  # STEM.offset [out, in / group] fp32 is added to every dequantised weight: zero points, minima
     input_factor: bool = False  # STEM.input_factor [in] fp32 multiplies the layer's input: ModelOpt's pre_quant_scale
     input_order: bool = False  # column j meets input feature STEM.input_order[j] [in] int32: GPTQ's activation order
+    zero_points: bool = False  # every offset is a whole number from -15 to 15 of its group's scale
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
+from edgellm_ros.executors.cuda_formats import native_formats, native_weight
 from edgellm_ros.executors.cuda_heads import (
     head_order,
     layer_rope_stems,
@@ -41,9 +42,6 @@ from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
 _log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
-# The bundle's schemes as the kernels have them. fp8 is stored as it is, or made at load from floats.
-_FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
-_KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
@@ -232,7 +230,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"{bundle.manifest.model.name} ({bundle.manifest.model.family}) needs {', '.join(missing)}, which the cuda "
             "executor's kernels do not have; use the executor onnxruntime"
         )
-    _check_formats(bundle)
+    native_form = native_formats(bundle)
     module, reason = native.import_module()
     if module is None:
         raise UnsupportedError(reason)
@@ -261,11 +259,11 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.tied_head = quant.head_tensor(model) == "embed"
     settings.sliding_windows = list(model.sliding_windows)
     settings.layer_ropes = layer_rope_stems(model)
-    settings.layer_format = formats[_FORMATS[quant.weights]]
-    settings.head_format = formats[_FORMATS[quant.lm_head]]
-    settings.embedding_format = formats[_FORMATS[quant.embedding]]
+    settings.layer_format = formats[native_form.layer]
+    settings.head_format = formats[native_form.head]
+    settings.embedding_format = formats[native_form.embedding]
     settings.kv_format = kv_formats[kv_format]
-    settings.group_size = quant.group_size
+    settings.group_size = native_form.group
     prefix = "layers.0."
     settings.biases = [
         name[len(prefix) : -len(".bias")]
@@ -286,36 +284,6 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     except ValueError as error:
         raise UnsupportedError(f"{model.name}: {error}") from error
     return settings
-
-
-def _check_formats(bundle: Bundle) -> None:
-    """Raise UnsupportedError for a stored format that the kernels do not have."""
-    model, quant = bundle.manifest.model, bundle.manifest.quantization
-    stems = [f"layers.{layer}.{kind}" for layer in range(model.num_layers) for kind in _KINDS]
-    forms = {stem: quant.format_of(stem) for stem in [*stems, quant.head_tensor(model), "embed"]}
-    usual = quant.format_of(stems[0])
-    for stem, form in forms.items():
-        problem = ""
-        if form.scheme not in _FORMATS:
-            problem = f"is {form.scheme}"
-        elif form.scheme == "fp8" and form.group_size:
-            problem = f"is fp8 with a scale for each {form.group_size} input features instead of each row"
-        elif form.offset:
-            problem = f"is {form.scheme} with an offset for each group (zero points)"
-        elif form.input_factor:
-            problem = "multiplies its input by a stored factor (pre_quant_scale)"
-        elif form.input_order:
-            problem = "takes its input features in another order (GPTQ with desc_act)"
-        elif stem.startswith("layers.") and form != usual:
-            first = f"{stems[0]} {usual.scheme} of {usual.group_size}"
-            problem = f"is {form.scheme} in groups of {form.group_size}, {first}"
-        elif form.scheme in ("int4", "int8") and form.group_size != quant.group_size:
-            problem = f"has groups of {form.group_size}, the layers of {quant.group_size}"
-        if problem:
-            raise UnsupportedError(
-                f"{stem} of the bundle {problem}, which the cuda executor does not have; use the executor onnxruntime, "
-                "or export again with --weights int4, int8 or fp16"
-            )
 
 
 def _missing_kernels(model: ModelSpec) -> list[str]:
@@ -350,27 +318,26 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
 
 
 def _upload(decoder: Any, bundle: Bundle) -> None:
-    weights, model = bundle.weights(), bundle.manifest.model
-    names = set(weights.names())
+    weights, model, quant = bundle.weights(), bundle.manifest.model, bundle.manifest.quantization
+    formats = native_formats(bundle)
     ropes = set(layer_rope_stems(model) or ["rope"])
     for name in weights.names():
-        if name.endswith(".scale"):
-            continue  # goes with its weight
         stem, _, what = name.rpartition(".")
-        values = weights[name]
+        if what in ("scale", "offset"):
+            continue  # go with their weight
         if stem.startswith("rope"):
             if stem in ropes:
-                decoder.load_vector(name, whole_table(model, values, float(what == "cos")))
-        elif values.ndim == 2 and what == "weight":
-            scale = weights[f"{stem}.scale"] if f"{stem}.scale" in names else None
+                decoder.load_vector(name, whole_table(model, weights[name], float(what == "cos")))
+        elif stem.endswith(("attn.q_norm", "attn.k_norm", "attn.qkv")) and weights[name].ndim == 1:
+            decoder.load_vector(name, _order_vector(model, weights[name], stem))
+        elif weights[name].ndim == 1:
+            decoder.load_vector(name, weights[name])
+        else:
+            values, scale = native_weight(weights, stem, quant.format_of(stem), formats)
             if stem.endswith("attn.qkv"):
                 values = order_stacked(model, values)
                 scale = None if scale is None else order_stacked(model, scale)
             decoder.load_linear(stem, values, scale)
-        elif stem.endswith(("attn.qkv", "attn.q_norm", "attn.k_norm")):
-            decoder.load_vector(name, _order_vector(model, values, stem))
-        else:
-            decoder.load_vector(name, values)
     for name, values in no_rope_tables(model).items():
         decoder.load_vector(name, values)
 

@@ -134,7 +134,8 @@ class KeptWeights:
             group = NVFP4_GROUP
         # A factor stays with this layer alone: in the norm before it, it would reach a LoRA adapter's input too.
         flags = (any(s.offset for s in found), any(s.input_factor for s in found), any(s.ordered for s in found))
-        return _Layer(names, LinearFormat(kind, group, *flags))
+        whole = flags[0] and all(s.kind == "int4" and (s.zero_points or not s.offset) for s in found)
+        return _Layer(names, LinearFormat(kind, group, *flags, zero_points=whole))
 
     def _choose_embedding(self) -> _Layer:
         """Rows are looked up by the executors, which know int8 in groups and floats."""

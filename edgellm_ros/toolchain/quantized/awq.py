@@ -75,4 +75,5 @@ class Awq(QuantReader):
         zeros = bool(self.config.get("zero_point", True)) or f"{module}.qzeros" in self.tensors
         if zeros:
             self.need(f"{module}.qzeros", [(groups, words)], ["I32"], why + " and zero_point")
-        self.modules[module] = Module((rows, columns), Scheme("int4", max(self._group, 0), offset=zeros))
+        scheme = Scheme("int4", max(self._group, 0), offset=zeros, zero_points=zeros)
+        self.modules[module] = Module((rows, columns), scheme)

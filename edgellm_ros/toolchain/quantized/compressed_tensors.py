@@ -178,7 +178,8 @@ class CompressedTensors(QuantReader):
                 self.need(f"{module}.weight_zero_point", shapes, ["I8"], why)
         elif f"{module}.weight_zero_point" in self.tensors:
             raise self.error(f"{module}.weight_zero_point is there, yet quantization_config says symmetric")
-        scheme = Scheme(form.kind, group, offset=not form.symmetric, ordered=self._is_ordered(module, columns, group))
+        offset, ordered = not form.symmetric, self._is_ordered(module, columns, group)
+        scheme = Scheme(form.kind, group, offset, ordered=ordered, zero_points=offset and form.kind == "int4")
         return Module((rows, columns), scheme)
 
     def _scale_shapes(self, module: str, form: _Group, rows: int, columns: int) -> tuple[list[tuple[int, ...]], int]:

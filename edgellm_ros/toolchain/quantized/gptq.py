@@ -93,7 +93,8 @@ class Gptq(QuantReader):
             remedy = "correct sym, or checkpoint_format (gptq stores them less 1, gptq_v2 does not)"
             raise self.error(f"quantization_config says sym, yet {module}.qzeros has zero points from {found}", remedy)
         kind = "int4" if self._bits == 4 else "int8"
-        scheme = Scheme(kind, max(self._group, 0), offset=not self._symmetric, ordered=ordered)
+        offset = not self._symmetric
+        scheme = Scheme(kind, max(self._group, 0), offset, ordered=ordered, zero_points=offset and kind == "int4")
         self.modules[module] = Module((rows, columns), scheme)
 
     def _check_order(self, module: str, groups: int) -> bool:

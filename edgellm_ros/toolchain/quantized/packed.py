@@ -66,6 +66,7 @@ class Scheme:
     offset: bool = False
     input_factor: bool = False
     ordered: bool = False  # the input features are stored in another order
+    zero_points: bool = False  # offsets are whole numbers of scales, small enough for int8 to hold value and offset
 
 
 @dataclass(frozen=True)
