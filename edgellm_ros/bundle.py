@@ -73,6 +73,7 @@ class ModelSpec:
     rotary_dim: int = 0  # first channels of a head that are turned by their position; 0 is all of them
     layer_ropes: tuple[str, ...] = ()  # per layer: global, local or none (no positions); empty when all are global
     local_rope_theta: float = 0.0  # rope_theta of the layers whose rope is local
+    wide_activations: bool = False  # beyond fp16's largest number: engines compute in bf16
     local_rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -135,6 +135,10 @@ class BuildOptions:
         "split", "split: one profile for decode and one for prefill; single: one for both", choices=("split", "single")
     )
     lora: bool = setting(False, "take adapters as inputs, from rank 0 to what the bundle was exported for")
+    activations: str = setting(
+        "auto", "fp16, or bf16 for models whose numbers exceed fp16; auto is what the model needs",
+        choices=("auto", "fp16", "bf16"),
+    )  # fmt: skip
     memory_limit: int = setting(0, "scratch memory the engine may take; 0 is the builder's own limit", minimum=0,
                                 unit="MiB")  # fmt: skip
 
@@ -154,7 +158,9 @@ class BuildOptions:
         if self.max_verify > context:
             raise ToolchainError(f"max-verify {self.max_verify} exceeds max-context {context}; lower it")
         prefill = max(min(self.max_input, context), self.max_verify)
-        return dataclasses.replace(self, max_context=context, max_input=prefill)
+        needed = "bf16" if bundle.manifest.model.wide_activations else "fp16"
+        activations = needed if self.activations == "auto" else self.activations
+        return dataclasses.replace(self, max_context=context, max_input=prefill, activations=activations)
 
 
 # weights, activations: the algorithms that ModelOpt has for them and its checkpoint format can hold

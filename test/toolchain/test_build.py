@@ -219,7 +219,7 @@ def test_the_layer_table_names_every_layer_of_the_network(copy: Callable[..., Bu
     assert Counter(layer["kind"] for layer in layers) == network["kinds"]
     writes = {layer["name"]: layer for layer in layers if layer["kind"] == "KV_CACHE_UPDATE"}
     assert len(writes) == 2 * bundle.manifest.model.num_layers
-    assert all(layer["outputs"].endswith("HALF ?x2x64x32") for layer in writes.values())
+    assert all(layer["outputs"].endswith("BF16 ?x2x64x32") for layer in writes.values())
 
 
 @pytest.mark.parametrize("late", [False, True])

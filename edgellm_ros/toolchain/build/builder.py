@@ -25,6 +25,7 @@ from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import report as reports
 from edgellm_ros.toolchain.build import targets, timing
+from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
 from edgellm_ros.toolchain.build.check import check_network
 from edgellm_ros.toolchain.build.kernels import check_kernels, kernel_counts
 from edgellm_ros.toolchain.build.profiles import add_profiles, lora_ranks, profile_ranges
@@ -104,6 +105,8 @@ def _build(
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     name = reports.graph_file(options.lora)
     graph = targets.load_graph(bundle, name, options.max_context)
+    if options.activations == "bf16":
+        to_bfloat16(graph)
     log: list[tuple[str, str]] = []
     logger = _logger(trt, log)
     maker = trt.Builder(logger)
@@ -112,7 +115,7 @@ def _build(
     _parse(trt, network, logger, graph, bundle.file(name), log)
     parsed = time.monotonic()
     warnings = [text for level, text in log if level == "WARNING"]
-    table = check_network(network, graph, bundle.manifest, options.max_context, warnings, options.lora)
+    table = check_network(network, graph, bundle.manifest, options, warnings)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
     model, names = bundle.manifest.model, bundle.manifest.graph
     profiles = profile_ranges(inputs, names, options, lora_ranks(model, names) if options.lora else {})

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from edgellm_ros.bundle import Manifest
+from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora_layout import stacks_of
 
@@ -13,14 +14,14 @@ _DTYPES = {"float16": "HALF", "float32": "FLOAT"}
 
 
 def check_network(
-    network: Any, graph: Any, manifest: Manifest, capacity: int, warnings: list[str], lora: bool = False
+    network: Any, graph: Any, manifest: Manifest, options: BuildOptions, warnings: list[str]
 ) -> dict[str, Any]:
     """Compare names, shapes and layers; returns the layers and their counts for the report.
 
-    network: an INetworkDefinition after parsing; graph: the onnx model it came from; lora: one with adapters. Raises
+    network: an INetworkDefinition after parsing; graph: the onnx model it came from; options are resolved. Raises
     ToolchainError that lists everything that differs.
     """
-    faults = [*_tensors(network, manifest, capacity, lora), *(w for w in warnings if "unused input" in w.lower())]
+    faults = [*_tensors(network, manifest, options), *(w for w in warnings if "unused input" in w.lower())]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     faults += _attention(layers, graph, manifest)
     kinds = Counter(_kind(layer.type) for layer in layers)
@@ -40,11 +41,12 @@ def _row(layer: Any) -> list[str]:
     return [layer.name, _kind(layer.type), ", ".join(shapes)]
 
 
-def _tensors(network: Any, manifest: Manifest, capacity: int, lora: bool) -> list[str]:
+def _tensors(network: Any, manifest: Manifest, options: BuildOptions) -> list[str]:
     graph, model = manifest.graph, manifest.model
-    half = _DTYPES[graph.activation_dtype]
+    half = "BF16" if options.activations == "bf16" else _DTYPES[graph.activation_dtype]
     rows = getattr(model, "num_rows", model.vocab_size)
-    cache = (-1, model.num_kv_heads, capacity, model.head_dim)
+    assert options.max_context is not None, "options are resolved"
+    cache = (-1, model.num_kv_heads, options.max_context, model.head_dim)
     inputs: dict[str, tuple[tuple[int, ...], str]] = {
         graph.embeds: ((-1, -1, model.hidden_size), half),
         graph.positions: ((-1, -1), "INT64"),
@@ -55,7 +57,7 @@ def _tensors(network: Any, manifest: Manifest, capacity: int, lora: bool) -> lis
     for layer in range(model.num_layers):
         inputs |= {name.format(layer=layer): (cache, half) for name in (graph.past_key, graph.past_value)}
         outputs |= {name.format(layer=layer): (cache, half) for name in (graph.present_key, graph.present_value)}
-        for stack in stacks_of(model) if lora else ():
+        for stack in stacks_of(model) if options.lora else ():
             a, b = (name.format(layer=layer, stem=stack.stem) for name in (graph.lora_a, graph.lora_b))
             inputs |= {a: ((stack.in_features, -1), half), b: ((-1, stack.out_features), half)}
     found_in = [network.get_input(i) for i in range(network.num_inputs)]

@@ -45,6 +45,7 @@ class Gemma3(Family):
             "embed_scale": positive_int(config, "hidden_size") ** 0.5,
             "attention_scale": positive_float(config, "query_pre_attn_scalar", 256.0) ** -0.5,
             "output_norms": True,
+            "wide_activations": True,  # https://github.com/huggingface/transformers/issues/36822
             "logit_softcap": 0.0 if cap is None else positive_float(config, "final_logit_softcapping"),
         }
 
