@@ -81,6 +81,11 @@ def test_every_family_builds_with_fused_attention_and_caches_in_place(
     assert fused_attentions(report["kernels"]) == layers * len(ranges), "after fusing: one for each layer and profile"
 
 
+def test_int4_builds_for_the_oldest_rtx_architecture_too(copy: Callable[..., Bundle]) -> None:
+    report = build_engine(copy(), "sm86", QUICK)[0].report
+    assert fused_attentions(report["kernels"]) == 3
+
+
 KEPT = {  # what others quantised: an offset for each group, an input in another order, FP8 in blocks, two levels of scales
     "awq": (packers.awq(32), packers.awq_config(32), "sm89"),
     "gptq by activation": (packers.gptq(32, 4, True, True), packers.gptq_config(32, 4, True, True), "sm89"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import signal
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +242,38 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_behind(
     with pytest.raises(ToolchainError, match="cannot write .*No space left"):
         export_bundle(tiny_checkpoint("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [3_000, 120_000], ids=["before the weights", "in the weights"])
+def test_bytes_that_the_disk_really_refuses_are_an_error_and_leave_nothing_behind(
+    limit: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The kernel refuses bytes beyond a limit for files, as a full disk does."""
+    source = tiny_checkpoint("llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(ToolchainError, match="cannot write .*File too large"):
+            export_bundle(source, tmp_path / "out", weights="fp32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_the_middle_of_an_export_leaves_the_bundle_that_was_there(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    export_bundle(tiny_checkpoint("llama"), tmp_path / "out", weights="fp16")
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out", overwrite=True, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
 
 
 def test_weights_of_garbage_are_refused_by_the_quality_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
