@@ -78,6 +78,7 @@ class CudaExecutor(Executor):
         ask for more context than the bundle has or more memory than is free, DeviceError when the device fails.
         """
         module = native.load()
+        vocab_map = bundle.vocab_map()
         settings = _settings(bundle, config)
         plan = plan_memory(bundle, config)
         info: dict[str, Any] = module.device_info()
@@ -96,7 +97,8 @@ class CudaExecutor(Executor):
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
         major, minor = info["compute_capability"]
-        self.run = CudaRun(self._open, settings.vocab_size)
+        # With a cut head the host draws: the device would have to know which token a row is.
+        self.run = None if settings.head_rows else CudaRun(self._open, settings.vocab_size)
         self.info = ExecutorInfo(
             name="cuda",
             device=f"{info['name']}, compute capability {major}.{minor}",
@@ -104,6 +106,7 @@ class CudaExecutor(Executor):
             num_slots=settings.num_slots,
             capacity=settings.capacity,
             vocab_size=settings.vocab_size,
+            vocab_map=vocab_map,
             kv_bytes_per_token=settings.kv_bytes_per_token,
             memory_bytes=plan["total"],
             rounding=_FP8_ROUNDING if _rounds_to_fp8(self._decoder, settings) else _ROUNDING,
@@ -219,11 +222,6 @@ class CudaExecutor(Executor):
 
 def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     """The native DecoderConfig; raises ConfigError and UnsupportedError."""
-    if bundle.manifest.model.head_rows:
-        raise UnsupportedError(
-            f"the bundle's head is cut to {bundle.manifest.model.head_rows} tokens by a vocabulary map, which the cuda "
-            "executor cannot run; export without --vocab-map for it"
-        )
     missing = _missing_kernels(bundle.manifest.model)
     if missing:
         raise UnsupportedError(
@@ -252,7 +250,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings = module.DecoderConfig()
     for name in (
         "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-        "rms_norm_eps", "embed_scale", "attention_scale", "qk_norm",
+        "head_rows", "rms_norm_eps", "embed_scale", "attention_scale", "qk_norm",
     ):  # fmt: skip
         setattr(settings, name, getattr(model, name))
     settings.num_positions = model.max_context

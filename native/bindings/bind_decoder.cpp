@@ -74,7 +74,7 @@ py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, i
     const py::gil_scoped_release release;
     rows = decoder.step(steps);
   }
-  const py::ssize_t vocab = decoder.config().vocab_size;
+  const py::ssize_t vocab = decoder.config().num_rows();
   return py::array_t<float>({py::ssize_t{rows}, vocab}, decoder.logits(), self);
 }
 
@@ -98,6 +98,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("num_kv_heads", &DecoderConfig::num_kv_heads)
       .def_readwrite("head_dim", &DecoderConfig::head_dim)
       .def_readwrite("vocab_size", &DecoderConfig::vocab_size)
+      .def_readwrite("head_rows", &DecoderConfig::head_rows)
       .def_readwrite("num_positions", &DecoderConfig::num_positions)
       .def_readwrite("rms_norm_eps", &DecoderConfig::rms_norm_eps)
       .def_readwrite("embed_scale", &DecoderConfig::embed_scale)
@@ -163,7 +164,7 @@ void bind_decoder(py::module_& module) {
               const py::gil_scoped_release release;
               rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents), adapter);
             }
-            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().vocab_size}}, decoder.logits(),
+            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().num_rows()}}, decoder.logits(),
                                       self);
           },
           py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"), py::arg("adapter") = 0)

@@ -315,7 +315,7 @@ void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const 
   const unsigned adapted = adapted_linears(adapters);
   if (adapted != 0) upload_adapters_async(adapters);
   run_step_async({static_cast<int>(members.size()), StepTail::kLogits, adapted, splits_for(longest)});
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  const auto vocab = static_cast<std::size_t>(config_.num_rows());
   // Rows that lie together on both sides, the usual case, are one copy.
   for (std::size_t i = 0; i < members.size();) {
     const auto first = static_cast<std::size_t>(members[i]);
@@ -347,7 +347,7 @@ std::int32_t* Decoder::take_inputs(std::size_t count) {
 void Decoder::reserve_logits(int num_rows) {
   if (num_rows <= num_logit_rows_) return;
   host_logits_ =
-      PinnedBuffer(static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.vocab_size) * sizeof(float));
+      PinnedBuffer(static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
   num_logit_rows_ = num_rows;
 }
 

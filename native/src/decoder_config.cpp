@@ -63,7 +63,7 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
     }
   };
   for (const LinearShape& linear : layer_linears(config)) consider(linear.rows, linear.cols, config.layer_format);
-  if (config.head_format == WeightFormat::int4) consider(config.vocab_size, config.hidden_size, WeightFormat::int4);
+  if (config.head_format == WeightFormat::int4) consider(config.num_rows(), config.hidden_size, WeightFormat::int4);
   return bytes;
 }
 
@@ -122,6 +122,8 @@ void DecoderConfig::check() const {
           "weights are quantised in groups of " + std::to_string(group_size) + "; the kernels take 16, 32, 64 and 128");
   require(embedding_format == WeightFormat::bf16 || embedding_format == WeightFormat::int8,
           "the embedding must be bf16 or int8");
+  require(head_rows >= 0 && head_rows <= vocab_size && (head_rows == 0 || !tied_head),
+          "head_rows is " + std::to_string(head_rows) + "; it must be 0 to vocab_size, and 0 with a tied head");
   require(!tied_head || head_format == embedding_format, "a tied head has the embedding's format");
   require(layer_format != WeightFormat::int4 || intermediate_size % 8 == 0, "int4 needs a multiple of 8 as MLP width");
   require(sliding_windows.empty() || static_cast<int>(sliding_windows.size()) == num_layers,
@@ -173,7 +175,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   const auto vocab = static_cast<std::size_t>(config.vocab_size);
   const auto group = config.group_size;
   plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.embedding_format, group);
-  if (!config.tied_head) plan_linear(plan, "head", config.vocab_size, config.hidden_size, config.head_format, group);
+  if (!config.tied_head) plan_linear(plan, "head", config.num_rows(), config.hidden_size, config.head_format, group);
   plan.add("weights", "final_norm.weight", hidden * 2);
   const std::size_t rope =
       static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);

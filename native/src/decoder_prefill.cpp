@@ -71,7 +71,7 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
   for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products, adapter);
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  const auto vocab = static_cast<std::size_t>(config_.num_rows());
   for (int done = 0; done < num_logits; done += kMaxLogitRows) {
     const int rows = std::min(kMaxLogitRows, num_logits - done);
     const int first = count - num_logits + done;

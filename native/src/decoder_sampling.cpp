@@ -159,7 +159,7 @@ void Decoder::record_sampling_async(int batch, bool everything, const kernels::D
     sampling.logprobs = host_logprobs_.device_as<kernels::TokenLogprobs>();
   }
   sampling.batch = batch;
-  sampling.vocab = config_.vocab_size;
+  sampling.vocab = config_.num_rows();
   sampling.state = state;
   sampling.table = &weights_.embedding();
   sampling.embed_scale = config_.embed_scale;

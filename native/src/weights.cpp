@@ -29,7 +29,7 @@ void* writable(const void* data) { return const_cast<void*>(data); }
 
 Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena), config_(config) {
   embedding_ = view("embed", config.vocab_size, config.hidden_size, config.embedding_format);
-  head_ = config.tied_head ? embedding_ : view("head", config.vocab_size, config.hidden_size, config.head_format);
+  head_ = config.tied_head ? embedding_ : view("head", config.num_rows(), config.hidden_size, config.head_format);
   final_norm_ = arena.get<__nv_bfloat16>("final_norm.weight");
   layers_.resize(static_cast<std::size_t>(config.num_layers));
   for (int index = 0; index < config.num_layers; ++index) {

@@ -92,6 +92,9 @@ def test_the_total_is_the_sum_of_the_purposes() -> None:
         ({"num_slots": 0}, "num_slots is 0; it must be at least 1"),
         ({"max_tokens": 4}, "max_tokens is 4; it must be at least 16"),
         ({"min_gemm_tokens": 1}, "min_gemm_tokens is 1; it must be at least 2"),
+        ({"layer_ropes": ["rope"]}, "layer_ropes has 1 entries; it must have one for each of the 16 layers, or none"),
+        ({"layer_ropes": ["embed"] * 16}, "rope tables embed must have a name that starts with rope"),
+        ({"head_rows": 1000}, "head_rows is 1000; it must be 0 to vocab_size, and 0 with a tied head"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused_by_name_before_memory_is_planned(
@@ -107,3 +110,13 @@ def test_a_group_size_without_kernels_is_refused_by_name() -> None:
     config = settings(LLAMA_1B, layer_format=NATIVE.WeightFormat.int4, group_size=48)
     with pytest.raises(ValueError, match="groups of 48; the kernels take 16, 32, 64 and 128"):
         config.check()
+
+
+def test_a_second_rope_and_a_cut_head_are_planned() -> None:
+    plan = NATIVE.plan_memory(settings(LLAMA_1B))
+    ropes = ["rope", "rope.none"] * 8
+    more = NATIVE.plan_memory(settings(LLAMA_1B, layer_ropes=ropes))
+    assert more["weights"] - plan["weights"] == 2 * CONTEXT * 32 * 4
+    whole = NATIVE.plan_memory(settings(LLAMA_8B))
+    cut = NATIVE.plan_memory(settings(LLAMA_8B, head_rows=16_000))
+    assert whole["weights"] - cut["weights"] == (128_256 - 16_000) * 4096 * 2

@@ -20,7 +20,7 @@ from transformers.generation import logits_process as hf
 from edgellm_ros.bundle import DECODER, MANIFEST, VOCAB_MAP, Bundle, hash_file
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, Request, SamplingParams
-from edgellm_ros.errors import BundleError, RequestError, ToolchainError, UnsupportedError
+from edgellm_ros.errors import BundleError, RequestError, ToolchainError
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.llm import LLM
 from edgellm_ros.runtime.sampling import uniform
@@ -228,10 +228,11 @@ def test_a_bundle_whose_map_and_head_disagree_is_not_loaded(cut_bundle: Callable
         shutil.rmtree(root)
 
 
-def test_the_cuda_executor_refuses_a_reduced_head_by_name(cut_bundle: Callable[..., Bundle]) -> None:
-    from edgellm_ros.executors.cuda import _settings, unsupported_reason
+def test_the_cuda_executor_takes_a_reduced_head_and_plans_its_rows_alone(cut_bundle: Callable[..., Bundle]) -> None:
+    from edgellm_ros.executors.cuda_formats import native_formats
 
     bundle = cut_bundle("llama")
-    with pytest.raises(UnsupportedError, match=r"head is cut to \d+ tokens by a vocabulary map.*without --vocab-map"):
-        _settings(bundle, EngineConfig())
-    assert "vocabulary map" in unsupported_reason(bundle)
+    formats = native_formats(bundle)
+    assert formats.of("head") == formats.head == "bf16"
+    weights, model = bundle.weights(), bundle.manifest.model
+    assert weights["head.weight"].shape == (model.head_rows, model.hidden_size)

@@ -17,6 +17,7 @@ struct DecoderConfig {
   int num_kv_heads = 0;
   int head_dim = 0;
   int vocab_size = 0;
+  int head_rows = 0;      // tokens that have a row in the head; 0: all. With fewer the host draws, and no run starts
   int num_positions = 0;  // rows of the rope tables
   float rms_norm_eps = 1e-5F;
   float embed_scale = 1.0F;
@@ -53,6 +54,7 @@ struct DecoderConfig {
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int q_width() const { return num_heads * head_dim; }
   bool has_bias(const std::string& stem) const;
+  int num_rows() const { return head_rows > 0 ? head_rows : vocab_size; }  // of the head: a position's logits
   int window(int layer) const;
   std::string rope(int layer) const;
   std::vector<std::string> ropes() const;  // that any layer has
