@@ -128,6 +128,9 @@ class LinearFormat:
     input_factor: bool = False  # STEM.input_factor [in] fp32 multiplies the layer's input: ModelOpt's pre_quant_scale
     input_order: bool = False  # column j meets input feature STEM.input_order[j] [in] int32: GPTQ's activation order
     zero_points: bool = False  # every offset is a whole number from -15 to 15 of its group's scale
+    # fp8: the portable graph rounds the layer's input to E4M3 with the scale STEM.input_scale [1] fp32, for an engine's
+    # FP8 products. ONNX Runtime's graph and the cuda executor leave the input as it is.
+    activation: str = ""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ def format_text(form: LinearFormat) -> str:
     """'int4 in groups of 32 with offsets'."""
     text = form.scheme + (f" in groups of {form.group_size}" if form.group_size else "")
     named = (
-        ("offsets", form.offset), ("an input factor", form.input_factor), ("inputs in another order", form.input_order)
+        ("offsets", form.offset), ("an input factor", form.input_factor), ("inputs in another order", form.input_order),
+        (f"{form.activation} inputs in engines", form.activation),
     )  # fmt: skip
     parts = [name for name, here in named if here]
     return text + (f" with {' and '.join(parts)}" if parts else "")

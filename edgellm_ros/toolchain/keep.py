@@ -104,6 +104,8 @@ class KeptWeights:
             found["scale"] = weight.scale if form.group_size else weight.scale.reshape(-1)
         if form.offset:
             found["offset"] = np.zeros_like(weight.scale) if weight.offset is None else weight.offset
+        if form.activation:
+            found["input_scale"] = np.array([self._input_scale(layer.names)], np.float32)
         if form.input_order:
             assert weight.order is not None
             found["input_order"] = weight.order
@@ -135,7 +137,33 @@ class KeptWeights:
         # A factor stays with this layer alone: in the norm before it, it would reach a LoRA adapter's input too.
         flags = (any(s.offset for s in found), any(s.input_factor for s in found), any(s.ordered for s in found))
         whole = flags[0] and all(s.kind == "int4" and (s.zero_points or not s.offset) for s in found)
-        return _Layer(names, LinearFormat(kind, group, *flags, zero_points=whole))
+        return _Layer(names, LinearFormat(kind, group, *flags, whole, self._activation(names, kind)))
+
+    def _activation(self, names: tuple[str, ...], kind: str) -> str:
+        """What the portable graph rounds the layer's input to: FP8 where the weights are, for engines to multiply in.
+
+        INT8 is left out: TensorRT-RTX 1.7 does not build it beside weights with scales of groups.
+        """
+        value = self._input_scale(names)
+        if value is None:
+            return ""
+        if kind != "fp8":
+            self._notes[f"activations of {kind} layers stay floating point: input_scale is not used"] = None
+            return ""
+        if value < float(np.finfo(np.float16).tiny):
+            self._notes[f"an input_scale of {value:.2g} is below fp16's range: that input is not rounded"] = None
+            return ""
+        self._notes[
+            "the portable graph rounds activations with the checkpoint's input_scale; the ONNX Runtime graph and the "
+            "cuda executor do not"
+        ] = None
+        return kind
+
+    def _input_scale(self, names: tuple[str, ...]) -> float | None:
+        """The largest of the layers' that share an input; None where one of them has none."""
+        scales = [self._source.activation_scale(name) for name in names]
+        found = [scale.value for scale in scales if scale is not None]
+        return max(found) if len(found) == len(names) else None
 
     def _choose_embedding(self) -> _Layer:
         """Rows are looked up by the executors, which know int8 in groups and floats."""

@@ -7,7 +7,7 @@ one constant-folded BitwiseXor. int8 is signed, one byte. Both have fp16 scales 
 
 Checkpoints quantised by others add fp8 (E4M3 bytes [out, in]; fp32 scales [out], or [out, in / 128] for blocks) and
 nvfp4 (two E2M1 a byte, low first; E4M3 scales [out, in / 16]; global_scale [out] fp32, one for ONNX's second level),
-and the tensors that bundle.LinearFormat names: offset, input_factor and input_order.
+and the tensors that bundle.LinearFormat names: offset, input_factor, input_order and input_scale.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def plan_linear(name: str, out_features: int, in_features: int, form: LinearForm
         plan.append(TensorPlan(f"{name}.offset", np.float32, scales))
     if form.input_factor:
         plan.append(TensorPlan(f"{name}.input_factor", np.float32, (in_features,)))
+    if form.activation:
+        plan.append(TensorPlan(f"{name}.input_scale", np.float32, (1,)))
     if form.input_order:
         plan.append(TensorPlan(f"{name}.input_order", np.int32, (in_features,)))
     return plan

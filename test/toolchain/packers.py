@@ -339,3 +339,18 @@ def ct_config(form: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]
         "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
         "ignore": ["lm_head"], "quantization_status": "compressed", "kv_cache_scheme": None,
     }  # fmt: skip
+
+
+def with_fp8_inputs(model: Any, scales: dict[str, float]) -> Any:
+    """The model with every named layer's input rounded to FP8 multiples of its scale, by torch."""
+
+    def hook(scale: float) -> Any:
+        def round_input(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return ((args[0] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale,)
+
+        return round_input
+
+    for name, module in model.named_modules():
+        if name in scales:
+            module.register_forward_pre_hook(hook(scales[name]))
+    return model

@@ -89,6 +89,7 @@ def test_int4_builds_for_the_oldest_rtx_architecture_too(copy: Callable[..., Bun
 KEPT = {  # what others quantised: an offset for each group, an input in another order, FP8 in blocks, two levels of scales
     "awq": (packers.awq(32), packers.awq_config(32), "sm89"),
     "gptq by activation": (packers.gptq(32, 4, True, True), packers.gptq_config(32, 4, True, True), "sm89"),
+    "fp8 with activations": (packers.modelopt_fp8, packers.modelopt_files("FP8")[0], "sm89"),
     "fp8 blocks": (packers.fp8_blocks(64, 64), {"quant_method": "fp8", "weight_block_size": [64, 64]}, "sm89"),
     "nvfp4": (packers.modelopt_nvfp4, packers.modelopt_files("NVFP4", group_size=16)[0], "sm120"),
 }
@@ -100,7 +101,7 @@ def test_what_others_quantised_builds(case: str, tmp_path: Path) -> None:
     packers.save_quantized("llama", tmp_path / "source", pack, config)
     bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
     kinds = build_engine(bundle, target, SMALL)[0].report["network"]["kinds"]
-    levels = 2 if case == "nvfp4" else 1
+    levels = 2 if case in ("nvfp4", "fp8 with activations") else 1  # of scales, or for the weight and the input
     assert kinds["DEQUANTIZE"] == levels * 4 * bundle.manifest.model.num_layers and kinds["KV_CACHE_UPDATE"] == 6
     if case == "nvfp4":
         with pytest.raises(ToolchainError, match="sm89 has no nvfp4"):

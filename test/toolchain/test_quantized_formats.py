@@ -97,6 +97,26 @@ def test_reading_a_weight_dequantises_it(case: str, tmp_path: Path) -> None:
         assert np.array_equal(checkpoint.read_rows(name, 3, 9), got[3:9])
 
 
+@pytest.mark.parametrize(("case", "suffix", "settings"), [("ct fp8 tensor", "input_scale", {}),
+                                                          ("fp8 blocks", "activation_scale", {"activation_scheme": "static"})])  # fmt: skip
+def test_layers_that_share_an_input_get_the_largest_of_its_scales(
+    case: str, suffix: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    inner, config, _ = CASES[case]
+
+    def pack(module: str, weight: np.ndarray) -> Any:
+        packed = inner(module, weight)
+        if packed is not None:
+            packed[0][suffix] = torch.tensor(0.07 if "k_proj" in module else 0.02)
+        return packed
+
+    packers.save_quantized("llama", tmp_path / "source", pack, {**config, **settings})
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+    assert bundle.manifest.quantization.format_of("layers.1.attn.qkv").activation == "fp8"
+    assert bundle.weights()["layers.1.attn.qkv.input_scale"] == np.float32(0.07)
+    assert bundle.weights()["layers.1.mlp.down.input_scale"] == np.float32(0.02)
+
+
 def test_a_zero_bias_that_a_tool_added_changes_nothing(tmp_path: Path) -> None:
     model = save("gptq", tmp_path / "source", kind="llama")
     path = tmp_path / "source" / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_export import PROMPT, hf_logits, relative_error, run_executor, run_por
 from edgellm_ros.bundle import DECODER, Bundle, LinearFormat
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.graph.portable import write_portable_graph
 
 CASES = {
     "int4_awq": ("W4A16_AWQ", packers.modelopt_int4(32, factor=True), {"group_size": 32}, "int4"),
@@ -45,8 +47,32 @@ def test_a_modelopt_checkpoint_computes_what_its_dequantised_weights_compute(cas
     expected = hf_logits(model, PROMPT)
     assert relative_error(run_executor(bundle, PROMPT)[0], expected) < ROUNDING[scheme]
     onnx.checker.check_model(str(bundle.path / DECODER), full_check=True)
-    if scheme != "nvfp4":  # ONNX Runtime has no FLOAT4E2M1
+    if case not in ("nvfp4", "fp8"):  # ONNX Runtime has no FLOAT4E2M1; fp8 is below
         assert relative_error(run_portable(bundle, PROMPT), expected) < 0.01  # fp16 activations
+
+
+def test_the_portable_graph_rounds_activations_as_an_fp8_checkpoint_was_made_for(tmp_path: Path) -> None:
+    model = save("fp8", tmp_path / "source", kind="llama")
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+    plain = hf_logits(model, PROMPT)
+    source = safetensors.torch.load_file(tmp_path / "source" / "model.safetensors")
+    scales = {n.removesuffix(".input_scale"): float(t) for n, t in source.items() if n.endswith(".input_scale")}
+    rounded = hf_logits(packers.with_fp8_inputs(model, scales), PROMPT)
+    onnx.checker.check_model(str(bundle.path / DECODER), full_check=True)
+    # In fp32: fp16 puts inputs beside a rounding border on the other side, and FP8's steps are coarse.
+    wide = replace(bundle.manifest, graph=replace(bundle.manifest.graph, activation_dtype="float32"))
+    write_portable_graph(bundle.path / DECODER, wide.model, wide.quantization, wide.graph, bundle.weights())
+    got = run_portable(Bundle(bundle.path, wide), PROMPT)
+    assert relative_error(plain, rounded) > 0.01 and relative_error(got, rounded) < 1e-5
+    assert relative_error(run_executor(bundle, PROMPT)[0], plain) < 1e-3, "ONNX Runtime's graph leaves them"
+    assert any("portable graph rounds activations" in note for note in bundle.manifest.quantization.notes)
+
+
+@pytest.mark.parametrize("case", ["int8_sq", "w4a8_awq"])
+def test_activation_scales_that_nothing_uses_are_named(case: str, tmp_path: Path) -> None:
+    save(case, tmp_path / "source", kind="llama")
+    notes = export_bundle(tmp_path / "source", tmp_path / "bundle").manifest.quantization.notes
+    assert f"activations of {CASES[case][3]} layers stay floating point: input_scale is not used" in notes
 
 
 @pytest.mark.parametrize("case", ["int4_awq", "int8_sq"])
@@ -92,7 +118,7 @@ def test_excluded_layers_stay_floats_and_what_is_left_out_is_in_the_manifest(tmp
     bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
     quant = bundle.manifest.quantization
     assert quant.format_of("layers.0.attn.qkv").scheme == "fp16" and quant.format_of("layers.1.attn.qkv").scheme == "fp8"
-    assert any("input_scale" in note for note in quant.notes) and any("k_scale" in note for note in quant.notes)
+    assert any("portable graph rounds" in note for note in quant.notes) and any("k_scale" in note for note in quant.notes)
     assert relative_error(run_executor(bundle, PROMPT)[0], hf_logits(model, PROMPT)) < 1e-3
     assert Bundle.open(bundle.path).manifest == bundle.manifest
 

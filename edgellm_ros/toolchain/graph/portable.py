@@ -178,10 +178,12 @@ class _Decoder:
     def _linear(self, x: str, name: str, n: int, k: int, *, flat: bool = False) -> str:
         """X [..., k], of two axes if flat, times the stored [n, k] weight, plus its bias if there is one."""
         g, form = self.g, self.quant.format_of(name)
-        x = stored.input_of(g, x, name, form, k, self._activation)
+        x = stored.input_of(g, x, name, form, k, self._activation, rounds=True)
         if form.scheme in ("fp16", "fp32"):
             dtype = TensorProto.FLOAT if form.scheme == "fp32" else TensorProto.FLOAT16
             weight = g.weight(f"{name}.weight", dtype, (n, k))
+            if dtype != self.dtype:
+                weight = g.node("Cast", [weight], f"{name}.cast", to=self.dtype)
         else:
             weight = stored.dequantized(g, name, form, n, k, self.dtype)
         transposed = g.node("Transpose", [weight], f"{name}.transposed", perm=[1, 0])

@@ -22,10 +22,17 @@ _E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 Caster = Callable[[str, tuple[int, ...]], str]  # the name of a stored fp32 tensor in the activations' dtype
 
 
-def input_of(g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Caster) -> str:
-    """`x` as the layer's columns want it: times its input factor, and in their order."""
+def input_of(
+    g: GraphBuilder, x: str, name: str, form: LinearFormat, k: int, cast: Caster, *, rounds: bool = False
+) -> str:
+    """`x` as the layer's columns want it: times its input factor, rounded if asked, and in their order."""
     if form.input_factor:
         x = g.node("Mul", [x, cast(f"{name}.input_factor", (k,))], f"{name}.scaled_input")
+    if form.activation and rounds:
+        scale = cast(f"{name}.input_scale", ())
+        kind = TensorProto.FLOAT8E4M3FN
+        small = g.node("QuantizeLinear", [x, scale], f"{name}.rounded_input", output_dtype=kind)
+        x = g.node("DequantizeLinear", [small, scale], f"{name}.input")
     if form.input_order:
         order = g.weight(f"{name}.input_order", TensorProto.INT32, (k,))
         x = g.node("Gather", [x, order], f"{name}.ordered_input", axis=-1)

@@ -32,7 +32,14 @@ from edgellm_ros.toolchain.quantized.base import (
 )
 from edgellm_ros.toolchain.quantized.bits import unpack_words
 from edgellm_ros.toolchain.quantized.fp8_blocks import spread_blocks
-from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, FloatArray, PackedWeight, Scheme, e4m3
+from edgellm_ros.toolchain.quantized.packed import (
+    NVFP4_GROUP,
+    ActivationScale,
+    FloatArray,
+    PackedWeight,
+    Scheme,
+    e4m3,
+)
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
 _MIXED = "mixed-precision"
@@ -115,6 +122,14 @@ class CompressedTensors(QuantReader):
         if order is not None:
             values = values[:, order]
         return PackedWeight(form.kind, info.scheme.group, values, scale, offset, order=order)
+
+    def activation_scale(self, module: str) -> ActivationScale | None:
+        """See QuantReader.activation_scale: input_scale of a layer whose activations have one static scale."""
+        name, kind = f"{module}.input_scale", self._of[module].kind
+        if kind not in ("fp8", "int8") or name not in self.tensors or f"{module}.input_zero_point" in self.tensors:
+            return None
+        scale = self.tensors.floats(name)
+        return ActivationScale(kind, float(scale.reshape(()))) if scale.size == 1 else None
 
     def _zeros(self, module: str, form: _Group, shape: tuple[int, int], bits: int) -> FloatArray:
         raw = self.tensors.raw(f"{module}.weight_zero_point")
@@ -250,7 +265,8 @@ class CompressedTensors(QuantReader):
     def _take_activations(self) -> None:
         groups = self.config.get("config_groups") or {}
         self.parts.update(name for name in self.tensors.names() if name.endswith(_OF_ACTIVATIONS))
-        if any(entry.get("input_activations") for entry in groups.values()):
+        made_for = any(entry.get("input_activations") for entry in groups.values())
+        if made_for and all(self.activation_scale(module) is None for module in self.modules):
             self.notes.append("activations stay floating point: the checkpoint was made for quantised ones")
         if self.config.get("kv_cache_scheme"):
             self.notes.append("the checkpoint's scales of a quantised KV cache are not used")

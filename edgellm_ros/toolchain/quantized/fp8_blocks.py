@@ -11,14 +11,14 @@ import math
 import numpy as np
 
 from edgellm_ros.toolchain.quantized.base import PLAIN, SMALLEST_GROUP, Module, QuantReader, text_list
-from edgellm_ros.toolchain.quantized.packed import FloatArray, PackedWeight, Scheme
+from edgellm_ros.toolchain.quantized.packed import ActivationScale, FloatArray, PackedWeight, Scheme
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _ACTIVATIONS = (".input_scale", ".activation_scale", ".input_scale_inv")
 
 
 class Fp8(QuantReader):
-    """Weights only: activations stay floating point."""
+    """Weights, and activations where they have one static scale."""
 
     method = "FP8"
 
@@ -37,7 +37,7 @@ class Fp8(QuantReader):
                 self._scan_module(name.removesuffix(".weight"))
         activations = [name for name in self.tensors.names() if name.endswith(_ACTIVATIONS)]
         self.parts.update(activations)
-        if activations or self.config.get("activation_scheme"):
+        if all(self.activation_scale(module) is None for module in self.modules):
             self.notes.append("activations stay floating point: the checkpoint was made for FP8 ones")
         self.reject_leftovers(tuple(f".{scale}" for scale in _SCALES))
         self.check_covered(text_list(self.config.get("modules_to_not_convert")), prefixes=True)
@@ -54,6 +54,14 @@ class Fp8(QuantReader):
         if self._block is None:
             return PackedWeight("fp8", 0, values, np.broadcast_to(scale.reshape(-1, 1), (info.shape[0], 1)).copy())
         return PackedWeight("fp8", info.scheme.group, values, spread_blocks(scale, info.shape, self._block))
+
+    def activation_scale(self, module: str) -> ActivationScale | None:
+        """See QuantReader.activation_scale: for activation_scheme `static`."""
+        name = next((module + s for s in _ACTIVATIONS if module + s in self.tensors), None)
+        if name is None or self.config.get("activation_scheme") != "static":
+            return None
+        scale = self.tensors.floats(name)
+        return ActivationScale("fp8", float(scale.reshape(()))) if scale.size == 1 else None
 
     def _scan_module(self, module: str) -> None:
         name = f"{module}.weight"

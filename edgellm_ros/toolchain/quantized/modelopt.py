@@ -175,8 +175,9 @@ class ModelOpt(QuantReader):
     def _take_activation_scales(self) -> None:
         found = [n for n in self.tensors.names() if n.endswith(_ACTIVATION_SUFFIXES) and n not in self.parts]
         self.parts.update(found)
-        if any(name.endswith(".input_scale") for name in found):
-            self.notes.append("activations stay floating point: the checkpoint's input_scale is not used")
+        scaled = {name.removesuffix(".input_scale") for name in found if name.endswith(".input_scale")}
+        if any(self._kinds.get(module) == "nvfp4" for module in scaled):
+            self.notes.append("activations of nvfp4 layers stay floating point: input_scale is not used")
         if any(name.endswith((".k_scale", ".v_scale")) for name in found):
             self.notes.append("the checkpoint's scales of an FP8 KV cache (k_scale, v_scale) are not used")
 
