@@ -321,8 +321,8 @@ def _upload(decoder: Any, bundle: Bundle) -> None:
     ropes = set(layer_rope_stems(model) or ["rope"])
     for name in weights.names():
         stem, _, what = name.rpartition(".")
-        if what in ("scale", "offset"):
-            continue  # go with their weight
+        if what in ("scale", "offset", "input_scale"):
+            continue  # go with their weight, or are the portable graph's
         if stem.startswith("rope"):
             if stem in ropes:
                 decoder.load_vector(name, whole_table(model, weights[name], float(what == "cos")))

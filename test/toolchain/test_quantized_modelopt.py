@@ -17,6 +17,7 @@ from test_export import PROMPT, hf_logits, relative_error, run_executor, run_por
 
 from edgellm_ros.bundle import DECODER, Bundle, LinearFormat
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.executors.cuda import _upload
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
 
@@ -192,3 +193,29 @@ def test_a_config_that_contradicts_its_tensors_is_refused_by_name(case: str, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+
+
+def test_the_cuda_executor_is_given_fp8_bytes_with_their_scales_and_nothing_that_it_lacks(tmp_path: Path) -> None:
+    save("fp8", tmp_path / "source", kind="llama")
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+
+    class Decoder:
+        linears: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}  # noqa: RUF012
+        vectors: set[str] = set()  # noqa: RUF012
+
+        def load_linear(self, stem: str, weight: np.ndarray, scale: np.ndarray | None) -> None:
+            self.linears[stem] = weight, scale
+
+        def load_vector(self, name: str, values: np.ndarray) -> None:
+            self.vectors.add(name)
+
+    decoder = Decoder()
+    _upload(decoder, bundle)
+    layers = bundle.manifest.model.num_layers
+    norms = {f"layers.{i}.{norm}.weight" for i in range(layers) for norm in ("input_norm", "post_norm")}
+    assert decoder.vectors == norms | {"final_norm.weight", "rope.cos", "rope.sin"}
+    weight, scale = decoder.linears["layers.2.mlp.down"]
+    source = safetensors.torch.load_file(tmp_path / "source" / "model.safetensors")
+    module = "model.layers.2.mlp.down_proj"
+    assert np.array_equal(weight, source[f"{module}.weight"].view(torch.uint8).numpy())
+    assert scale is not None and np.array_equal(scale, np.full(len(weight), source[f"{module}.weight_scale"].numpy()))
