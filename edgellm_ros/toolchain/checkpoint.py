@@ -117,9 +117,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face checkpoint, or not a whole one")
     from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint, quantization_config
     from edgellm_ros.toolchain.quantized_checkpoint import QuantizedCheckpoint
+    from edgellm_ros.toolchain.text_part import TEXT_PARTS, TextPartCheckpoint
     from edgellm_ros.toolchain.tokenizer_files import read_json_object
 
-    quantised = quantization_config(path, read_json_object(path / "config.json")) is not None
+    config = read_json_object(path / "config.json")
+    quantised = quantization_config(path, config) is not None
+    if str(config.get("model_type")) in TEXT_PARTS and "text_config" in config:
+        if quantised:
+            raise CheckpointError(f"{path} is a quantised model for images and text; export the original one")
+        return TextPartCheckpoint(path)
     return QuantizedCheckpoint(path) if quantised else HfCheckpoint(path)
 
 

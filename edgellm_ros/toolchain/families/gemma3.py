@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgellm_ros.bundle import GLOBAL_ROPE, LOCAL_ROPE
+from edgellm_ros.bundle import GLOBAL_ROPE, LOCAL_ROPE, ModelSpec
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.config_values import flag, positive_float, positive_int
 from edgellm_ros.toolchain.families.base import Family, Ropes, layer_kinds
 from edgellm_ros.toolchain.rope import read_rope
 
+_DEFAULTS = {"num_attention_heads": 8, "max_position_embeddings": 131072, "vocab_size": 262208}
+
 
 class Gemma3(Family):
-    """Gemma3ForCausalLM, the models without images."""
+    """Gemma3ForCausalLM, and the decoder of Gemma3ForConditionalGeneration."""
 
     name = "gemma3"
     model_types = ("gemma3_text",)
@@ -29,6 +31,10 @@ class Gemma3(Family):
     activations = {"gelu_pytorch_tanh": "gelu_tanh"}  # noqa: RUF012
     qk_norm = True
     tied_by_default = True
+
+    def spec(self, config: Mapping[str, Any], name: str) -> ModelSpec:
+        """The larger models' configurations leave out what is as in Gemma 3 4B."""
+        return super().spec({**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}, name)
 
     def biases(self, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
         """attention_bias covers all four attention projections."""

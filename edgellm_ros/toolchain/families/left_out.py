@@ -29,7 +29,6 @@ LEFT_OUT: dict[str, tuple[str, str]] = {
     "gpt_oss": ("gpt-oss", _EXPERTS.format(instead="Qwen3 4B")),
     "granitemoe": ("Granite MoE", _EXPERTS.format(instead="Qwen3 1.7B")),
     "olmoe": ("OLMoE", _EXPERTS.format(instead="Qwen3 1.7B")),
-    "gemma3": ("Gemma 3 with images", _IMAGES.format(instead="Gemma 3 270M or 1B, which are text only")),
     "qwen2_vl": ("Qwen2-VL", _IMAGES.format(instead="Qwen2.5")),
     "qwen2_5_vl": ("Qwen2.5-VL", _IMAGES.format(instead="Qwen2.5")),
     "phi4_multimodal": ("Phi-4-multimodal", _IMAGES.format(instead="Phi-4-mini")),
