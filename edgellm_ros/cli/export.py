@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-context",
         type=int,
         metavar="N",
-        help="tokens that prompt and answer may take together (default: the model's)",
+        help="tokens that prompt and answer may take together (default: the model's, at most 8192; a longrope model's "
+        "original context, beyond which it takes its long factors)",
     )
     parser.add_argument(
         "--vocab-map", type=Path, metavar="FILE", help="keep only these tokens' rows of the head (edgellm reduce-vocab)"

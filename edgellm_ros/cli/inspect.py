@@ -133,9 +133,9 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     if model.rotary_dim:
         rope += f"; {model.rotary_dim} of {model.head_dim} channels are turned"
     if "local" in model.layer_ropes:
-        rope += f"; theta {model.local_rope_theta:g} in {model.layer_ropes.count('local')} layers"
+        rope += f"; theta {model.local_rope_theta:g} in {model.layer_ropes.count('local')} of the layers"
     if "none" in model.layer_ropes:
-        rope += f"; none in {model.layer_ropes.count('none')} layers"
+        rope += f"; none in {model.layer_ropes.count('none')} of the layers"
     weights = quant.weights + (f" in groups of {quant.group_size}" if quant.group_size else "")
     if quant.lm_head or quant.embedding:
         weights += f"; head {quant.lm_head or quant.weights}, embedding {quant.embedding or quant.weights}"

@@ -64,6 +64,10 @@ class Checkpoint(abc.ABC):
         """A quantised weight's integers and scales; only for names that have a `scheme`."""
         raise NotImplementedError(name)
 
+    def reads_parts(self, name: str) -> bool:
+        """Whether reading some rows costs less than reading all of them."""
+        return True
+
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """Write the whole tensor to `out`, contiguous and of its shape: memory used again costs no page faults."""
         out[...] = self.read(name)

@@ -237,8 +237,7 @@ def _tables(
     whole = kept is not None and kept.is_kept(stem)
     if whole:
         _write_linear(writer, stem, np.empty(0, np.float32), quant, kept, chosen)
-    # A quantised table is unpacked as a whole, so once and not for every part.
-    step, first = total if source.scheme(name) else max(1, _TABLE_NUMBERS // columns), 0
+    step, first = max(1, _TABLE_NUMBERS // columns) if source.reads_parts(name) else total, 0
     for start in range(0, total, step):
         rows = source.read_rows(name, start, min(start + step, total))
         if chosen is not None:

@@ -44,6 +44,10 @@ class QuantizedCheckpoint(HfCheckpoint):
             return super().read_rows(name, start, stop)
         return self._reader.read(self._modules[name]).take(slice(start, stop)).dequantize()
 
+    def reads_parts(self, name: str) -> bool:
+        """See Checkpoint.reads_parts; a quantised weight is unpacked as a whole."""
+        return name not in self._modules
+
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """See Checkpoint.read_into."""
         if name in self._modules:

@@ -306,3 +306,18 @@ def test_an_export_takes_at_most_a_third_more_memory_than_the_checkpoint(tmp_pat
     finally:
         tracemalloc.stop()
     assert peak < 1.3 * size
+
+
+def test_embedding_and_head_are_read_in_parts_from_safetensors_and_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint("llama", tmp_path / "source")
+    save_gguf("llama", tmp_path / "model.gguf", "Q8_0")
+    monkeypatch.setattr("edgellm_ros.toolchain.export._TABLE_NUMBERS", 64 * 100)
+    for source in (tmp_path / "source", tmp_path / "model.gguf"):
+        whole = export_bundle(source, tmp_path / f"{source.name}-bundle").weights()
+        monkeypatch.setattr("edgellm_ros.toolchain.export._TABLE_NUMBERS", 1 << 20)
+        once = export_bundle(source, tmp_path / f"{source.name}-once").weights()
+        monkeypatch.setattr("edgellm_ros.toolchain.export._TABLE_NUMBERS", 64 * 100)
+        for name in once.names():
+            np.testing.assert_array_equal(whole[name], once[name], err_msg=name)
