@@ -36,6 +36,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how weights are stored (default: keep what a quantised checkpoint has, else int4)",
     )
     parser.add_argument(
+        "--lm-head",
+        choices=("fp16", "int8"),
+        help="head and embedding of a checkpoint that is kept and has them as floats (default fp16; int8 is a quarter "
+        "of what a CPU reads for them, and what --weights int4 has)",
+    )
+    parser.add_argument(
         "--max-context",
         type=int,
         metavar="N",
@@ -103,6 +109,7 @@ def execute(args: argparse.Namespace) -> int:
                 progress=show,
                 vocab_map=args.vocab_map,
                 max_lora_rank=args.max_lora_rank,
+                lm_head=args.lm_head,
                 accept=accept if args.verify else None,
             )
     except Refused:

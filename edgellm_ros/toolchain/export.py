@@ -49,6 +49,7 @@ DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises i
 # with the search of quantize_weights.py loses no more perplexity.
 GROUP_SIZES = (64, 32, 16)
 KEEP = "keep"
+TABLES = ("fp16", "int8")
 _TABLE_NUMBERS = 1 << 20  # of an embedding or a head that are in memory at once
 _HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding
 # The head stays int8: in int4 it costs a small model more perplexity than all its layers together.
@@ -71,6 +72,7 @@ def export_bundle(
     vocab_map: Path | None = None,
     max_lora_rank: int = 0,
     accept: Callable[[Bundle], object] | None = None,
+    lm_head: str | None = None,
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
@@ -79,10 +81,13 @@ def export_bundle(
     progress is called with (stage, done, total). vocab_map: a file by `edgellm reduce-vocab`; the head then has rows
     for its tokens only. max_lora_rank: above 0, decoders that take adapters as inputs are written as well, for
     projections of at most that rank. accept is called with the finished bundle before it gets its name; raising there
-    refuses it. Raises ToolchainError and its kinds; then nothing is left behind.
+    refuses it. lm_head: one of TABLES, of a kept checkpoint's head and embedding where they are floats; None is fp16.
+    Raises ToolchainError and its kinds; then nothing is left behind.
     """
     if weights is not None and weights not in (*SCHEMES, KEEP):
         raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join((*SCHEMES, KEEP))}")
+    if lm_head is not None and lm_head not in TABLES:
+        raise ToolchainError(f"lm-head is {lm_head!r}; allowed are {', '.join(TABLES)}")
     if not 0 <= max_lora_rank <= LARGEST_RANK:
         raise ToolchainError(f"max-lora-rank is {max_lora_rank}; allowed are 0 (no adapters) to {LARGEST_RANK}")
     output = Path(output)
@@ -95,7 +100,13 @@ def export_bundle(
     try:
         partial.mkdir(parents=True)
         scheme = _scheme(source, weights)
-        _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank)
+        if lm_head is not None and scheme is not None:
+            raise ToolchainError(
+                f"lm-head {lm_head} is for checkpoints whose weights are kept; with {scheme.weights} weights the head "
+                f"is {scheme.lm_head}: leave it out"
+            )
+        tables = lm_head or TABLES[0]
+        _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank, tables)
         if accept is not None:
             accept(Bundle.open(partial, verify=False))
         if output.exists():
@@ -117,6 +128,7 @@ def _write(
     progress: Progress,
     vocab_map: Path | None,
     max_lora_rank: int,
+    tables: str,
 ) -> None:
     family, model = load_spec(source)
     check_tensors(source, family, model)
@@ -124,7 +136,7 @@ def _write(
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
     kept = None
     if quant is None:
-        kept = KeptWeights(source, model)
+        kept = KeptWeights(source, model, tables)
         quant = kept.quant
     else:
         quant = with_groups(quant, model)

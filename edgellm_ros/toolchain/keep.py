@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
-from edgellm_ros.errors import CheckpointError
+from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.layers import EMBEDDING, HEAD, layer_prefix
@@ -38,13 +38,17 @@ class _Layer:
 
     names: tuple[str, ...]
     format: LinearFormat
+    kept: bool = True  # False: made of floats
 
 
 class KeptWeights:
     """The plan for one checkpoint whose `quantization()` is not empty."""
 
-    def __init__(self, source: Checkpoint, model: ModelSpec) -> None:
-        """Choose every layer's format; raises CheckpointError where the integers cannot be kept."""
+    def __init__(self, source: Checkpoint, model: ModelSpec, tables: str = "fp16") -> None:
+        """Choose every layer's format; raises CheckpointError where the integers cannot be kept.
+
+        tables: fp16 or int8, of a head and an embedding that the checkpoint has as floats.
+        """
         self._source = source
         self._notes: dict[str, None] = dict.fromkeys(source.quantization_notes())
         self._rounding = 0.0  # largest relative change of a scale
@@ -57,6 +61,11 @@ class KeptWeights:
         self._layers["embed"] = self._choose_embedding()
         if not model.tied_head:
             self._layers["head"] = self._choose((HEAD,))
+        if tables == "int8":
+            group = _table_group(model)
+            for stem in {"embed", "head"} & set(self._layers):
+                if not self._layers[stem].kept:
+                    self._layers[stem] = replace(self._layers[stem], format=LinearFormat("int8", group))
         self._share_row_groups()
 
     @property
@@ -83,7 +92,7 @@ class KeptWeights:
     def is_kept(self, stem: str) -> bool:
         """Whether `tensors` has the layer; others are floats and stored as the plan says."""
         found = self._layers.get("embed" if stem == "head" and "head" not in self._layers else stem)
-        return found is not None and found.format.scheme != "fp16"
+        return found is not None and found.kept
 
     def tensors(self, stem: str, rows: npt.NDArray[Any] | None = None) -> dict[str, npt.NDArray[Any]]:
         """What is stored for a layer, by the name after its stem; `rows` picks some of a head's."""
@@ -122,7 +131,7 @@ class KeptWeights:
             if found:
                 mixed = ", ".join("floats" if s is None else s.kind for s in schemes)
                 self._notes[f"{names[0]} and what shares its input are {mixed}: dequantised to fp16"] = None
-            return _Layer(names, LinearFormat("fp16"))
+            return _Layer(names, LinearFormat("fp16"), kept=False)
         columns = self._source.shape(names[0])[1]
         group = common_group([s.group for s in found], columns)
         kind = found[0].kind
@@ -170,16 +179,17 @@ class KeptWeights:
         chosen = self._choose((EMBEDDING,))
         if chosen.format.scheme in INTEGERS:
             return replace(chosen, format=replace(chosen.format, scheme="int8"))
-        if chosen.format.scheme != "fp16":
+        if chosen.kept:
             self._notes[f"{EMBEDDING} is {chosen.format.scheme}: dequantised to fp16"] = None
-        return _Layer((EMBEDDING,), LinearFormat("fp16"))
+        return _Layer((EMBEDDING,), LinearFormat("fp16"), kept=False)
 
     def _share_row_groups(self) -> None:
         """Layers with one scale a row get one group size, which the native kernels want."""
         whole = [
             stem
             for stem, layer in self._layers.items()
-            if layer.format.scheme in INTEGERS
+            if layer.kept
+            and layer.format.scheme in INTEGERS
             and all((s := self._source.scheme(name)) is not None and s.group == 0 for name in layer.names)
         ]
         smallest = min((self._layers[stem].format.group_size for stem in whole), default=0)
@@ -202,6 +212,16 @@ class KeptWeights:
     def _all_notes(self) -> tuple[str, ...]:
         rounded = f"scales rounded to fp16, by at most {self._rounding:.2g} of their value"
         return (*self._notes, *([rounded] if self._rounding else []))
+
+
+def _table_group(model: ModelSpec) -> int:
+    for size in (64, 32, 16):
+        if model.hidden_size % size == 0:
+            return size
+    raise ToolchainError(
+        f"{model.name} is {model.hidden_size} wide, which does not divide into groups of 16 for an int8 head; leave "
+        "--lm-head out"
+    )
 
 
 def _convert(weight: PackedWeight, form: LinearFormat) -> PackedWeight:

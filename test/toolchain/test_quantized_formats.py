@@ -16,7 +16,7 @@ import torch
 from test_export import PROMPT, hf_logits, relative_error, run_executor, run_portable
 
 from edgellm_ros.bundle import DECODER
-from edgellm_ros.errors import BundleError, CheckpointError
+from edgellm_ros.errors import BundleError, CheckpointError, ToolchainError
 from edgellm_ros.executors.cuda_formats import native_formats, native_weight
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import export_bundle
@@ -115,6 +115,22 @@ def test_layers_that_share_an_input_get_the_largest_of_its_scales(
     assert bundle.manifest.quantization.format_of("layers.1.attn.qkv").activation == "fp8"
     assert bundle.weights()["layers.1.attn.qkv.input_scale"] == np.float32(0.07)
     assert bundle.weights()["layers.1.mlp.down.input_scale"] == np.float32(0.02)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_a_float_head_can_be_int8_beside_kept_layers(kind: str, tmp_path: Path) -> None:
+    model = save("awq", tmp_path / "source", kind=kind)
+    with pytest.raises(ToolchainError, match="lm-head int8 is for checkpoints whose weights are kept; .*int8: leave it"):
+        export_bundle(tmp_path / "source", tmp_path / "bundle", weights="int4", lm_head="int8")
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle", lm_head="int8")
+    quant, weights = bundle.manifest.quantization, bundle.weights()
+    assert (quant.weights, quant.lm_head, quant.embedding) == ("int4", "int8", "int8")
+    stem = "embed" if kind == "llama_tied" else "head"
+    assert quant.head_tensor(bundle.manifest.model) == stem and weights[f"{stem}.weight"].dtype == np.int8
+    scale = np.repeat(weights[f"{stem}.scale"].astype(np.float32), quant.format_of(stem).group_size, 1)
+    head = model.get_output_embeddings().weight.detach().numpy()
+    np.testing.assert_allclose(weights[f"{stem}.weight"] * scale, head, atol=0.6 * scale.max())
+    assert relative_error(run_executor(bundle, PROMPT)[0], hf_logits(model, PROMPT)) < 0.08
 
 
 def test_a_zero_bias_that_a_tool_added_changes_nothing(tmp_path: Path) -> None:
