@@ -20,13 +20,14 @@ test: lint  ## set up everything and run all checks and tests (PYTEST_ARGS="-k n
 	python tools/build_native.py --check
 	EDGELLM_REQUIRE_ROS=1 python -m pytest $(PYTEST_ARGS)
 
-lint: setup-test  ## ruff, mypy, import-linter, clang-format
+lint: setup-test  ## ruff, mypy, import-linter, clang-format, hadolint
 	@$(ENV)
 	echo "-- ruff"; ruff check .
 	echo "-- mypy"; mypy
 	echo "-- import-linter"; lint-imports
 	files=$$(git ls-files -- 'native/*.cpp' 'native/*.hpp' 'native/*.cu' 'native/*.cuh')
 	if [ -n "$$files" ]; then echo "-- clang-format"; clang-format --dry-run -Werror $$files; fi
+	if command -v hadolint >/dev/null; then echo "-- hadolint"; hadolint docker/Dockerfile.*; fi
 
 native: setup-demo  ## compile the CUDA module for the GPU here, or for EDGELLM_CUDA_ARCHS="87 90a"
 	@$(ENV)

@@ -60,7 +60,7 @@ class Result:
 def main() -> None:
     """Measure what the options ask for, one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-1b", "qwen3-4b", "llama-8b"])
     parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=["bf16", "int8", "int4"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[512])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from edgellm_ros.fields import Setting, settings_of
@@ -15,9 +15,17 @@ FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = (), defaults: bool = True
+    parser: argparse.ArgumentParser,
+    cls: type,
+    title: str,
+    skip: Sequence[str] = (),
+    defaults: bool = True,
+    aliases: Mapping[str, str] | None = None,
 ) -> None:
-    """Add an option for each setting of the dataclass `cls` under the heading `title`; `defaults` are in its help."""
+    """Add an option for each setting of the dataclass `cls` under the heading `title`; `defaults` are in its help.
+
+    `aliases` gives settings a second, shorter option: {"max_context": "--context"}.
+    """
     group = parser.add_argument_group(title)
     for item in settings_of(cls):
         if item.name in skip:
@@ -36,7 +44,8 @@ def add_settings(
                 options["action"] = "append"
             if item.choices:
                 options["choices"] = item.choices
-        group.add_argument(f"--{item.name.replace('_', '-')}", **options)
+        short = [aliases[item.name]] if aliases and item.name in aliases else []
+        group.add_argument(f"--{item.name.replace('_', '-')}", *short, **options)
 
 
 def settings_from(args: argparse.Namespace, base: T) -> T:

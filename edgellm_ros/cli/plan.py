@@ -23,7 +23,7 @@ examples:
   edgellm plan --shape llama-8b --weights int4 --device orin-nano            4 slots of 4,096 tokens, the defaults
   edgellm plan --shape llama-8b --weights int4 --device orin-nx --max-slots 1 --max-context 8192
   edgellm plan --bundle smollm2 --device orin-nano thor                      side by side
-  edgellm plan --shape qwen3-4b --weights int4 --device agx-orin --json      for a script
+  edgellm plan --model qwen3-4b --context 8192 --device agx-orin --json      for a script
 
 Nothing is built, loaded or measured: memory is arithmetic (from the native module's own plan where it is installed),
 and speed is what the memory's bandwidth allows under the assumptions that are printed.
@@ -45,15 +45,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
-    model.add_argument("--shape", choices=tuple(SHAPE_FIELDS), help="a published model's shape")
+    model.add_argument("--shape", "--model", choices=tuple(SHAPE_FIELDS), help="a published model's shape")
     parser.add_argument("--weights", choices=tuple(SCHEME_FIELDS), help="weights of a --shape (default int4)")
     parser.add_argument(
         "--device", nargs="+", choices=tuple(DEVICES), required=True, metavar="DEVICE",
         help=f"one or more of {', '.join(DEVICES)}",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument(
+        "--formula", action="store_true",
+        help="memory by the formula even where the native module is built: the same numbers on every machine",
+    )  # fmt: skip
     skipped = [name for name in EngineConfig.__dataclass_fields__ if name not in _USED]
-    add_settings(parser, EngineConfig, "engine", skip=skipped)
+    add_settings(parser, EngineConfig, "engine", skip=skipped, aliases={"max_context": "--context"})
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -68,7 +72,7 @@ def execute(args: argparse.Namespace) -> int:
     capacity = capacity_of(model, config)
     if capacity > model.max_context:
         raise ConfigError(f"--max-context {capacity} exceeds the model's {model.max_context}")
-    exact = _exact_plan(bundle, config)
+    exact = None if args.formula else _exact_plan(bundle, config)
     budgets = [make_budget(model, quant, config, DEVICES[name], exact) for name in args.device]
     if args.json:
         print(json.dumps([_as_dict(budget) for budget in budgets], indent=1))
@@ -148,7 +152,8 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
             ways = assumed.remedies(model, quant, config, budget)
             text = ", or ".join(ways) if ways else "a smaller model, or weights of fewer bits"
             console.print(f"{escape(budget.device.name)}: would fit with {text}")
-    source = "the native module's own plan" if budgets[0].exact else "a formula (the native module is not installed)"
+    formula = "a formula (within 5 % of the native module's plan)"
+    source = "the native module's own plan" if budgets[0].exact else formula
     console.print(
         f"[dim]memory from {source}. Speed assumes that decoding reaches {assumed.REACHED:.0%} of the stated "
         "bandwidth "

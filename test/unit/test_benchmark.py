@@ -30,7 +30,10 @@ from edgellm_ros.llm import LLM
 from edgellm_ros.tokenizer import Tokenizer
 
 # Published sizes, in millions of parameters (Hugging Face model cards; norms included, so a little more than matrices).
-PUBLISHED_M = {"llama-1b": 1236, "qwen3-4b": 4022, "llama-8b": 8030}
+PUBLISHED_M = {
+    "llama-1b": 1236, "qwen3-4b": 4022, "llama-8b": 8030, "qwen3-0.6b": 596, "qwen3-1.7b": 1721,
+    "llama-3b": 3213, "qwen3-8b": 8191, "qwen3-14b": 14768, "qwen3-32b": 32762,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)

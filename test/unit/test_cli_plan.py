@@ -66,6 +66,23 @@ def test_every_remedy_that_is_named_fits(capsys: pytest.CaptureFixture[str]) -> 
         assert code == 0 and "fits" in out_with
 
 
+def test_model_and_context_are_other_words_for_shape_and_max_context(capsys: pytest.CaptureFixture[str]) -> None:
+    short = run(capsys, "--model", "qwen3-8b", "--weights", "int4", "--context", "8192", "--device", "thor")
+    long = run(capsys, "--shape", "qwen3-8b", "--weights", "int4", "--max-context", "8192", "--device", "thor")
+    assert short == long and short[0] == 0 and "tokens/s at 8192" in short[1]
+
+
+def test_the_formula_gives_the_same_numbers_with_and_without_the_native_module(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--model", "llama-1b", "--device", "orin-nx", "--json")
+    _, formula, _ = run(capsys, *arguments, "--formula")
+    assert json.loads(formula)[0]["exact"] is False
+    monkeypatch.setattr("edgellm_ros.cli.plan._exact_plan", lambda *_: {"weights": 1, "kv_cache": 2})
+    assert run(capsys, *arguments, "--formula")[1] == formula
+    assert json.loads(run(capsys, *arguments)[1])[0]["parts"] == {"weights": 1, "kv_cache": 2}
+
+
 def test_what_nothing_helps_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--shape", "llama-8b", "--weights", "bf16", "--device", "orin-nano-4gb")
     assert code == 1 and "a smaller model, or weights of fewer bits" in " ".join(out.split())
