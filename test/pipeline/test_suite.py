@@ -1,0 +1,132 @@
+"""A model goes the whole way, from the checkpoint to an answer, with the commands that a user would type."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suite import RECIPES, Case, parse_case, read_suite
+
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.cli.main import main
+from edgellm_ros.quality import Quality
+from edgellm_ros.toolchain.verify.passages import read_text
+from edgellm_ros.toolchain.verify.verify import store_quality, verify_bundle, verify_checkpoint
+
+QUESTIONS = ("What is the capital of France?", "Count from one to five.", "Name a colour.")
+ANSWER_TOKENS = 12
+
+
+def run(*arguments: Any) -> float:
+    """Run `edgellm ARGUMENTS`, which must succeed; returns the seconds it took."""
+    started = time.monotonic()
+    assert main([str(argument) for argument in arguments]) == 0
+    return time.monotonic() - started
+
+
+def answers(bundle: Path, case: Case, batch: int, folder: Path) -> tuple[list[str], float]:
+    """The answers to QUESTIONS by `edgellm run`, and how many tokens/s were decoded."""
+    requests = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    content = {"batch_size": batch, "temperature": 0, "max_generate_length": ANSWER_TOKENS, "requests": requests}
+    (folder / "in.json").write_text(json.dumps(content))
+    run("run", "--bundle", bundle, "--input-file", folder / "in.json", "--output-file", folder / "out.json",
+        "--profile-output-file", folder / "profile.json", "--max-context", case.context, "--max-slots", batch)  # fmt: skip
+    responses = json.loads((folder / "out.json").read_text())["responses"]
+    assert all(response["finish_reason"] in ("stop", "length") for response in responses), responses
+    speed = json.loads((folder / "profile.json").read_text())["generation"]["tokens_per_second"]
+    return [response["output_text"] for response in responses], speed
+
+
+def text_of(case: Case, folder: Path) -> Path | None:
+    words = 300 if case.is_tiny else case.text_words
+    if not words:
+        return None
+    path = folder / "text.txt"
+    path.write_text(" ".join(read_text(None).content.split()[:words]), encoding="utf-8")
+    return path
+
+
+def judge(quality: Quality, case: Case, known: tuple[str, ...]) -> None:
+    failed = {mark.name for mark in quality.failed}
+    if case.is_tiny:
+        assert quality.marks and not (failed and case.scheme in ("fp16", "fp32")), quality.summary()
+    elif known:
+        assert failed >= set(known), f"known to fail {', '.join(known)}; {quality.summary()}"
+    else:
+        assert not failed, quality.summary()
+
+
+@pytest.mark.pipeline
+@pytest.mark.timeout(1200)
+def test_pipeline(
+    case: Case,
+    checkpoint_of: Callable[[Case], Path],
+    original_of: Callable[[Case], Any],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    row = request.node.pipeline_row = {"case": case.name}
+    original, text, source = original_of(case), text_of(case, tmp_path), checkpoint_of(case)
+    if case.scheme in RECIPES:
+        if importlib.util.find_spec("modelopt") is None:
+            pytest.skip("the recipe needs nvidia-modelopt, which is not installed; `make test` installs it")
+        numbers = {"--samples": case.samples, "--sequence-length": case.sequence_length}
+        if case.is_tiny:
+            numbers = {"--samples": 4, "--sequence-length": 32}
+        options = [part for option, value in numbers.items() if value for part in (option, value)]
+        row["quantise"] = f"{run('quantize', source, '-o', tmp_path / 'q', '--recipe', case.scheme, *options):.0f} s"
+        if case.checkpoint_fails:
+            rounded = verify_checkpoint(tmp_path / "q", original, text)
+            assert original.name == rounded.original
+            row["verdict"] = f"W8A8 {rounded.perplexity / rounded.original_perplexity:.2f} refused; bundle "
+            judge(rounded, case, case.checkpoint_fails)
+        source, options = tmp_path / "q", []
+    else:
+        options = ["--weights", case.scheme]
+    bundle = tmp_path / "bundle"
+    row["export"] = f"{run('export', source, '-o', bundle, '--max-context', case.context, *options):.0f} s"
+    for target in case.targets:
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
+        seconds = run("build", bundle, "--target", target, "--max-context", case.context, "--max-batch", case.batch,
+                      "--max-input", min(case.context, 512))  # fmt: skip
+        row["engines"] = (row.get("engines", "") + f" {target} {seconds:.0f} s").strip()
+    quality = verify_bundle(Bundle.open(bundle), original, text)
+    store_quality(Bundle.open(bundle), quality)
+    row |= {
+        "ratio": f"{quality.perplexity / quality.original_perplexity:.3f}",
+        "KL": f"{quality.kl_divergence:.2g}",
+        "same": f"{quality.top1_agreement:.1%}",
+        "tasks": f"{quality.tasks_passed}/{quality.original_tasks_passed}",
+        "verdict": row.get("verdict", "") + ("not judged" if case.is_tiny else "failed" if quality.failed else "passed"),
+    }
+    together, speed = answers(bundle, case, case.batch, tmp_path)
+    row["tok/s"] = f"{speed:.0f}"
+    if case.batch > 1:
+        assert answers(bundle, case, 1, tmp_path)[0] == together
+    if not case.is_tiny:
+        assert "Paris" in together[0], together
+    judge(quality, case, case.fails)
+
+
+@pytest.mark.parametrize("name", ["l0", "l1"])
+def test_a_list_is_well_formed_and_l1_has_all_of_l0s_schemes(name: str) -> None:
+    cases = read_suite(name)
+    assert {case.scheme for case in cases} <= {case.scheme for case in read_suite("l1")}
+    for case in cases:
+        assert case.is_tiny or case.model == "SmolLM2-135M"
+
+
+def test_a_name_says_model_scheme_context_and_batch() -> None:
+    case = parse_case({"SmolLM2-135M-int4_awq-ctx1024-bs2": {"targets": ["sm89"]}}, {"text_words": 7})
+    expected = Case("SmolLM2-135M-int4_awq-ctx1024-bs2", "SmolLM2-135M", "int4_awq", 1024, 2, 7, ("sm89",))
+    assert case == expected and not case.is_tiny
+    for bad in ("SmolLM2-135M-int3-ctx1024-bs1", "SmolLM2-135M-int4-bs1", 4, {"tiny_llama-int4-ctx64-bs1": {"x": 1}}):
+        with pytest.raises(ValueError, match="is not MODEL-SCHEME|unknown x; known are"):
+            parse_case(bad, {})
+    assert dataclasses.replace(case, model="tiny_llama").is_tiny
