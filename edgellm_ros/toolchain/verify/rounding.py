@@ -1,6 +1,6 @@
 """Rounds a layer's input as a quantised checkpoint's activation scales say, in the reference decoder.
 
-Bundles keep activations in floating point; this is what the same checkpoint gives where they are rounded (W8A8, FP8).
+The executors keep activations in floating point; this is what a checkpoint gives where they are rounded (W8A8, FP8).
 """
 
 from __future__ import annotations

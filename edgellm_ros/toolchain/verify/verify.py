@@ -2,7 +2,7 @@
 
 The bundle is run as a robot runs it, by its executor, prompts in pieces. Where no original is at hand, its figures of
 an earlier run are used if they are of the same text. A quantised checkpoint is measured as its scales say, activations
-included, which no bundle rounds.
+included, which no executor here rounds.
 """
 
 from __future__ import annotations
