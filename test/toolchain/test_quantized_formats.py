@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from test_export import PROMPT, hf_logits, relative_error, run_executor, run_portable
 
-from edgellm_ros.bundle import DECODER
+from edgellm_ros.bundle import DECODER, DECODER_ORT
 from edgellm_ros.errors import BundleError, CheckpointError, ToolchainError
 from edgellm_ros.executors.cuda_formats import native_formats, native_weight
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
@@ -115,6 +115,35 @@ def test_layers_that_share_an_input_get_the_largest_of_its_scales(
     assert bundle.manifest.quantization.format_of("layers.1.attn.qkv").activation == "fp8"
     assert bundle.weights()["layers.1.attn.qkv.input_scale"] == np.float32(0.07)
     assert bundle.weights()["layers.1.mlp.down.input_scale"] == np.float32(0.02)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("awq", "qwen2"), ("gptq asymmetric v2", "llama"), ("gptq zero 16", "llama")])
+def test_onnxruntimes_products_take_zero_points_where_four_bits_hold_them(case: str, kind: str, tmp_path: Path) -> None:
+    if case == "gptq zero 16":  # the older format's 15 means 16
+        packers.save_quantized(kind, tmp_path / "source", high_zero, packers.gptq_config(32, 4, False))
+        model = None
+    else:
+        model = save(case, tmp_path / "source", kind=kind)
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+    path = bundle.path / DECODER_ORT
+    graph = onnx.load(path, load_external_data=False)
+    products = [n for n in graph.graph.node if n.op_type == "MatMulNBits"]
+    with_zeros = [n for n in products if len(n.input) > 3 and n.input[3]]
+    if model is None:
+        assert products and not with_zeros and any("shift" in n.name for n in graph.graph.node)
+        return
+    assert with_zeros == products and not any("shift" in n.name for n in graph.graph.node)
+    for node in products:  # fp32 activations: what is left is fp32's rounding
+        next(a for a in node.attribute if a.name == "accuracy_level").i = 1
+    onnx.save(graph, path)
+    assert relative_error(run_executor(bundle, PROMPT)[0], hf_logits(model, PROMPT)) < 1e-4
+
+
+def high_zero(module: str, weight: np.ndarray) -> Any:
+    packed = packers.gptq(32, 4, False)(module, weight)
+    if packed is not None:
+        packed[0]["qzeros"] = torch.full_like(packed[0]["qzeros"], -1)  # fifteens
+    return packed
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])

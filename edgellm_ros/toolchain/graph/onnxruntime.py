@@ -162,7 +162,7 @@ class _Decoder:
         bias = f"{name}.bias" if f"{name}.bias" in self.weights else ""
         result = output or f"{name}.out"
         x = stored.input_of(g, x, name, form, k, self._float)
-        if form.offset:
+        if form.offset and not stored.has_zero_points(self.weights, name, form):
             y = self._product(x, name, n, k, bias, f"{name}.product")
             return stored.add_offset(g, x, y, name, form, (n, k), self._float, flat=flat, output=result)
         return self._product(x, name, n, k, bias, result)
@@ -194,8 +194,10 @@ class _Decoder:
             scale = g.weight(f"{name}.scale", TensorProto.FLOAT16, (n, k // group))
             scale = g.node("Cast", [scale], f"{name}.scale32", to=_FLOAT)
         inputs = [x, weight, scale]
+        if form.offset and stored.has_zero_points(self.weights, name, form):
+            inputs.append(stored.zero_points(g, name, form, n, k, scale))
         if bias:
-            inputs += ["", "", g.weight(bias, _FLOAT, (n,))]
+            inputs += [""] * (5 - len(inputs)) + [g.weight(bias, _FLOAT, (n,))]
         return g.node(
             "MatMulNBits", inputs, result, contrib=True, K=k, N=n, bits=bits, block_size=group,
             accuracy_level=_INT8_ACTIVATIONS,

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import LinearFormat
+from edgellm_ros.bundle import LinearFormat, WeightFile
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
+_WHOLE = 1e-3  # how far from a whole number a zero point may come out of fp32
 # E2M1's sixteen numbers, doubled, as bytes with an offset of 128: what MatMulNBits takes for 8 bits.
 _E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
@@ -86,6 +87,35 @@ def widened(g: GraphBuilder, name: str, form: LinearFormat, n: int, k: int) -> s
     scale = g.weight(f"{name}.scale", TensorProto.FLOAT, (n, groups, 1))
     whole = g.node("Mul", [wide, scale], f"{name}.scaled")
     return g.node("Reshape", [whole, g.constant(f"shape_{n}_{k}", [n, k], np.int64)], f"{name}.dequantized")
+
+
+def has_zero_points(weights: WeightFile, name: str, form: LinearFormat) -> bool:
+    """Whether every offset of an int4 layer is 8 less a whole number from 0 to 15, times its scale."""
+    if not (form.zero_points and form.scheme == "int4"):
+        return False
+    scale = weights[f"{name}.scale"].astype(np.float32)
+    if not scale.all():
+        return False
+    zeros = 8 - weights[f"{name}.offset"] / scale
+    return bool(np.abs(zeros - np.rint(zeros).clip(0, 15)).max() < _WHOLE)
+
+
+def zero_points(g: GraphBuilder, name: str, form: LinearFormat, n: int, k: int, scale: str) -> str:
+    """MatMulNBits' zero points, (n, ceil(groups / 2)) with two a byte, of the offsets and the fp32 `scale`."""
+    groups = k // form.group_size
+    ratio = g.node("Div", [g.weight(f"{name}.offset", TensorProto.FLOAT, (n, groups)), scale], f"{name}.offset_steps")
+    zeros = g.node("Sub", [g.constant("middle", 8, np.float32), ratio], f"{name}.zero")
+    zeros = g.node("Cast", [g.node("Round", [zeros], f"{name}.zero_round")], f"{name}.zero_bytes", to=TensorProto.UINT8)
+    if groups % 2:
+        pads = g.constant("pad_one_column", [0, 0, 0, 1], np.int64)
+        zeros = g.node("Pad", [zeros, pads], f"{name}.zero_padded")
+    pairs = g.constant(f"pairs_{n}_{groups}", [n, (groups + 1) // 2, 2], np.int64)
+    zeros = g.node("Reshape", [zeros, pairs], f"{name}.zero_pairs")
+    low, high = (
+        g.node("Gather", [zeros, g.constant(f"index_{i}", i, np.int64)], f"{name}.zero_{i}", axis=2) for i in (0, 1)
+    )
+    high = g.node("BitShift", [high, g.constant("nibble", 4, np.uint8)], f"{name}.zero_high", direction="LEFT")
+    return g.node("BitwiseOr", [low, high], f"{name}.zero_points")
 
 
 def nvfp4_bytes(g: GraphBuilder, name: str, n: int, k: int, group: int) -> tuple[str, str]:
