@@ -29,9 +29,13 @@ def step(slot: int, ids: np.ndarray, position: int, num_logits: int = 1) -> Sequ
     return SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits)
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
+CASES = ("qwen3-fp32", "qwen3-fp16", "qwen3-int8", "qwen3-int4", "gemma3_scaled-int4", "phi3_partial-int8", "smollm3_window-fp32")
+
+
+@pytest.fixture(scope="module", params=CASES)
 def executor(request: pytest.FixtureRequest, tiny_bundle: Callable[..., Bundle]) -> Iterator[Executor]:
-    made = create_executor(tiny_bundle("qwen3", request.param), EngineConfig(max_slots=4, max_context=CAPACITY))
+    bundle = tiny_bundle(*request.param.rsplit("-", 1))
+    made = create_executor(bundle, EngineConfig(max_slots=4, max_context=CAPACITY))
     yield made
     made.close()
 
