@@ -166,8 +166,8 @@ class BuildOptions:
 # weights, activations: the algorithms that ModelOpt has for them and its checkpoint format can hold
 RECIPE_METHODS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fp8", "fp8"): ("max",),
-    ("int4", "none"): ("awq",),
-    ("int4", "fp8"): ("awq",),
+    ("int4", "none"): ("awq", "max"),
+    ("int4", "fp8"): ("awq", "max"),
     ("int8", "int8"): ("smoothquant",),
     ("nvfp4", "nvfp4"): ("max",),
     ("nvfp4", "none"): ("max",),
@@ -230,5 +230,6 @@ class Recipe:
     @property
     def takes_calibration(self) -> bool:
         """Whether anything depends on the calibration text; weight-only scales by the largest values do not."""
-        head_activations = self.lm_head == "fp8"
-        return self.activations != "none" or self.method != "max" or self.kv_cache != "none" or head_activations
+        calibrated_head = self.lm_head in ("fp8", "int4")
+        needed = (self.activations != "none", self.method != "max", self.kv_cache != "none", self.weights == "int4")
+        return any(needed) or calibrated_head

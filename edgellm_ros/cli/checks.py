@@ -31,6 +31,8 @@ def all_checks(bundle: Path | None = None) -> Iterator[Check]:
     yield check_python()
     yield from (check_package("base", name, State.FAILED, "pip install edgellm_ros") for name in BASE)
     yield from (check_package("toolchain", n, State.MISSING, "pip install 'edgellm_ros[toolchain]'") for n in TOOLCHAIN)
+    remedy = "pip install 'edgellm_ros[quantize]' (only for edgellm quantize)"
+    yield check_package("toolchain", "nvidia-modelopt", State.MISSING, remedy)
     yield from check_ros(os.environ)
     yield from check_compiler()
     yield from check_gpus()

@@ -77,7 +77,10 @@ def test_dequantised_weights_give_the_originals_logits(quantised: Callable[..., 
 
 @pytest.mark.parametrize("recipe", ["int4_awq", "int8_sq"])
 @pytest.mark.parametrize("kind", FOLDED)
-def test_folding_the_input_scales_away_changes_no_logit(kind: str, recipe: str) -> None:
+def test_folding_the_input_scales_away_changes_no_logit(
+    kind: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_round_int4", lambda *_: None)
     model = tiny.make_model(kind)
     with torch.no_grad():
         expected = model(TOKENS).logits

@@ -18,10 +18,13 @@ with warnings.catch_warnings():
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint, quant_utils
     from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
+    from modelopt.torch.quantization.conversion import set_quantizer_by_cfg_context
     from modelopt.torch.quantization.model_calib import max_calibrate
+    from modelopt.torch.quantization.nn import SequentialQuantizer
 
 from edgellm_ros.config import RECIPE_GROUPS, Recipe
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.toolchain.quantize.rounding import HIGHEST, round_layers
 
 Forward = Callable[[Any], None]
 _log = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward
             _fold_input_scales(model)
             if recipe.activations != "none":
                 max_calibrate(model, forward)  # scales that were averaged have changed what the layers read
+        if group_size:
+            _round_int4(model, group_size, forward)
     return model
 
 
@@ -98,6 +103,8 @@ def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
 def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
     """ModelOpt's quantisation configuration; later rules win."""
     config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[recipe.weights, recipe.activations]))
+    if recipe.method == "max":
+        config["algorithm"] = "max"
     rules = config["quant_cfg"]
     for rule in rules:
         formats = rule.get("cfg") or []
@@ -150,6 +157,25 @@ def _fold_input_scales(model: Any) -> None:
         if all(hasattr(linear.input_quantizer, "_pre_quant_scale") for linear in linears):
             quant_utils.preprocess_linear_fusion(linears)
             quant_utils.fuse_prequant_layernorm(norm, linears)
+
+
+def _round_int4(model: Any, group_size: int, forward: Forward) -> None:
+    """Round int4 weights by what they do to the calibration text, and give ModelOpt the scales; see rounding.py."""
+    quantizers = {}
+    for module in model.modules():
+        found = getattr(module, "weight_quantizer", None)
+        found = found[0] if isinstance(found, SequentialQuantizer) else found  # W4A8: int4, then FP8
+        if found is not None and found.is_enabled and found.num_bits == 4:
+            quantizers[module] = found
+
+    def read() -> None:
+        with set_quantizer_by_cfg_context(model, [{"quantizer_name": "*", "enable": False}]):
+            forward(model)
+
+    factors = {layer: getattr(layer.input_quantizer, "_pre_quant_scale", None) for layer in quantizers}
+    for layer, scale in round_layers(factors, group_size, read):
+        largest = quantizers[layer]._amax
+        largest.copy_((scale * HIGHEST).reshape(largest.shape))
 
 
 @contextlib.contextmanager
