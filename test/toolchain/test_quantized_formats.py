@@ -87,6 +87,14 @@ def test_a_quantised_checkpoint_computes_what_its_dequantised_weights_compute(ca
         assert relative_error(run_portable(bundle, PROMPT), expected) < 0.01  # fp16 activations
 
 
+@pytest.mark.parametrize("kind", ["phi3_partial", "smollm3", "gemma3_scaled"])
+def test_families_with_fused_projections_or_other_norms_keep_theirs_too(kind: str, tmp_path: Path) -> None:
+    model = save("awq", tmp_path / "source", kind=kind)
+    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
+    assert bundle.manifest.quantization.format_of("layers.0.attn.qkv").zero_points
+    assert relative_error(run_portable(bundle, PROMPT), hf_logits(model, PROMPT)) < 0.01
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_reading_a_weight_dequantises_it(case: str, tmp_path: Path) -> None:
     model = save(case, tmp_path / "source", kind="llama")
