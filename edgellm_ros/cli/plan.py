@@ -45,7 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--bundle", type=Path, metavar="BUNDLE", help="directory that `edgellm export` wrote")
-    model.add_argument("--shape", "--model", choices=tuple(SHAPE_FIELDS), help="a published model's shape")
+    model.add_argument(
+        "--shape", "--model", choices=tuple(SHAPE_FIELDS), metavar="SHAPE",
+        help=f"a published model's shape: {', '.join(SHAPE_FIELDS)}",
+    )  # fmt: skip
     parser.add_argument("--weights", choices=tuple(SCHEME_FIELDS), help="weights of a --shape (default int4)")
     parser.add_argument(
         "--device", nargs="+", choices=tuple(DEVICES), required=True, metavar="DEVICE",
