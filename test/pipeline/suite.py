@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def parse_case(entry: Any, defaults: dict[str, Any]) -> Case:
 
 
 def read_suite(name: str) -> list[Case]:
-    """The cases of test/lists/NAME.yaml. A `matrix` stands for all of its combinations."""
+    """The cases of test/lists/NAME.yaml. A `matrix` stands for all of its combinations; `fails` is by MODEL-SCHEME."""
     path = LISTS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(sorted(p.stem for p in LISTS.glob('*.yaml')))}")
@@ -66,6 +66,8 @@ def read_suite(name: str) -> list[Case]:
             for context in matrix["contexts"] for batch in matrix["batches"]
         ]  # fmt: skip
     cases = [parse_case(entry, defaults) for entry in entries]
+    known = {key: tuple(marks) for key, marks in raw.get("fails", {}).items()}
+    cases = [replace(case, fails=known.get(f"{case.model}-{case.scheme}", case.fails)) for case in cases]
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         raise ValueError(f"{path} names a case twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
