@@ -63,7 +63,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         return Bundle.open(bundle)
 
     monkeypatch.setattr(export, "export_bundle", fake)
-    options = ["--weights", "int8", "--max-context", "128", "--name", "n", "--force", "--max-lora-rank", "8"]
+    options = ["--weights", "int8", "--max-context", "128", "--name", "n", "--force", "--max-lora-rank", "8", "--lm-head", "int8"]
     assert main(["export", "checkpoint", "-o", "out", *options]) == 0
     assert seen == {
         "checkpoint": Path("checkpoint"),
@@ -74,6 +74,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         "overwrite": True,
         "vocab_map": None,
         "max_lora_rank": 8,
+        "lm_head": "int8",
         "accept": None,
     }
     assert "tiny [bold] robot" in capsys.readouterr().out
