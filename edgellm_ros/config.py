@@ -166,8 +166,8 @@ class BuildOptions:
 # weights, activations: the algorithms that ModelOpt has for them and its checkpoint format can hold
 RECIPE_METHODS: dict[tuple[str, str], tuple[str, ...]] = {
     ("fp8", "fp8"): ("max",),
-    ("int4", "none"): ("awq", "max"),
-    ("int4", "fp8"): ("awq", "max"),
+    ("int4", "none"): ("awq", "gptq"),
+    ("int4", "fp8"): ("awq", "gptq"),
     ("int8", "int8"): ("smoothquant",),
     ("nvfp4", "nvfp4"): ("max",),
     ("nvfp4", "none"): ("max",),
@@ -185,9 +185,9 @@ class Recipe:
     )
     method: str = setting(
         "awq",
-        "max: scales from the largest values; awq: first scale the input features that matter most; smoothquant: move "
-        "outliers from activations to weights.",
-        choices=("max", "awq", "smoothquant"),
+        "max: scales from the largest values; gptq: int4 rounded by what the error does to a layer's output; awq: the "
+        "same after scaling the features that matter most; smoothquant: outliers go from activations to weights.",
+        choices=("max", "awq", "gptq", "smoothquant"),
     )
     group_size: int = setting(
         0,
@@ -231,5 +231,5 @@ class Recipe:
     def takes_calibration(self) -> bool:
         """Whether anything depends on the calibration text; weight-only scales by the largest values do not."""
         calibrated_head = self.lm_head in ("fp8", "int4")
-        needed = (self.activations != "none", self.method != "max", self.kv_cache != "none", self.weights == "int4")
+        needed = (self.activations != "none", self.method != "max", self.kv_cache != "none")
         return any(needed) or calibrated_head

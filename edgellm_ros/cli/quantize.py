@@ -22,11 +22,11 @@ examples:
   edgellm quantize Qwen3-0.6B -o qwen3-mine --recipe my_recipe.yaml
   edgellm export qwen3-fp8 -o qwen3                    then a bundle of it
 
-recipes: fp8, int4_awq, int8_sq, nvfp4, w4a8_awq; they are YAML files in config/recipes, to be copied and changed. The
-output is ModelOpt's unified Hugging Face format, with recipe.yaml beside the weights. A GPU is used where torch sees
-one. No network is used; pip install 'edgellm_ros[quantize]' brings what it needs. docs/quantize.md says more.
+recipes: fp8, int4_awq, int4_gptq, int8_sq, nvfp4, w4a8_awq; they are YAML files in config/recipes, to be copied and
+changed. The output is ModelOpt's unified Hugging Face format, with recipe.yaml beside the weights. A GPU is used where
+torch sees one. No network is used; pip install 'edgellm_ros[quantize]' brings what it needs. More: docs/quantize.md.
 """
-_FROM_RECIPE = ("weights", "activations", "method", "group_size", "exclude")
+_FROM_RECIPE = ("weights", "activations", "method", "exclude")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -36,12 +36,13 @@ SHORT = {"samples": 4, "sequence_length": 32}
 ALGORITHMS = {
     "fp8": "FP8",
     "int4_awq": "W4A16_AWQ",
+    "int4_gptq": "W4A16_AWQ",
     "int8_sq": "W8A8_SQ_PER_CHANNEL",
     "nvfp4": "W4A16_NVFP4",  # on a CPU; NVFP4 on a GPU
     "w4a8_awq": "W4A8_AWQ",
 }
 # mean |difference| of the logits over their standard deviation; random weights are harder than trained ones
-CLOSE = {"fp8": 0.12, "int4_awq": 0.45, "int8_sq": 0.04, "nvfp4": 0.4, "w4a8_awq": 0.45}
+CLOSE = {"fp8": 0.12, "int4_awq": 0.45, "int4_gptq": 0.45, "int8_sq": 0.04, "nvfp4": 0.4, "w4a8_awq": 0.45}
 # what is folded differs by family: biases, grouped heads, norms that add one, fused projections
 FOLDED = ("llama_tied", "llama_bias", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3")
 TOKENS = torch.arange(8, 72)[None] % tiny.VOCAB_SIZE
@@ -250,7 +251,7 @@ def test_a_wrong_recipe_is_refused_with_what_is_allowed(tmp_path: Path, text: st
 
 
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones() -> None:
-    with pytest.raises(ToolchainError, match=r"recipe is 'int3'; allowed are fp8, int4_awq, int8_sq, nvfp4, w4a8_awq"):
+    with pytest.raises(ToolchainError, match=r"recipe is 'int3'; allowed are fp8, int4_awq, int4_gptq, int8_sq, nvfp4, w4a8_awq"):
         load_recipe("int3")
     with pytest.raises(ToolchainError, match=r"recipe mine.yaml does not exist; shipped are fp8"):
         load_recipe("mine.yaml")

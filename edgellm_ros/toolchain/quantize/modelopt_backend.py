@@ -50,7 +50,7 @@ def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward
     """
     with _quietly():
         model = mtq.quantize(model, _configuration(recipe, group_size), forward if recipe.takes_calibration else None)
-        if recipe.method != "max":
+        if recipe.method in ("awq", "smoothquant"):
             _fold_input_scales(model)
             if recipe.activations != "none":
                 max_calibrate(model, forward)  # scales that were averaged have changed what the layers read
@@ -103,7 +103,7 @@ def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
 def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
     """ModelOpt's quantisation configuration; later rules win."""
     config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[recipe.weights, recipe.activations]))
-    if recipe.method == "max":
+    if recipe.method == "gptq":  # which rounds after ModelOpt has set the scales up
         config["algorithm"] = "max"
     rules = config["quant_cfg"]
     for rule in rules:
