@@ -76,12 +76,18 @@ class SafetensorsFile:
         return self._entries[name].dtype
 
     def raw(self, name: str) -> npt.NDArray[Any]:
-        """A read-only view of a tensor as it is stored; bfloat16 as uint16, FP8 as uint8."""
+        """A tensor as it is stored, as an own array; bfloat16 as uint16, FP8 as uint8."""
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: {name} is stored as {entry.dtype}; read are {', '.join(_DTYPES)}")
-        dtype = np.dtype(_DTYPES[entry.dtype])
-        return np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.begin).reshape(entry.shape)
+        values = np.empty(math.prod(entry.shape), _DTYPES[entry.dtype])
+        done = 0
+        while done < values.nbytes:  # read, not mapped, as in read_rows; a call reads at most 2 GiB
+            count = os.preadv(self._file.fileno(), [values.view(np.uint8)[done:].data], entry.begin + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} became shorter while {name} was read; {_REMEDY}")
+            done += count
+        return values.reshape(entry.shape)
 
     def read_rows(self, name: str, start: int, stop: int, out: Float32 | None = None) -> Float32:
         """Rows start to stop - 1 of a tensor's first axis as float32, in `out` (contiguous) or an own array."""

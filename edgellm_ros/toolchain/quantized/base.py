@@ -55,7 +55,7 @@ class Tensors:
         return self._home[name].shape(name)
 
     def raw(self, name: str) -> npt.NDArray[Any]:
-        """A view of a tensor's numbers; FP8 as bytes."""
+        """A tensor's numbers, read from the file; FP8 as bytes."""
         return self._home[name].raw(name)
 
     def floats(self, name: str) -> FloatArray:
