@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 LISTS = Path(__file__).resolve().parents[1] / "lists"
-RECIPES = ("fp8", "int4_awq", "int8_sq", "nvfp4", "w4a8_awq")
+RECIPES = ("fp8", "int4_awq", "int4_gptq", "int8_sq", "nvfp4", "w4a8_awq")
 SCHEMES = ("keep", "fp32", "fp16", "int8", "int4", *RECIPES)
 _NAME = re.compile(rf"(?P<model>.+)-(?P<scheme>{'|'.join(sorted(SCHEMES, key=len, reverse=True))})-ctx(?P<context>\d+)-bs(?P<batch>\d+)")
 
