@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellm_ros.cli.options import add_settings, settings_from
+from edgellm_ros.cli.progress import shown_progress
 from edgellm_ros.config import Recipe
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def execute(args: argparse.Namespace) -> int:
     import os
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     from edgellm_ros.errors import ToolchainError
 
@@ -63,15 +63,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ToolchainError(f"quantize needs the package {error.name}; pip install 'edgellm_ros[quantize]'") from error
 
     recipe = settings_from(args, load_recipe(args.recipe))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
+    with shown_progress() as show:
         made = quantize_and_save(
             args.checkpoint,
             args.output,

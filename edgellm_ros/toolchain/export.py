@@ -6,8 +6,6 @@ Everything is written beside the final name and renamed at the end, so that a bu
 from __future__ import annotations
 
 import datetime
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,6 +40,7 @@ from edgellm_ros.toolchain.rope import rope_tables, short_context
 from edgellm_ros.toolchain.self_test import encode_prompts, finish_self_test, make_cases
 from edgellm_ros.toolchain.vocab_file import load_vocab_map, tokenizer_hash, write_vocab_file
 from edgellm_ros.toolchain.weights import Progress, WeightWriter
+from edgellm_ros.toolchain.whole_output import whole_output
 from edgellm_ros.vocab_map import VocabMap
 
 DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises it to the model's own limit
@@ -96,9 +95,7 @@ def export_bundle(
     if output.exists() and not (output / names.MANIFEST).exists():
         raise ToolchainError(f"{output} exists and is not a bundle; it is not replaced")
     source = open_checkpoint(Path(checkpoint))
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with whole_output(output) as partial:
         scheme = _scheme(source, weights)
         if lm_head is not None and scheme is not None:
             raise ToolchainError(
@@ -109,13 +106,6 @@ def export_bundle(
         _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank, tables)
         if accept is not None:
             accept(Bundle.open(partial, verify=False))
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    except OSError as error:
-        raise ToolchainError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(output, verify=False)
 
 

@@ -6,7 +6,6 @@ tensor is in memory at a time.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from edgellm_ros.toolchain.layers import layer_prefix
 from edgellm_ros.toolchain.lora import check_base
 from edgellm_ros.toolchain.safetensors_file import SafetensorsFile
 from edgellm_ros.toolchain.weights import Progress
+from edgellm_ros.toolchain.whole_output import whole_output
 
 _DTYPES: dict[str, npt.DTypeLike] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -58,17 +58,9 @@ def merge_adapter(
         check_base(found, (source.name(),), str(checkpoint))
     work = {_tensor_name(item): item for item in found.tensors}
     _check(source, work)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
+    with whole_output(output) as partial:
         _copy(source, partial)
         _write(partial, work, progress or _silent)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    except OSError as error:
-        raise ToolchainError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return len(work)
 
 
@@ -114,7 +106,6 @@ def _write(root: Path, work: dict[str, LoraTensors], progress: Progress) -> None
 
 def _copy(source: HfCheckpoint, target: Path) -> None:
     """The checkpoint's own files and the small ones beside them; weights in other formats would be the old ones."""
-    target.mkdir(parents=True)
     own = set(source.source_files())
     for path in sorted(source.path.iterdir()):
         if path in own or (path.is_file() and path.suffix not in _WEIGHTS):

@@ -22,6 +22,7 @@ from typing import Any
 
 import edgellm_ros
 from edgellm_ros.bundle import Bundle, hash_file
+from edgellm_ros.toolchain.whole_output import whole_output
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.build import report as reports
 from edgellm_ros.toolchain.build import targets, timing
@@ -60,24 +61,23 @@ def build_engine(
         reports.check_engine(engine, bundle)
         return engine, False
     targets.check_resources(bundle, targets.memory_available())
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with _tidy(final.parent), whole_output(final) as partial:
         with _interruptible() as interrupted:
             facts = _build(trt, flavour, bundle, target, options, partial / ENGINE, progress or _silent, interrupted)
         facts["key"] = final.name
         (partial / LAYERS).write_text(reports.layer_table(facts["network"].pop("table")), encoding="utf-8")
         (partial / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    except OSError as error:
-        raise ToolchainError(f"cannot write {final}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            final.parent.rmdir()  # only when it is empty
     return reports.read_engine(final), True
+
+
+@contextlib.contextmanager
+def _tidy(directory: Path) -> Iterator[None]:
+    """Remove `directory` at the end if it is empty."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from edgellm_ros.toolchain.quantize.model import choose_device, load_model, open
 from edgellm_ros.toolchain.quantize.recipe import dump_recipe, load_recipe
 from edgellm_ros.toolchain.quantize.tokenizer_out import write_tokenizer
 from edgellm_ros.toolchain.weights import Progress
+from edgellm_ros.toolchain.whole_output import whole_output
 
 QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's; the mark of what --force may replace
 RECIPE_FILE = "recipe.yaml"  # the recipe as it was used, beside the weights
@@ -81,9 +80,7 @@ def quantize_and_save(
     from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 
     show = progress or (lambda stage, done, total: None)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with whole_output(output) as partial:
         show("loading", 0, 1)
         model = load_model(source, device)
         show("loading", 1, 1)
@@ -99,17 +96,13 @@ def quantize_and_save(
                 notes.append(f"groups of {group} instead of {most}, which do not divide {odd} input features")
         model = backend.quantize_model(model, recipe, group, _Reader(sequences, recipe, show))
         show("writing", 0, 1)
-        backend.save_model(model, partial, stored_dtype(source))
+        try:
+            backend.save_model(model, partial, stored_dtype(source))
+        except safetensors.SafetensorError as error:  # a full disk, for one
+            raise ToolchainError(f"cannot write {output}: {error}") from error
         write_tokenizer(source.checkpoint, partial)
         (partial / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
         show("writing", 1, 1)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ToolchainError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     details = json.loads((output / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
     return Quantized(
         path=output,
