@@ -21,8 +21,7 @@ auto Decoder::guarded(Body&& body) {
 }
 
 inline float attention_scale(const DecoderConfig& config) {
-  return config.attention_scale > 0.0F ? config.attention_scale
-                                       : 1.0F / std::sqrt(static_cast<float>(config.head_dim));
+  return config.attention_scale > 0.0F ? config.attention_scale : 1.0F / std::sqrt(static_cast<float>(config.head_dim));
 }
 
 }  // namespace edgellm
