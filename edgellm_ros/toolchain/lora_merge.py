@@ -17,7 +17,7 @@ from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.lora import LoraTensors, read_adapter
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.families.base import FUSED, SEPARATE
-from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint
+from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint, quantization_config
 from edgellm_ros.toolchain.layers import layer_prefix
 from edgellm_ros.toolchain.lora import check_base
 from edgellm_ros.toolchain.safetensors_file import SafetensorsFile
@@ -51,7 +51,7 @@ def merge_adapter(
         raise ToolchainError(f"{checkpoint} is not a directory with safetensors; only such a checkpoint can be merged")
     if output.resolve() == source.path.resolve():
         raise ToolchainError(f"{output} is the checkpoint itself; merge into another directory")
-    if source.config.get("quantization_config"):
+    if quantization_config(source.path, source.config):
         raise CheckpointError(f"{checkpoint} is quantised; merge into the original one, then quantise the result")
     found = read_adapter(adapter)
     if not any_base:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packers
 import pytest
 import safetensors.numpy
 import torch
@@ -124,13 +125,15 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     assert {p.name for p in tmp_path.iterdir()} == {"source", "small", "other", "named", "pick"}
 
 
-def test_a_quantised_checkpoint_is_not_merged_into(tmp_path: Path, adapter: Path) -> None:
-    save_checkpoint("llama", tmp_path / "source")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantised"):
-        merge_adapter(tmp_path / "source", adapter, tmp_path / "out")
+@pytest.mark.parametrize("said_in", ["config.json", "hf_quant_config.json"])
+def test_a_quantised_checkpoint_is_not_merged_into(said_in: str, tmp_path: Path, adapter: Path) -> None:
+    source = tmp_path / "source"
+    if said_in == "config.json":
+        packers.save_quantized("llama", source, packers.awq(32), packers.awq_config(32))
+    else:  # ModelOpt's older exports
+        packers.save_quantized("llama", source, packers.modelopt_fp8, {}, packers.modelopt_files("FP8")[1])
+    with pytest.raises(CheckpointError, match="quantised; merge into the original"):
+        merge_adapter(source, adapter, tmp_path / "out", any_base=True)
 
 
 def test_packed_blocks_times_an_input_are_what_each_projection_adds(bundle: Bundle, adapter: Path) -> None:
