@@ -28,11 +28,11 @@ from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.cuda_formats import native_formats, native_weight
 from edgellm_ros.executors.cuda_heads import (
-    head_order,
     layer_rope_stems,
     no_rope_tables,
     order_adapter,
     order_stacked,
+    order_vector,
     whole_table,
 )
 from edgellm_ros.executors.cuda_run import CudaRun
@@ -327,7 +327,7 @@ def _upload(decoder: Any, bundle: Bundle) -> None:
             if stem in ropes:
                 decoder.load_vector(name, whole_table(model, weights[name], float(what == "cos")))
         elif stem.endswith(("attn.q_norm", "attn.k_norm", "attn.qkv")) and weights[name].ndim == 1:
-            decoder.load_vector(name, _order_vector(model, weights[name], stem))
+            decoder.load_vector(name, order_vector(model, weights[name], stem))
         elif weights[name].ndim == 1:
             decoder.load_vector(name, weights[name])
         else:
@@ -338,11 +338,3 @@ def _upload(decoder: Any, bundle: Bundle) -> None:
             decoder.load_linear(stem, values, scale)
     for name, values in no_rope_tables(model).items():
         decoder.load_vector(name, values)
-
-
-def _order_vector(model: ModelSpec, values: npt.NDArray[Any], stem: str) -> npt.NDArray[Any]:
-    """A bias of the stacked projection, or a head norm's gain, as the weight's rows are."""
-    order = head_order(model)
-    if order is None:
-        return values
-    return order_stacked(model, values) if stem.endswith("attn.qkv") else values[order]

@@ -46,6 +46,14 @@ def order_stacked(model: ModelSpec, rows: Array) -> Array:
     return np.concatenate([heads[:, order].reshape(num_ordered, *rows.shape[1:]), rows[num_ordered:]])
 
 
+def order_vector(model: ModelSpec, values: Array, stem: str) -> Array:
+    """A bias of the stacked projection (qkv width,), or a head norm's gain (head_dim,), as the weight's rows are."""
+    order = head_order(model)
+    if order is None:
+        return values
+    return order_stacked(model, values) if stem.endswith("attn.qkv") else values[order]
+
+
 def order_adapter(model: ModelSpec, adapter: LoraAdapter) -> LoraAdapter:
     """The adapter with the rows of B for queries and keys in order."""
     order = head_order(model)

@@ -62,7 +62,7 @@ class Checkpoint(abc.ABC):
 
     def packed(self, name: str) -> PackedWeight:
         """A quantised weight's integers and scales; only for names that have a `scheme`."""
-        raise NotImplementedError(name)
+        raise AssertionError(f"{name} is not quantised")
 
     def reads_parts(self, name: str) -> bool:
         """Whether reading some rows costs less than reading all of them."""

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import ALL, ATTENTION, MLP, merged, projection, write_adapter
+from adapters import ALL, ATTENTION, MLP, check_each_has_its_own_adapter, merged, projection, step, write_adapter
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Request, SamplingParams
 from edgellm_ros.errors import RequestError
-from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.lora import LoraTensors, make_adapter
 
@@ -78,10 +77,6 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
 
 def prompt(length: int) -> np.ndarray:
     return RNG.integers(5, 300, length).astype(np.int32)
-
-
-def step(slot: int, ids: Any, position: int, num_logits: int = 1, adapter: int = 0) -> SequenceStep:
-    return SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits, adapter)
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -186,23 +181,7 @@ def two(open_lora: OpenLora, gpu_model: Model, tmp_path: Path) -> CudaExecutor:
 
 
 def test_each_sequence_of_a_batch_has_its_own_adapter_with_the_bits_that_it_has_alone(two: CudaExecutor) -> None:
-    adapters, ids = [0, 1, 2, 1, 2, 0, 0, 1], [prompt(20 + i) for i in range(8)]
-
-    def fill() -> None:
-        for slot in range(8):
-            two.step([step(slot, ids[slot], 0, 1, adapters[slot])])
-
-    def at(slot: int, i: int) -> SequenceStep:
-        return step(slot, [9 + i], len(ids[slot]) + i, 1, adapters[slot])
-
-    fill()
-    alone = [[two.step([at(slot, i)])[0].copy() for i in range(3)] for slot in range(8)]
-    fill()
-    for i in range(3):
-        order = np.roll(np.arange(8), i)  # the same sequences in other places of the batch
-        rows = two.step([at(int(slot), i) for slot in order])
-        for row, slot in zip(rows, order, strict=True):
-            assert np.array_equal(row, alone[slot][i]), (slot, i)
+    check_each_has_its_own_adapter(two, [0, 1, 2, 1, 2, 0, 0, 1], [prompt(20 + i) for i in range(8)])
 
 
 def test_an_adapter_may_change_between_steps_and_graphs_follow(two: CudaExecutor) -> None:

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from edgellm_ros.executors import Executor, SequenceStep
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -81,3 +83,28 @@ def peft_adapter(path: Path, checkpoint: Path, seed: int = 0, dtype: Any = None,
     model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
     model.save_pretrained(path)
     return model
+
+
+def step(slot: int, ids: Any, position: int, num_logits: int = 1, adapter: int = 0) -> SequenceStep:
+    return SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits, adapter)
+
+
+def check_each_has_its_own_adapter(executor: Executor, adapters: list[int], prompts: list[np.ndarray]) -> None:
+    """Sequences with these adapters get the bits together, in any place of a batch, that each gets alone."""
+    slots = range(len(adapters))
+
+    def fill() -> None:
+        for slot in slots:
+            executor.step([step(slot, prompts[slot], 0, 1, adapters[slot])])
+
+    def single(slot: int, i: int) -> SequenceStep:
+        return step(slot, [9 + i], len(prompts[slot]) + i, 1, adapters[slot])
+
+    fill()
+    alone = [[executor.step([single(slot, i)])[0].copy() for i in range(3)] for slot in slots]
+    fill()
+    for i in range(3):
+        order = np.roll(np.arange(len(adapters)), i)
+        rows = executor.step([single(int(slot), i) for slot in order])
+        for row, slot in zip(rows, order, strict=True):
+            assert np.array_equal(row, alone[slot][i]), (slot, i)

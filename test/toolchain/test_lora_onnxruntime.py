@@ -12,14 +12,24 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from adapters import ALL, ATTENTION, FUSED, PATTERN, merged, peft_adapter, write_adapter
+from adapters import (
+    ALL,
+    ATTENTION,
+    FUSED,
+    PATTERN,
+    check_each_has_its_own_adapter,
+    merged,
+    peft_adapter,
+    step,
+    write_adapter,
+)
 from test_export import hf_logits, quantised_model, relative_error
 from tiny import make_model
 
 from edgellm_ros.bundle import DECODER, DECODER_LORA, DECODER_ORT, DECODER_ORT_LORA, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, RequestError, ToolchainError, UnsupportedError
-from edgellm_ros.executors import Executor, SequenceStep, create_executor
+from edgellm_ros.executors import Executor, create_executor
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.lora import LoraTensors, make_adapter, read_adapter
 from edgellm_ros.executors.lora_layout import open_packed, pack
@@ -47,10 +57,6 @@ def open_lora(tiny_bundle: TinyBundle) -> Iterator[OpenLora]:
 
 def prompt(length: int) -> np.ndarray:
     return RNG.integers(5, 300, length).astype(np.int32)
-
-
-def step(slot: int, ids: Any, position: int, num_logits: int = 1, adapter: int = 0) -> SequenceStep:
-    return SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits, adapter)
 
 
 def prefilled_and_decoded(executor: Executor, ids: np.ndarray, num_prefilled: int, adapter: int) -> np.ndarray:
@@ -197,23 +203,7 @@ def two(open_lora: OpenLora, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 @pytest.mark.parametrize("two", ["fp32", "int8", "int4"], indirect=True)
 def test_each_sequence_of_a_batch_has_its_own_adapter_with_the_bits_that_it_has_alone(two: Executor) -> None:
-    adapters, ids = [0, 1, 2, 2, 2, 0, 0, 1], [prompt(20 + i) for i in range(8)]
-
-    def fill() -> None:
-        for slot in range(8):
-            two.step([step(slot, ids[slot], 0, 1, adapters[slot])])
-
-    def at(slot: int, i: int) -> SequenceStep:
-        return step(slot, [9 + i], len(ids[slot]) + i, 1, adapters[slot])
-
-    fill()
-    alone = [[two.step([at(slot, i)])[0].copy() for i in range(3)] for slot in range(8)]
-    fill()
-    for i in range(3):
-        order = np.roll(np.arange(8), i)  # the same sequences in other places of the batch
-        rows = two.step([at(int(slot), i) for slot in order])
-        for row, slot in zip(rows, order, strict=True):
-            assert np.array_equal(row, alone[slot][i]), (slot, i)
+    check_each_has_its_own_adapter(two, [0, 1, 2, 2, 2, 0, 0, 1], [prompt(20 + i) for i in range(8)])
 
 
 @pytest.mark.parametrize("two", ["fp32", "int4"], indirect=True)
