@@ -37,7 +37,11 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 for part in "${parts[@]}"; do
   case $part in
     build) TAIL=8 run build 300 bash tools/gpu_check.sh build-only ;;
-    test) run test 220 "$python" -m pytest -q --maxfail=12 -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu} ;;
+    test)  # side by side, then those that look at the GPU's free memory
+      pytest="$python -m pytest -q -rfE --tb=short -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu}"
+      TAIL=150 run test "${TEST_S:-400}" $pytest -m "not alone" -n "${WORKERS:-8}"
+      TAIL=60 run alone 90 $pytest -m alone
+      ;;
     sanitize)  # every path once; cuBLASLt's own kernels are not ours to check
       for tool in memcheck racecheck; do
         run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kns=edgellm \

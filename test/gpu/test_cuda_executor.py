@@ -159,6 +159,7 @@ def test_draws_follow_the_models_distribution(open_cuda: OpenCuda) -> None:
     assert np.abs(counts - expected).sum() < 1.5 * np.abs(noise - expected).sum()
 
 
+@pytest.mark.alone
 def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
     module = native.load()
     executor = open_cuda("gpu_qwen3", "int4", max_slots=8)
@@ -192,6 +193,7 @@ def test_the_engine_takes_no_memory_after_load(gpu_bundle: Callable[..., Bundle]
         assert module.allocation_count() == loaded
 
 
+@pytest.mark.alone
 def test_the_plan_names_every_purpose_and_bounds_what_is_taken(open_cuda: OpenCuda) -> None:
     module = native.load()
     free = module.device_info()["free_bytes"]

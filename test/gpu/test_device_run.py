@@ -285,6 +285,7 @@ def test_what_a_run_cannot_draw_is_said(open_cuda: OpenCuda) -> None:
         begin(executor, [Member(0, prompt(5), SamplingParams(seed=1))] * 9)
 
 
+@pytest.mark.alone
 def test_runs_of_every_kind_take_no_memory(open_cuda: OpenCuda) -> None:
     module = native.load()
     executor = open_cuda("gpu_qwen3", "int4", max_slots=8)

@@ -158,6 +158,7 @@ def test_drafts_that_make_no_tree_are_refused_by_name(open_cuda: OpenCuda) -> No
         executor.accept_path(0, 5, [0, 2, 1])
 
 
+@pytest.mark.alone
 def test_verifying_takes_no_memory(open_cuda: OpenCuda) -> None:
     module = native.load()
     executor = open_cuda("gpu_qwen3", "int4")
