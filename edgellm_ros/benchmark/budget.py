@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes, layer_weights
+from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes
 from edgellm_ros.benchmark.devices import Device
-from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
+from edgellm_ros.bundle import ModelSpec, QuantSpec
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.executors.cuda_formats import native_formats
 
 SYSTEM_GB = 1.5  # Linux without a desktop, ROS 2 and the node's own process
 CONTEXT_GB = 0.4  # what the CUDA driver takes for a process
@@ -59,35 +60,33 @@ def kv_bytes_per_token(model: ModelSpec, kv_cache: str) -> int:
 def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> dict[str, int]:
     """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors."""
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
-    hidden, width, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    hidden, width, rows = model.hidden_size, model.intermediate_size, model.num_rows
     q_width = model.num_heads * model.head_dim
     qkv = q_width + 2 * model.num_kv_heads * model.head_dim
-    table = hidden * vocab
-    tied = quant.head_tensor(model) == "embed"
-
-    def stored(count: int, form: LinearFormat) -> int:
-        per_weight = {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5, "int8": 1.0, "int4": 0.5}[form.scheme]
-        return int(count * (per_weight + (2 / form.group_size if form.group_size else 0)))
-
-    layers = quant.format_of("layers.0.mlp.gate_up")
-    weights = stored(model.num_layers * layer_weights(model), layers) + stored(table, quant.format_of("embed"))
-    weights += 0 if tied else stored(table, quant.format_of("head"))
+    formats = native_formats(model, quant)
+    weights = decode_bytes(model, quant)  # the layers and the head
+    if quant.head_tensor(model) != "embed":
+        embed = formats["embed"]
+        weights += int(hidden * model.vocab_size * (1 + 2 / embed.group if embed.format == "int8" else 2))
     weights += model.max_context * model.head_dim * 4  # the rope tables
     largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES
-    if quant.weights in ("int8", "int4"):
+    in_layers = {form.format for stem, form in formats.items() if stem.startswith("layers.")}
+    if in_layers & {"int8", "int4"}:
         workspace += min(_DEQUANTISED_BYTES, largest)
         if largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
             workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES
-    elif quant.weights == "fp8":
-        workspace += min(_DEQUANTISED_BYTES, largest) + tokens * max(hidden, q_width, width)
+    elif "fp8" in in_layers:
+        workspace += min(_DEQUANTISED_BYTES, largest)
     else:
         workspace += 32 * _MIB  # weights on their way to bf16
+    if "fp8" in in_layers:
+        workspace += tokens * max(hidden, q_width, width)
     return {
         "weights": weights,
         "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
         "workspace": workspace,
-        "logits": vocab * 4 * (_LOGIT_ROWS + 2 * _BATCH) + vocab * _BATCH * 4,
+        "logits": rows * 4 * (_LOGIT_ROWS + 2 * _BATCH) + rows * _BATCH * 4,
         "graphs": _GRAPH_BYTES,
     }
 

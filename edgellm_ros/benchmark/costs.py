@@ -1,16 +1,17 @@
 """What a step has to move and compute: bytes of weights and KV cache of a decode step, operations of a prompt.
 
-The sizes are those in the executor's memory, which are not always the stored ones: a GPU holds floats in bf16, ONNX
-Runtime on a CPU in fp32, and it also widens the scales.
+The sizes are those in the executor's memory, which are not always the stored ones: a GPU holds floats in bf16 and
+widens what no kernel has (executors/cuda_formats.py), ONNX Runtime on a CPU holds floats and scales in fp32.
 """
 
 from __future__ import annotations
 
 from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
+from edgellm_ros.executors.cuda_formats import as_on_device
 
 _INTEGERS = {"int8": 1.0, "int4": 0.5}
 _BYTES_PER_WEIGHT = {  # nvfp4 becomes int8 on a CPU, which holds twice its numbers exactly
-    "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5, **_INTEGERS},
+    "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, **_INTEGERS},
     "onnxruntime": {"fp32": 4.0, "fp16": 4.0, "fp8": 4.0, "nvfp4": 1.0, **_INTEGERS},
 }
 _BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0}
@@ -32,6 +33,8 @@ def num_parameters(model: ModelSpec) -> int:
 def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> int:
     """Bytes of weights that one decode step reads: every layer and the head, with scales; not the embedding table."""
     q_width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    if executor == "cuda":
+        quant = as_on_device(model, quant)
     per_weight, per_scale = _BYTES_PER_WEIGHT[executor], _BYTES_PER_SCALE[executor]
 
     def size(count: int, form: LinearFormat) -> float:

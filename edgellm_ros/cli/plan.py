@@ -66,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Compute and show one budget a device."""
     from edgellm_ros.benchmark.budget import capacity_of, make_budget
+    from edgellm_ros.executors.cuda_formats import widenings
 
     if args.bundle is not None and args.weights is not None:
         raise ConfigError("--weights belongs to --shape: a bundle's weights are what they are")
@@ -78,7 +79,8 @@ def execute(args: argparse.Namespace) -> int:
     exact = None if args.formula else _exact_plan(bundle, config)
     budgets = [make_budget(model, quant, config, DEVICES[name], exact) for name in args.device]
     if args.json:
-        print(json.dumps([_as_dict(budget) for budget in budgets], indent=1))
+        widened = widenings(model, quant)
+        print(json.dumps([_as_dict(budget) | {"widened": widened} for budget in budgets], indent=1))
     else:
         _print(bundle, config, budgets)
     return 0 if all(budget.fits for budget in budgets) else 1
@@ -124,6 +126,7 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
     from rich.table import Table
 
     from edgellm_ros.benchmark import budget as assumed
+    from edgellm_ros.executors.cuda_formats import widenings
 
     model, quant = bundle.manifest.model, bundle.manifest.quantization
     console = Console(highlight=False)
@@ -150,6 +153,8 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
             *(f"{b.tokens_per_s[context]:,.0f} (bound {b.bound_tokens_per_s[context]:,.0f})" for b in budgets),
         )
     console.print(table)
+    for line in widenings(model, quant):
+        console.print(f"wider than stored, {escape(line)}")
     for budget in budgets:
         if not budget.fits:
             ways = assumed.remedies(model, quant, config, budget)

@@ -26,7 +26,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
-from edgellm_ros.executors.cuda_formats import native_formats, native_weight
+from edgellm_ros.executors.cuda_formats import native_formats, widenings
 from edgellm_ros.executors.cuda_heads import (
     layer_rope_stems,
     no_rope_tables,
@@ -35,7 +35,9 @@ from edgellm_ros.executors.cuda_heads import (
     order_vector,
     whole_table,
 )
+from edgellm_ros.executors.cuda_inputs import LayerInputs
 from edgellm_ros.executors.cuda_run import CudaRun
+from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
 
@@ -84,6 +86,8 @@ class CudaExecutor(Executor):
         info: dict[str, Any] = module.device_info()
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         _log.info("GPU memory planned: %s; %.0f MB are free", planned, info["free_bytes"] / 1e6)
+        for line in widenings(bundle.manifest.model, bundle.manifest.quantization):
+            _log.info("weights without kernels are widened: %s", line)
         _check_memory(plan, info, settings)
         self._decoder: Any = module.Decoder(settings)
         if self._decoder.products_reason:
@@ -93,6 +97,7 @@ class CudaExecutor(Executor):
         self._decoder.finish_load()
         self._max_loras = settings.max_adapters
         self._model = bundle.manifest.model
+        self._inputs = LayerInputs(self._model, bundle.manifest.quantization, bundle.weights())
         self._max_lora_rank = config.max_lora_rank
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
@@ -125,7 +130,7 @@ class CudaExecutor(Executor):
         else:
             found = source if isinstance(source, LoraAdapter) else read_adapter(source)
             adapter = fit(found, self._model, self._max_lora_rank, "; load the model with a larger max_lora_rank")
-        adapter = order_adapter(self._model, adapter)
+        adapter = order_adapter(self._model, self._inputs.adapter(adapter))
         try:
             self._open().load_adapter(index, [(t.layer, t.target, t.a, t.b, t.scale) for t in adapter.tensors])
         except ValueError as error:
@@ -228,7 +233,6 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"{bundle.manifest.model.name} ({bundle.manifest.model.family}) needs {', '.join(missing)}, which the cuda "
             "executor's kernels do not have; use the executor onnxruntime"
         )
-    native_form = native_formats(bundle)
     module, reason = native.import_module()
     if module is None:
         raise UnsupportedError(reason)
@@ -257,11 +261,10 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.tied_head = quant.head_tensor(model) == "embed"
     settings.sliding_windows = list(model.sliding_windows)
     settings.layer_ropes = layer_rope_stems(model)
-    settings.layer_format = formats[native_form.layer]
-    settings.head_format = formats[native_form.head]
-    settings.embedding_format = formats[native_form.embedding]
     settings.kv_format = kv_formats[kv_format]
-    settings.group_size = native_form.group
+    found = native_formats(model, quant)
+    found.setdefault("head", found["embed"])
+    settings.formats = {stem: (formats[form.format], form.group) for stem, form in found.items()}
     prefix = "layers.0."
     settings.biases = [
         name[len(prefix) : -len(".bias")]
@@ -317,21 +320,23 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
 
 def _upload(decoder: Any, bundle: Bundle) -> None:
     weights, model, quant = bundle.weights(), bundle.manifest.model, bundle.manifest.quantization
-    formats = native_formats(bundle)
+    inputs = LayerInputs(model, quant, weights)
     ropes = set(layer_rope_stems(model) or ["rope"])
     for name in weights.names():
         stem, _, what = name.rpartition(".")
-        if what in ("scale", "offset", "input_scale"):
-            continue  # go with their weight, or are the portable graph's
+        if what in ("scale", "offset", "global_scale", "input_scale", "input_factor", "input_order"):
+            continue  # go with their weight or its neighbours, or are the portable graph's
         if stem.startswith("rope"):
             if stem in ropes:
                 decoder.load_vector(name, whole_table(model, weights[name], float(what == "cos")))
         elif stem.endswith(("attn.q_norm", "attn.k_norm", "attn.qkv")) and weights[name].ndim == 1:
-            decoder.load_vector(name, order_vector(model, weights[name], stem))
+            values, _ = inputs.rows(stem, weights[name]) if what == "bias" else (weights[name], None)
+            decoder.load_vector(name, order_vector(model, values, stem))
         elif weights[name].ndim == 1:
-            decoder.load_vector(name, weights[name])
+            values = inputs.rows(stem, weights[name])[0] if what == "bias" else inputs.gain(name, weights[name])
+            decoder.load_vector(name, values)
         else:
-            values, scale = native_weight(weights, stem, quant.format_of(stem), formats)
+            values, scale = inputs.rows(stem, *native_weight(weights, stem, quant.format_of(stem), model))
             if stem.endswith("attn.qkv"):
                 values = order_stacked(model, values)
                 scale = None if scale is None else order_stacked(model, scale)

@@ -1,122 +1,125 @@
-"""How a bundle's stored weights become the kernels' formats: which one, and the numbers in it.
+"""Which of the kernels' formats a bundle's stored weight gets, and what that costs.
 
-All linear layers of the decoder have one format and group on the device. Where some are int8, or int4 with zero points,
-all are int8, which holds the value of an int4 weight less its zero point exactly; larger groups have their scales
-repeated. What none of this gives is refused by the layer's name.
+A format with kernels is kept. One without is widened when it is loaded, to the smallest that holds its numbers:
+
+- int4 with zero points becomes int8, which holds value less zero point exactly;
+- nvfp4 becomes int8 in groups of 16, which holds twice its numbers; the product of its two scales is rounded to fp16,
+  by 2^-11 of it at most;
+- fp8 in blocks, weights with other offsets, groups under 16, and floats become bf16, rounded by 2^-9 at most.
+
+Factors and orders of a layer's input go into the layers before it where that changes no number (cuda_inputs.py), and
+into bf16 columns elsewhere.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
+from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 
-from edgellm_ros.bundle import Bundle, LinearFormat, WeightFile
-from edgellm_ros.errors import BundleError, UnsupportedError
-
-Array = npt.NDArray[Any]
-
-# The bundle's schemes as the kernels have them. fp8 is stored as it is, or made at load from floats.
-_FORMATS = {"fp32": "bf16", "fp16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
-_KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
-_GROUPED = ("int4", "int8")
+GROUPED = ("int4", "int8")
+FLOATS = ("fp16", "fp32")
+LARGEST_GROUP = 128  # of the kernels; larger ones have their scales repeated
+SMALLEST_GROUP = 16
 
 
 @dataclass(frozen=True)
-class NativeFormats:
-    """Names of native WeightFormats, and the group that all int4 and int8 weights have."""
+class NativeFormat:
+    """What the device has of one stored weight."""
 
-    layer: str
-    head: str
-    embedding: str
-    group: int
+    format: str  # a name of the native WeightFormat
+    group: int = 0  # input features that share a scale; int8 and int4
+    reason: str = ""  # why it has more bytes than the stored weight; empty where it has not, and for floats
 
-    def of(self, stem: str) -> str:
-        """The format of a stored layer."""
-        return {"head": self.head, "embed": self.embedding}.get(stem, self.layer)
-
-
-def native_formats(bundle: Bundle) -> NativeFormats:
-    """What the device will have; raises UnsupportedError that names the first layer which the kernels cannot run."""
-    model, quant = bundle.manifest.model, bundle.manifest.quantization
-    stems = [f"layers.{layer}.{kind}" for layer in range(model.num_layers) for kind in _KINDS]
-    tables = list(dict.fromkeys([quant.head_tensor(model), "embed"]))
-    forms = {stem: quant.format_of(stem) for stem in [*stems, *tables]}
-    for stem, form in forms.items():
-        _check(stem, form)
-    layers = [forms[stem] for stem in stems]
-    first = layers[0]
-    if all(form.scheme in _GROUPED for form in layers):
-        wide = any(form.scheme == "int8" or form.offset for form in layers)
-        layer = "int8" if wide else "int4"
-    else:
-        for stem, form in zip(stems, layers, strict=True):
-            if form.scheme != first.scheme:
-                raise _refusal(stem, f"is {form.scheme}, {stems[0]} {first.scheme}")
-        layer = _FORMATS[first.scheme]
-    head, embedding = (forms[quant.head_tensor(model)], forms["embed"])
-    groups = [form.group_size for form in forms.values() if form.scheme in _GROUPED]
-    return NativeFormats(layer, _table_format(head), _table_format(embedding), math.gcd(*groups) if groups else 0)
+    @property
+    def stored(self) -> LinearFormat:
+        """The stored format that has these bytes."""
+        return LinearFormat({"bf16": "fp16"}.get(self.format, self.format), self.group)
 
 
-def native_weight(weights: WeightFile, stem: str, form: LinearFormat, formats: NativeFormats) -> tuple[Array, Any]:
-    """A stored weight's numbers and scales (or None) as the native loader takes them.
-
-    Raises BundleError for an offset that is not the zero point which the manifest promises.
-    """
-    values: Array = weights[f"{stem}.weight"]
-    if f"{stem}.scale" not in weights:
-        return values, None
-    scale: Array = weights[f"{stem}.scale"]
-    if form.scheme not in _GROUPED:
-        return values, scale
-    if formats.of(stem) == "int8" and form.scheme == "int4":
-        nibbles = values.view(np.int8)
-        values = np.stack([(nibbles << 4) >> 4, nibbles >> 4], axis=-1).reshape(len(nibbles), -1)
+def native_format(stem: str, form: LinearFormat, model: ModelSpec) -> NativeFormat:
+    """The device's format of the layer `stem` (layers.0.attn.qkv, head, embed), stored in `form`."""
+    scheme, group = form.scheme, min(form.group_size, LARGEST_GROUP)
+    if scheme in FLOATS:
+        return NativeFormat("bf16")
+    if form.input_order and not folds_order(stem):
+        return NativeFormat("bf16", reason="its input features in another order")
+    if form.input_factor and not folds_factor(stem, model):
+        return NativeFormat("bf16", reason="a factor of its input")
+    if form.offset and not (scheme == "int4" and form.zero_points):
+        return NativeFormat("bf16", reason="offsets that are no small zero points")
+    if scheme == "fp8" and form.group_size:
+        return NativeFormat("bf16", reason="a scale for each block of a row")
+    if scheme == "fp8":
+        return NativeFormat("fp8")
+    if group < SMALLEST_GROUP or form.group_size % group or group & (group - 1):
+        return NativeFormat("bf16", reason=f"groups of {form.group_size}")
+    if scheme == "nvfp4":
+        return NativeFormat("int8", group, "two levels of scales")
     if form.offset:
-        zeros = _zero_points(weights[f"{stem}.offset"], scale, stem)
-        grouped = values.reshape(*scale.shape, -1)
-        values = (grouped + zeros[..., None]).reshape(values.shape)
-    times = form.group_size // formats.group
-    return values, np.repeat(scale, times, axis=1) if times > 1 else scale
+        return NativeFormat("int8", group, "zero points")
+    if scheme == "int4" and stem == "embed":
+        return NativeFormat("int8", group, "the embedding lookup")
+    return NativeFormat(scheme, group)
 
 
-def _zero_points(offset: Array, scale: Array, stem: str) -> npt.NDArray[np.int8]:
-    """(out, in / group): what to add to the values."""
-    wide = scale.astype(np.float32)
-    zeros = np.rint(np.divide(offset, wide, out=np.zeros_like(wide), where=wide != 0))
-    # Scales may have been rounded to fp16 after the offset was made of them.
-    if np.abs(zeros).max(initial=0) > 15 or (np.abs(offset - zeros * wide) > 2e-3 * np.abs(offset)).any():
-        raise BundleError(f"{stem}.offset is not a zero point for each group, as the manifest says; export again")
-    return zeros.astype(np.int8)
+def folds_factor(stem: str, model: ModelSpec) -> bool:
+    """Whether a factor of the layer's input goes into what makes that input: a norm's gain, or rows of a projection.
+
+    The rows of v do for attn.o where every head has its own.
+    """
+    return stem != "embed" and (not stem.endswith("attn.o") or model.num_heads == model.num_kv_heads)
 
 
-def _table_format(form: LinearFormat) -> str:
-    return "int8" if form.scheme == "int4" and form.offset else _FORMATS[form.scheme]
+def folds_order(stem: str) -> bool:
+    """Whether the order of the layer's input becomes that of the rows which make it: those of gate and up."""
+    return stem.endswith("mlp.down")
 
 
-def _check(stem: str, form: LinearFormat) -> None:
-    """Raise UnsupportedError for a stored format that no kernel has, nor any that could hold it."""
-    problem = ""
-    if form.scheme not in _FORMATS:
-        problem = f"is {form.scheme}"
-    elif form.scheme == "fp8" and form.group_size:
-        problem = f"is fp8 with a scale for each {form.group_size} input features instead of each row"
-    elif form.offset and not (form.zero_points and form.scheme == "int4"):
-        problem = f"is {form.scheme} with an offset for each group that is no small zero point"
-    elif form.input_factor:
-        problem = "multiplies its input by a stored factor (pre_quant_scale)"
-    elif form.input_order:
-        problem = "takes its input features in another order (GPTQ with desc_act)"
-    if problem:
-        raise _refusal(stem, problem)
+def native_formats(model: ModelSpec, quant: QuantSpec) -> dict[str, NativeFormat]:
+    """Of every stored linear layer, the head and the embedding, by stem."""
+    stems = [f"layers.{layer}.{kind}" for layer in range(model.num_layers) for kind in linear_shapes(model)]
+    tables = dict.fromkeys([quant.head_tensor(model), "embed"])
+    return {stem: native_format(stem, quant.format_of(stem), model) for stem in [*stems, *tables]}
 
 
-def _refusal(stem: str, problem: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{stem} of the bundle {problem}, which the cuda executor does not have; use the executor onnxruntime, "
-        "or export again with --weights int4, int8 or fp16"
-    )
+def linear_shapes(model: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(out, in) of a layer's linear layers."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "attn.qkv": (q + 2 * kv, hidden),
+        "attn.o": (hidden, q),
+        "mlp.gate_up": (2 * inner, hidden),
+        "mlp.down": (hidden, inner),
+    }
+
+
+def as_on_device(model: ModelSpec, quant: QuantSpec) -> QuantSpec:
+    """How the bundle would be stored if it had the device's formats: for sums of bytes."""
+    return replace(quant, formats={stem: found.stored for stem, found in native_formats(model, quant).items()})
+
+
+def widenings(model: ModelSpec, quant: QuantSpec) -> list[str]:
+    """A line for each kind of layer that is wider on the device than stored, with what that costs."""
+    kinds: dict[tuple[str, str, NativeFormat], list[float]] = defaultdict(list)
+    sizes = {**linear_shapes(model), "embed": (model.vocab_size, model.hidden_size)}
+    sizes["head"] = (model.num_rows, model.hidden_size)
+    for stem, found in native_formats(model, quant).items():
+        if not found.reason:
+            continue
+        kind = stem.split(".", 2)[2] if stem.startswith("layers.") else stem
+        form, (rows, columns) = quant.format_of(stem), sizes[kind]
+        kinds[kind, form.scheme, found].append(rows * columns * (_bytes(found.stored) - _bytes(form)))
+    return [
+        f"{len(more)} x {kind}: {scheme} with {found.reason} as {found.format}, {sum(more) / 1e6:+.0f} MB"
+        for (kind, scheme, found), more in kinds.items()
+    ]
+
+
+def _bytes(form: LinearFormat) -> float:
+    """Of a weight."""
+    weight = {"fp32": 4.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5, "int4": 0.5}[form.scheme]
+    scale = {"nvfp4": 1.0, "fp8": 4.0}.get(form.scheme, 2.0) + (4.0 if form.offset else 0.0)
+    return weight + (scale / form.group_size if form.group_size else 0.0)

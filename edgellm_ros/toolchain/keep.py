@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.executors.small_floats import e4m3_bytes
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.layers import EMBEDDING, HEAD, layer_prefix
@@ -24,7 +25,6 @@ from edgellm_ros.toolchain.quantized.packed import (
     FloatArray,
     PackedWeight,
     common_group,
-    e4m3_bytes,
     stack,
 )
 

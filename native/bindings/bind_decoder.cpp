@@ -112,6 +112,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("embedding_format", &DecoderConfig::embedding_format)
       .def_readwrite("kv_format", &DecoderConfig::kv_format)
       .def_readwrite("group_size", &DecoderConfig::group_size)
+      .def_readwrite("formats", &DecoderConfig::formats)
       .def_readwrite("biases", &DecoderConfig::biases)
       .def_readwrite("num_slots", &DecoderConfig::num_slots)
       .def_readwrite("capacity", &DecoderConfig::capacity)

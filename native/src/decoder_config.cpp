@@ -26,7 +26,10 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, WeightFormat format, int group) {
+bool is_grouped(WeightFormat format) { return format == WeightFormat::int8 || format == WeightFormat::int4; }
+
+void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, const FormatAndGroup& stored) {
+  const auto& [format, group] = stored;
   const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
   switch (format) {
     case WeightFormat::bf16:
@@ -51,10 +54,11 @@ void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, 
 // Scratch that loading and prefill share: a quantised weight as the file has it, or its dequantised part.
 std::size_t scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = kStagingBytes;
-  auto consider = [&](int rows, int cols, WeightFormat format) {
+  auto consider = [&](int rows, int cols, const FormatAndGroup& stored) {
+    const auto& [format, group] = stored;
     const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
     if (format == WeightFormat::int4) {
-      const std::size_t scales = count / static_cast<std::size_t>(config.group_size) * 2;
+      const std::size_t scales = count / static_cast<std::size_t>(group) * 2;
       bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
     }
     if (format != WeightFormat::bf16) {
@@ -62,20 +66,26 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
           std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
     }
   };
-  for (const LinearShape& linear : layer_linears(config)) consider(linear.rows, linear.cols, config.layer_format);
-  if (config.head_format == WeightFormat::int4) consider(config.num_rows(), config.hidden_size, WeightFormat::int4);
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    for (const LinearShape& linear : layer_linears(config)) {
+      consider(linear.rows, linear.cols, config.format_of(layer, linear.stem));
+    }
+  }
+  const FormatAndGroup head = config.format_of("head");
+  if (head.first == WeightFormat::int4) consider(config.num_rows(), config.hidden_size, head);
   return bytes;
 }
 
 // For every second part of what prefill dequantises in parts, so that two are under way; 0 when nothing is cut. An fp8
 // weight that is multiplied as it is has no need of it.
 std::size_t side_scratch_bytes(const DecoderConfig& config) {
-  if (config.layer_format == WeightFormat::bf16) return 0;
-  if (config.layer_format == WeightFormat::fp8 && config.fp8_prefill) return 0;
   std::size_t bytes = 0;
   for (const LinearShape& linear : layer_linears(config)) {
+    const bool fp8 = !config.fp8_prefill && config.any_layer_is(linear.stem, WeightFormat::fp8);
+    const bool integers =
+        config.any_layer_is(linear.stem, WeightFormat::int8) || config.any_layer_is(linear.stem, WeightFormat::int4);
     const int part = dequantised_rows(linear.rows, linear.cols);
-    if (part == linear.rows) continue;
+    if (part == linear.rows || !(fp8 || integers)) continue;
     bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
   }
   return bytes;
@@ -85,6 +95,29 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
 
 bool DecoderConfig::has_bias(const std::string& stem) const {
   return std::find(biases.begin(), biases.end(), stem) != biases.end();
+}
+
+FormatAndGroup DecoderConfig::format_of(const std::string& stem) const {
+  if (const auto found = formats.find(stem); found != formats.end()) return found->second;
+  const WeightFormat format = stem == "embed" ? embedding_format : stem == "head" ? head_format : layer_format;
+  return {format, is_grouped(format) ? group_size : 0};
+}
+
+FormatAndGroup DecoderConfig::format_of(int layer, const std::string& stem) const {
+  return format_of("layers." + std::to_string(layer) + "." + stem);
+}
+
+bool DecoderConfig::any_layer_is(const std::string& stem, WeightFormat format) const {
+  for (int layer = 0; layer < num_layers; ++layer) {
+    if (format_of(layer, stem).first == format) return true;
+  }
+  return false;
+}
+
+bool DecoderConfig::has_fp8_layers() const {
+  const std::vector<LinearShape> linears = layer_linears(*this);
+  return std::any_of(linears.begin(), linears.end(),
+                     [this](const LinearShape& linear) { return any_layer_is(linear.stem, WeightFormat::fp8); });
 }
 
 int DecoderConfig::window(int layer) const {
@@ -115,17 +148,27 @@ void DecoderConfig::check() const {
   for (const int width : {hidden_size, intermediate_size, q_width()}) {
     require(width % 16 == 0, "a layer is " + std::to_string(width) + " wide; the kernels take multiples of 16");
   }
-  const bool grouped = layer_format == WeightFormat::int8 || layer_format == WeightFormat::int4 ||
-                       head_format == WeightFormat::int8 || head_format == WeightFormat::int4 ||
-                       embedding_format == WeightFormat::int8;
-  require(!grouped || group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128,
-          "weights are quantised in groups of " + std::to_string(group_size) + "; the kernels take 16, 32, 64 and 128");
-  require(embedding_format == WeightFormat::bf16 || embedding_format == WeightFormat::int8,
-          "the embedding must be bf16 or int8");
+  std::set<std::string> stems = {"embed", "head"};
+  for (int layer = 0; layer < num_layers; ++layer) {
+    for (const LinearShape& linear : layer_linears(*this)) {
+      stems.insert("layers." + std::to_string(layer) + "." + linear.stem);
+    }
+  }
+  for (const auto& [stem, format] : formats) {
+    require(stems.contains(stem), "formats has " + stem + ", which the decoder does not");
+  }
+  for (const std::string& stem : stems) {
+    const auto& [format, group] = format_of(stem);
+    require(!is_grouped(format) || group == 16 || group == 32 || group == 64 || group == 128,
+            stem + " is quantised in groups of " + std::to_string(group) + "; the kernels take 16, 32, 64 and 128");
+    require(format != WeightFormat::int4 || !stem.ends_with("gate_up") || intermediate_size % 8 == 0,
+            "int4 needs a multiple of 8 as MLP width");
+  }
+  const WeightFormat embedding = format_of("embed").first;
+  require(embedding == WeightFormat::bf16 || embedding == WeightFormat::int8, "the embedding must be bf16 or int8");
   require(head_rows >= 0 && head_rows <= vocab_size && (head_rows == 0 || !tied_head),
           "head_rows is " + std::to_string(head_rows) + "; it must be 0 to vocab_size, and 0 with a tied head");
-  require(!tied_head || head_format == embedding_format, "a tied head has the embedding's format");
-  require(layer_format != WeightFormat::int4 || intermediate_size % 8 == 0, "int4 needs a multiple of 8 as MLP width");
+  require(!tied_head || format_of("head") == format_of("embed"), "a tied head has the embedding's format");
   require(sliding_windows.empty() || static_cast<int>(sliding_windows.size()) == num_layers,
           "sliding_windows has " + std::to_string(sliding_windows.size()) +
               " entries; it must have one for each of the " + std::to_string(num_layers) + " layers, or none");
@@ -173,9 +216,8 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   MemoryPlan plan;
   const auto hidden = static_cast<std::size_t>(config.hidden_size);
   const auto vocab = static_cast<std::size_t>(config.vocab_size);
-  const auto group = config.group_size;
-  plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.embedding_format, group);
-  if (!config.tied_head) plan_linear(plan, "head", config.num_rows(), config.hidden_size, config.head_format, group);
+  plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.format_of("embed"));
+  if (!config.tied_head) plan_linear(plan, "head", config.num_rows(), config.hidden_size, config.format_of("head"));
   plan.add("weights", "final_norm.weight", hidden * 2);
   const std::size_t rope =
       static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
@@ -186,7 +228,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const std::string at = "layers." + std::to_string(layer) + ".";
     for (const LinearShape& linear : layer_linears(config)) {
-      plan_linear(plan, at + linear.stem, linear.rows, linear.cols, config.layer_format, group);
+      plan_linear(plan, at + linear.stem, linear.rows, linear.cols, config.format_of(layer, linear.stem));
       if (config.has_bias(linear.stem)) {
         plan.add("weights", at + linear.stem + ".bias", static_cast<std::size_t>(linear.rows) * sizeof(float));
       }
@@ -235,7 +277,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
     plan.add("workspace", "side_cublaslt", MatrixProducts::kWorkspaceBytes);
   }
   plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
-  if (config.layer_format == WeightFormat::fp8 && config.fp8_prefill) {
+  if (config.has_fp8_layers() && config.fp8_prefill) {
     plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));
     plan.add("workspace", "x_scales", tokens * sizeof(float));
   }

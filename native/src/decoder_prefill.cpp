@@ -66,7 +66,7 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                            stream, false);
   kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
-  if (products && fp8_products_ && adapter == 0)
+  if (multiplies_fp8(weights_.layer(0).qkv, products, adapter))
     quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
   for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products, adapter);
 
@@ -96,16 +96,16 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   const int hidden = config_.hidden_size;
   // Then a product's input is x_fp8 with x_scales, and its output lacks the scales, which its reader applies.
   // With an adapter a prompt goes through bf16: what is added must not need the scales, nor x its rounding.
-  const bool fp8 = products && fp8_products_ && adapter == 0;
-  auto* x_fp8 = fp8 ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
-  auto* x_scales = fp8 ? arena_.get<float>("x_scales") : nullptr;
+  const auto fp8 = [&](const LinearView& linear) { return multiplies_fp8(linear, products, adapter); };
+  auto* x_fp8 = fp8_products_ ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
+  auto* x_scales = fp8_products_ ? arena_.get<float>("x_scales") : nullptr;
   const auto scales = [&](const LinearView& linear) {
-    return fp8 ? kernels::ProductScales{x_scales, static_cast<const float*>(linear.weight.scales)}
-               : kernels::ProductScales{};
+    return fp8(linear) ? kernels::ProductScales{x_scales, static_cast<const float*>(linear.weight.scales)}
+                       : kernels::ProductScales{};
   };
 
   const auto product_async = [&](const LinearView& linear, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y) {
-    if (fp8) {
+    if (fp8(linear)) {
       fp8_product_async(linear, y, count);
       return pdl_;
     }
@@ -147,7 +147,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   attention.scale = attention_scale(config_);
   kernels::prefill_attention_async(attention, stream, pdl_);
 
-  if (fp8) quantize_x_async(attended, count, config_.q_width());
+  if (fp8(layer.o)) quantize_x_async(attended, count, config_.q_width());
   pdl = pdl_;
   if (products) {
     pdl = product_async(layer.o, Linear::kO, attended, delta);
@@ -161,8 +161,8 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   residual.residual = arena_.get<float>("residual");
   residual.gain = layer.post_norm;
   residual.eps = config_.rms_norm_eps;
-  residual.normed = fp8 ? nullptr : normed;
-  residual.normed_fp8 = x_fp8;
+  residual.normed = fp8(layer.gate_up) ? nullptr : normed;
+  residual.normed_fp8 = fp8(layer.gate_up) ? x_fp8 : nullptr;
   residual.normed_scales = x_scales;
   residual.num_tokens = count;
   residual.hidden = hidden;
@@ -173,8 +173,8 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
     swiglu.gate_up = arena_.get<__nv_bfloat16>("gate_up");
     swiglu.scales = scales(layer.gate_up);
     swiglu.bias = layer.gate_up.bias;
-    swiglu.out = fp8 ? nullptr : activated;
-    swiglu.out_fp8 = x_fp8;
+    swiglu.out = fp8(layer.down) ? nullptr : activated;
+    swiglu.out_fp8 = fp8(layer.down) ? x_fp8 : nullptr;
     swiglu.out_scales = x_scales;
     swiglu.num_tokens = count;
     swiglu.width = config_.intermediate_size;
@@ -191,6 +191,9 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   residual.scales = scales(layer.down);
   residual.bias = products ? layer.down.bias : nullptr;
   residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;
+  const bool next_fp8 = !last && fp8(weights_.layer(index + 1).qkv);
+  residual.normed = next_fp8 ? nullptr : normed;
+  residual.normed_fp8 = next_fp8 ? x_fp8 : nullptr;
   residual.residual_bf16 = last ? arena_.get<__nv_bfloat16>("residual_bf16") : nullptr;  // for the head
   kernels::residual_norm_async(residual, stream, pdl);
 }

@@ -1,5 +1,6 @@
 // Prefill's matrix products: in bf16, after dequantisation in parts, or in FP8 with activations rounded to it.
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "edgellm/cuda_try.hpp"
@@ -32,44 +33,59 @@ void Decoder::prepare_products() {
   if (!products_reason_.empty()) return;
   products_ =
       std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens, config_.row_invariant);
-  const bool dequantised = config_.layer_format != WeightFormat::bf16;
-  const LayerWeights& layer = weights_.layer(0);
+  // Layers have the same shapes, but may differ in format: one weight of each kind is tried.
   struct Product {
-    const kernels::WeightView& weight;
+    LinearView LayerWeights::* linear;
     const char* x;
     const char* y;
   };
-  const Product layer_products[] = {{layer.qkv.weight, "normed", "qkv"},
-                                    {layer.o.weight, "attended", "delta"},
-                                    {layer.gate_up.weight, "normed", "gate_up"},
-                                    {layer.down.weight, "activated", "delta"}};
-  const auto prepare = [&](const Product& product, ProductType type, int rows) {
+  constexpr Product kProducts[] = {{&LayerWeights::qkv, "normed", "qkv"},
+                                   {&LayerWeights::o, "attended", "delta"},
+                                   {&LayerWeights::gate_up, "normed", "gate_up"},
+                                   {&LayerWeights::down, "activated", "delta"}};
+  const auto prepare = [&](const Product& product, ProductType type, const kernels::WeightView& weight, int rows) {
     ProductTrial trial;
-    trial.weight = static_cast<std::byte*>(const_cast<void*>(product.weight.data));
+    trial.weight = static_cast<std::byte*>(const_cast<void*>(weight.data));
     trial.x = arena_.get<std::byte>(type == ProductType::fp8 ? "x_fp8" : product.x);
     trial.y = arena_.get<std::byte>(product.y);
-    if (type == ProductType::bf16 && dequantised) {
+    if (type == ProductType::bf16 && weight.format != WeightFormat::bf16) {
       trial.weight = arena_.get<std::byte>("scratch");  // from where it is multiplied while in the L2 cache
     } else {
       trial.evictions = {arena_.get<std::byte>("kv"), std::min(arena_.plan().size("kv"), kEvictedBytes)};
     }
-    return products_->prepare(type, rows, product.weight.cols, trial, stream_.get());
+    return products_->prepare(type, rows, weight.cols, trial, stream_.get());
   };
-  for (const Product& product : layer_products) {
-    const int most = config_.layer_format == WeightFormat::bf16
-                         ? product.weight.rows
-                         : dequantised_rows(product.weight.rows, product.weight.cols);
-    for (const int rows : {most, product.weight.rows % most}) {
-      if (rows == 0 || prepare(product, ProductType::bf16, rows)) continue;
+  const auto prepare_bf16 = [&](const Product& product, const kernels::WeightView& weight) {
+    const int most = weight.format == WeightFormat::bf16 ? weight.rows : dequantised_rows(weight.rows, weight.cols);
+    for (const int rows : {most, weight.rows % most}) {
+      if (rows == 0 || prepare(product, ProductType::bf16, weight, rows)) continue;
       throw CudaError(cudaErrorNotSupported, "cuBLASLt has no algorithm for a weight of " + std::to_string(rows) +
-                                                 " x " + std::to_string(product.weight.cols));
+                                                 " x " + std::to_string(weight.cols));
+    }
+  };
+  bool all_fp8 = true;
+  for (const Product& product : kProducts) {
+    std::set<WeightFormat> prepared;
+    for (int index = 0; index < config_.num_layers; ++index) {
+      const kernels::WeightView& weight = (weights_.layer(index).*product.linear).weight;
+      if (prepared.insert(weight.format).second) prepare_bf16(product, weight);
     }
   }
-  fp8_products_ = config_.layer_format == WeightFormat::fp8 && config_.fp8_prefill && device_has_fp8() &&
+  fp8_products_ = config_.has_fp8_layers() && config_.fp8_prefill && device_has_fp8() &&
                   config_.intermediate_size <= kernels::kMaxFp8Width;
-  for (const Product& product : layer_products) {
-    fp8_products_ = fp8_products_ && prepare(product, ProductType::fp8, product.weight.rows);
+  if (!fp8_products_) return;
+  for (const Product& product : kProducts) {
+    for (int index = 0; index < config_.num_layers && all_fp8; ++index) {
+      const kernels::WeightView& weight = (weights_.layer(index).*product.linear).weight;
+      if (weight.format != WeightFormat::fp8) continue;
+      all_fp8 = prepare(product, ProductType::fp8, weight, weight.rows);
+    }
   }
+  fp8_products_ = all_fp8;
+}
+
+bool Decoder::multiplies_fp8(const LinearView& linear, bool products, int adapter) const {
+  return products && fp8_products_ && adapter == 0 && linear.weight.format == WeightFormat::fp8;
 }
 
 // y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache. Parts go to

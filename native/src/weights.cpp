@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/quantized.hpp"
@@ -28,8 +29,8 @@ void* writable(const void* data) { return const_cast<void*>(data); }
 }  // namespace
 
 Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena), config_(config) {
-  embedding_ = view("embed", config.vocab_size, config.hidden_size, config.embedding_format);
-  head_ = config.tied_head ? embedding_ : view("head", config.num_rows(), config.hidden_size, config.head_format);
+  embedding_ = view("embed", config.vocab_size, config.hidden_size);
+  head_ = config.tied_head ? embedding_ : view("head", config.num_rows(), config.hidden_size);
   final_norm_ = arena.get<__nv_bfloat16>("final_norm.weight");
   layers_.resize(static_cast<std::size_t>(config.num_layers));
   for (int index = 0; index < config.num_layers; ++index) {
@@ -38,7 +39,7 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
     LinearView* const linears[] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
     const std::vector<LinearShape> shapes = layer_linears(config);
     for (std::size_t i = 0; i < shapes.size(); ++i) {
-      linears[i]->weight = view(at + shapes[i].stem, shapes[i].rows, shapes[i].cols, config.layer_format);
+      linears[i]->weight = view(at + shapes[i].stem, shapes[i].rows, shapes[i].cols);
       if (config.has_bias(shapes[i].stem)) linears[i]->bias = arena.get<float>(at + shapes[i].stem + ".bias");
     }
     layer.input_norm = arena.get<__nv_bfloat16>(at + "input_norm.weight");
@@ -53,14 +54,13 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
   }
 }
 
-WeightView Weights::view(const std::string& stem, int rows, int cols, WeightFormat format) const {
+WeightView Weights::view(const std::string& stem, int rows, int cols) const {
   WeightView view;
-  view.format = format;
+  std::tie(view.format, view.group) = config_.format_of(stem);
   view.data = arena_.get<std::byte>(stem + ".weight");
   if (arena_.plan().contains(stem + ".scale")) view.scales = arena_.get<std::byte>(stem + ".scale");
   view.rows = rows;
   view.cols = cols;
-  view.group = format == WeightFormat::int8 || format == WeightFormat::int4 ? config_.group_size : 0;
   return view;
 }
 

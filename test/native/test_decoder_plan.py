@@ -112,6 +112,34 @@ def test_a_group_size_without_kernels_is_refused_by_name() -> None:
         config.check()
 
 
+def test_each_layer_may_have_a_format_and_group_of_its_own() -> None:
+    forms = NATIVE.WeightFormat
+    usual = settings(LLAMA_8B, layer_format=forms.int4, group_size=64)
+    mixed = settings(LLAMA_8B, layer_format=forms.int4, group_size=64)
+    mixed.formats = {"layers.3.mlp.down": (forms.bf16, 0), "layers.4.mlp.down": (forms.int8, 16)}
+    count = LLAMA_8B["hidden_size"] * LLAMA_8B["intermediate_size"]
+    more = NATIVE.plan_memory(mixed)["weights"] - NATIVE.plan_memory(usual)["weights"]
+    assert more == pytest.approx(count * (2 + 1 + 2 / 16 - 2 * (0.5 + 2 / 64)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        ({"layers.16.mlp.down": ("bf16", 0)}, r"formats has layers\.16\.mlp\.down, which the decoder does not"),
+        ({"layers.1.attn.o": ("int8", 48)}, r"layers\.1\.attn\.o is quantised in groups of 48; the kernels take 16, "),
+        ({"embed": ("fp8", 0)}, "the embedding must be bf16 or int8"),
+        ({"embed": ("int8", 64)}, "a tied head has the embedding's format"),
+    ],
+)
+def test_a_layers_format_that_the_kernels_lack_is_refused_by_name(
+    formats: dict[str, tuple[str, int]], message: str
+) -> None:
+    config = settings(LLAMA_1B)
+    config.formats = {stem: (getattr(NATIVE.WeightFormat, name), group) for stem, (name, group) in formats.items()}
+    with pytest.raises(ValueError, match=message):
+        config.check()
+
+
 def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     plan = NATIVE.plan_memory(settings(LLAMA_1B))
     ropes = ["rope", "rope.none"] * 8

@@ -17,7 +17,7 @@ from test_export import PROMPT, hf_logits, relative_error, run_executor, run_por
 
 from edgellm_ros.bundle import DECODER, DECODER_ORT
 from edgellm_ros.errors import BundleError, CheckpointError, ToolchainError
-from edgellm_ros.executors.cuda_formats import native_formats, native_weight
+from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.quantized.base import Tensors
@@ -290,37 +290,6 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path) -> Non
         export_bundle(tmp_path / "source", tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", ["awq", "gptq", "gptq asymmetric v2", "ct int4 zeros"])
-def test_the_cuda_executor_gets_the_same_numbers_with_zero_points_inside_int8(case: str, tmp_path: Path) -> None:
-    packer, config, _ = CASES[case]
-    packers.save_quantized("llama", tmp_path / "source", packer, config)
-    bundle = export_bundle(tmp_path / "source", tmp_path / "bundle")
-    weights, quant = bundle.weights(), bundle.manifest.quantization
-    formats = native_formats(bundle)
-    assert formats.layer == ("int4" if case == "gptq" else "int8")
-    for stem in (f"layers.{layer}.{kind}" for layer in range(2) for kind in ("attn.qkv", "mlp.down")):
-        form = quant.format_of(stem)
-        scale = np.repeat(np.asarray(weights[f"{stem}.scale"], np.float32), form.group_size, 1)
-        stored = nibbles(np.asarray(weights[f"{stem}.weight"])) * scale
-        if form.offset:
-            assert form.zero_points
-            stored += np.repeat(weights[f"{stem}.offset"], form.group_size, 1)
-        values, native_scale = native_weight(weights, stem, form, formats)
-        assert native_scale.dtype == np.float16
-        if formats.layer == "int4":
-            values = nibbles(values)
-        else:
-            assert values.dtype == np.int8
-        native = values.astype(np.float32) * np.repeat(native_scale.astype(np.float32), formats.group, 1)
-        assert np.abs(native - stored).max() <= 2**-10 * np.abs(stored).max()
-
-
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """(out, in / 2) bytes, the low half first, as signed numbers."""
-    both = np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1).astype(np.int16)
-    return np.where(both > 7, both - 16, both)
-
-
 def test_an_offset_that_is_no_zero_point_is_an_error_and_no_other_weight(tmp_path: Path) -> None:
     packer, config, _ = CASES["awq"]
     packers.save_quantized("llama", tmp_path / "source", packer, config)
@@ -330,4 +299,4 @@ def test_an_offset_that_is_no_zero_point_is_an_error_and_no_other_weight(tmp_pat
     changed = {f"{stem}.{what}": np.asarray(weights[f"{stem}.{what}"]) for what in ("weight", "scale", "offset")}
     changed[f"{stem}.offset"] = changed[f"{stem}.offset"] + 0.4 * changed[f"{stem}.scale"].astype(np.float32)
     with pytest.raises(BundleError, match=r"layers\.0\.mlp\.down\.offset is not a zero point"):
-        native_weight(changed, stem, form, native_formats(bundle))  # type: ignore[arg-type]
+        native_weight(changed, stem, form, bundle.manifest.model)  # type: ignore[arg-type]

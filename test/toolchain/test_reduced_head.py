@@ -232,7 +232,6 @@ def test_the_cuda_executor_takes_a_reduced_head_and_plans_its_rows_alone(cut_bun
     from edgellm_ros.executors.cuda_formats import native_formats
 
     bundle = cut_bundle("llama")
-    formats = native_formats(bundle)
-    assert formats.of("head") == formats.head == "bf16"
     weights, model = bundle.weights(), bundle.manifest.model
+    assert native_formats(model, bundle.manifest.quantization)["head"].format == "bf16"
     assert weights["head.weight"].shape == (model.head_rows, model.hidden_size)

@@ -1,48 +1,87 @@
-"""What the cuda executor's kernels do not have is refused by the layer's name, before anything is loaded."""
+"""Every stored format has one on the device: its own, or the smallest that holds its numbers, with the cost said."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from edgellm_ros.benchmark.costs import decode_bytes
 from edgellm_ros.benchmark.random_bundle import RandomBundle
-from edgellm_ros.bundle import Bundle, LinearFormat
-from edgellm_ros.executors.cuda import unsupported_reason
-from edgellm_ros.executors.cuda_formats import native_formats
+from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
+from edgellm_ros.executors.cuda_formats import as_on_device, native_formats, widenings
 
+# stem, how it is stored, what the device has
 CASES = {
-    "nvfp4": ("mlp.down", LinearFormat("nvfp4", 16), r"layers\.0\.mlp\.down of the bundle is nvfp4"),
-    "minima": ("attn.qkv", LinearFormat("int4", 64, offset=True), r"attn\.qkv .*offset .*no small zero point"),
-    "zeros": ("head", LinearFormat("int8", 64, offset=True, zero_points=True), r"head .*int8 with an offset"),
-    "factor": ("attn.o", LinearFormat("int4", 64, input_factor=True), r"attn\.o .*pre_quant_scale"),
-    "order": ("attn.o", LinearFormat("int4", 64, input_order=True), r"attn\.o .*desc_act"),
-    "blocks": ("mlp.down", LinearFormat("fp8", 128), r"mlp\.down .*fp8 with a scale for each 128 input features"),
-    "mixed": ("layers.3.mlp.down", LinearFormat("fp16"), r"layers\.3\.mlp\.down .*is fp16.*attn\.qkv int4"),
+    "int4": ("mlp.down", LinearFormat("int4", 64), ("int4", 64)),
+    "int8": ("mlp.down", LinearFormat("int8", 16), ("int8", 16)),
+    "a large group": ("mlp.down", LinearFormat("int4", 256), ("int4", 128)),
+    "a small group": ("mlp.down", LinearFormat("int8", 8), ("bf16", 0)),
+    "fp16": ("layers.3.mlp.down", LinearFormat("fp16"), ("bf16", 0)),
+    "fp8": ("attn.o", LinearFormat("fp8", activation="fp8"), ("fp8", 0)),
+    "nvfp4": ("mlp.down", LinearFormat("nvfp4", 16), ("int8", 16)),
+    "zero points": ("mlp.down", LinearFormat("int4", 128, offset=True, zero_points=True), ("int8", 128)),
+    "minima": ("attn.qkv", LinearFormat("int4", 64, offset=True), ("bf16", 0)),
+    "zeros of 8 bit": ("head", LinearFormat("int8", 64, offset=True, zero_points=True), ("bf16", 0)),
+    "factor before a norm": ("mlp.gate_up", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
+    "factor of the head": ("head", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
+    "factor after shared heads": ("attn.o", LinearFormat("int4", 64, input_factor=True), ("bf16", 0)),
+    "order of attention": ("attn.o", LinearFormat("int4", 64, input_order=True), ("bf16", 0)),
+    "order of down": ("mlp.down", LinearFormat("int4", 64, input_order=True), ("int4", 64)),
+    "blocks": ("mlp.down", LinearFormat("fp8", 128), ("bf16", 0)),
 }
 
 
-def with_formats(formats: dict[str, LinearFormat]) -> Bundle:
-    made = RandomBundle("llama-8b", "int4")
-    quant = replace(made.manifest.quantization, formats=formats)
-    return Bundle(Path("x"), replace(made.manifest, quantization=quant))
+def stored(formats: dict[str, LinearFormat]) -> tuple[ModelSpec, QuantSpec]:
+    manifest = RandomBundle("llama-8b", "int4").manifest
+    return manifest.model, replace(manifest.quantization, formats=formats)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_format_without_kernels_is_refused_by_the_layers_name(case: str) -> None:
-    stem, form, message = CASES[case]
-    reason = unsupported_reason(with_formats({stem: form}))
-    assert re.search(message, reason) and "--weights" in reason, reason
+def test_a_layer_gets_the_smallest_format_that_holds_its_numbers_and_no_other_layer_changes(case: str) -> None:
+    stem, form, expected = CASES[case]
+    usual, found = native_formats(*stored({})), native_formats(*stored({stem: form}))
+    changed = {
+        name for name in found if (found[name].format, found[name].group) != (usual[name].format, usual[name].group)
+    }
+    mine = {name for name in found if name == stem or name.endswith(f".{stem}")}
+    assert changed <= mine and {(found[name].format, found[name].group) for name in mine} == {expected}
 
 
-def test_layers_get_the_narrowest_format_and_group_that_hold_all_of_them() -> None:
-    usual = native_formats(with_formats({}))
-    assert (usual.layer, usual.group) == ("int4", 64)
-    smaller = native_formats(with_formats({"head": LinearFormat("int8", 32)}))
-    assert (smaller.layer, smaller.head, smaller.group) == ("int4", "int8", 32)
-    wider = native_formats(with_formats({"layers.3.mlp.down": LinearFormat("int8", 128)}))
-    assert (wider.layer, wider.group) == ("int8", 64)
-    zeros = native_formats(with_formats({"mlp.down": LinearFormat("int4", 128, offset=True, zero_points=True)}))
-    assert (zeros.layer, zeros.of("layers.2.attn.o"), zeros.of("embed")) == ("int8", "int8", usual.embedding)
+def test_a_factor_after_attention_goes_into_v_where_every_head_has_its_own() -> None:
+    model, quant = stored({"attn.o": LinearFormat("int4", 64, input_factor=True)})
+    own = replace(model, num_kv_heads=model.num_heads)
+    assert native_formats(own, quant)["layers.5.attn.o"].format == "int4"
+
+
+def test_what_widening_costs_is_said_with_its_reason() -> None:
+    model, quant = stored({"mlp.down": LinearFormat("int4", 32, offset=True), "layers.0.attn.o": LinearFormat("fp16")})
+    assert widenings(*stored({})) == []
+    (line,) = widenings(model, quant)
+    weights = model.num_layers * model.hidden_size * model.intermediate_size
+    added = weights * (2 - (0.5 + (2 + 4) / 32)) / 1e6
+    assert line == f"32 x mlp.down: int4 with offsets that are no small zero points as bf16, +{added:.0f} MB"
+    plain = decode_bytes(*stored({"layers.0.attn.o": LinearFormat("fp16")}))
+    assert decode_bytes(model, quant) - plain == pytest.approx(weights * (2 - (0.5 + 2 / 64)), rel=1e-3)
+    assert as_on_device(model, as_on_device(model, quant)) == as_on_device(model, quant)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_native_plan_has_the_devices_bytes_layer_by_layer(case: str) -> None:
+    from edgellm_ros import native
+
+    module, reason = native.import_module()
+    if module is None:
+        pytest.skip(reason)
+    from edgellm_ros.config import EngineConfig
+    from edgellm_ros.executors.cuda import plan_memory
+
+    def weights(formats: dict[str, LinearFormat]) -> int:
+        bundle = RandomBundle("llama-8b", "int4")
+        bundle.manifest = replace(bundle.manifest, quantization=replace(bundle.manifest.quantization, formats=formats))
+        return plan_memory(bundle, EngineConfig(max_context=512))["weights"]
+
+    stem, form, _ = CASES[case]
+    model, quant = stored({stem: form})
+    expected = decode_bytes(model, quant) - decode_bytes(*stored({}))
+    assert weights({stem: form}) - weights({}) == pytest.approx(expected, rel=0.02, abs=1e6)

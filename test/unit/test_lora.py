@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.bundle import ModelSpec, QuantSpec
 from edgellm_ros.errors import EdgeLLMError, RequestError, UnsupportedError
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, LoraTensors, make_adapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, pack_matrices
@@ -204,6 +204,7 @@ def test_no_configuration_gives_a_traceback(tmp_path: Path, config: Any) -> None
 def test_the_cuda_executor_gives_its_kernels_a_bundles_adapter_projection_by_projection(tmp_path: Path) -> None:
     from edgellm_ros.executors.adapter_table import AdapterTable
     from edgellm_ros.executors.cuda import CudaExecutor
+    from edgellm_ros.executors.cuda_inputs import LayerInputs
 
     loaded: list[tuple[int, list[Any]]] = []
 
@@ -216,6 +217,7 @@ def test_the_cuda_executor_gives_its_kernels_a_bundles_adapter_projection_by_pro
     executor = CudaExecutor.__new__(CudaExecutor)
     executor._decoder, executor._model = Decoder(), MODEL
     executor._max_lora_rank, executor._adapters = 16, AdapterTable(2)
+    executor._inputs = LayerInputs(MODEL, QuantSpec("fp16"), None)  # type: ignore[arg-type]  # no factor: nothing is read
     adapter = read_adapter(write(tmp_path / "a", {**pair(Q, 4, 32, 32), **pair(UP, 3, 32, 80)}, rank_pattern={"up_proj": 3}))
     matrices, ranks = pack_matrices(fit(adapter, MODEL, 16), MODEL)
     assert executor.load_adapter("a", PackedLora("a", "print", matrices, ranks)) == executor.adapters["a"]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm_ros.executors.small_floats import e4m3
 from edgellm_ros.toolchain.quantized.base import (
     PLAIN,
     SMALLEST_GROUP,
@@ -38,7 +39,6 @@ from edgellm_ros.toolchain.quantized.packed import (
     FloatArray,
     PackedWeight,
     Scheme,
-    e4m3,
 )
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")

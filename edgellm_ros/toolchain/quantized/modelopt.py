@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from edgellm_ros.executors.small_floats import e4m3
 from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, is_excluded, text_list
 from edgellm_ros.toolchain.quantized.fp8_blocks import spread_blocks
-from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, ActivationScale, PackedWeight, Scheme, e4m3
+from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, ActivationScale, PackedWeight, Scheme
 
 CONFIG_FILE = "hf_quant_config.json"
 # quant_algo: how the weight is stored, and whether activations have scales as well.

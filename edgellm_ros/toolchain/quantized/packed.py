@@ -17,35 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.executors.small_floats import E2M1, e4m3
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int8]
 
 INTEGERS = ("int4", "int8")
 NVFP4_GROUP = 16
-# E2M1: sign, two exponent bits, one mantissa bit (OCP Microscaling Formats, 5.3.3).
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-def e4m3(raw: npt.NDArray[np.uint8]) -> FloatArray:
-    """Bytes of OCP FP8 E4M3 (no infinities, NaN is 0x7f and 0xff) as float32."""
-    return _E4M3[raw]
-
-
-def e4m3_bytes(values: FloatArray) -> npt.NDArray[np.uint8]:
-    """The reverse for numbers that E4M3 has and that are not negative."""
-    return np.searchsorted(_E4M3[:127], values).astype(np.uint8)
-
-
-def _make_e4m3() -> FloatArray:
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    size = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
-    size[(codes & 0x7F) == 0x7F] = np.nan
-    return np.where(codes & 0x80, -size, size).astype(np.float32)
-
-
-_E4M3 = _make_e4m3()
 
 
 @dataclass(frozen=True)

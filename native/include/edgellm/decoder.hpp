@@ -190,6 +190,8 @@ class Decoder {
   void prefill_layer_async(int layer, int num_tokens, bool products, int adapter);
   // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
   void prepare_products();
+  // Whether a prompt's product takes x_fp8; `products` and `adapter` as in prefill_layer_async.
+  bool multiplies_fp8(const LinearView& linear, bool products, int adapter) const;
   // Returns whether the next kernel may be launched with programmatic dependent launch.
   bool product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
   // Rounds x, (num_tokens, width), to x_fp8 with x_scales.

@@ -1,13 +1,18 @@
 // What a decoder is and how much it may hold, and from that every byte of device memory that it will use.
 #pragma once
 
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "edgellm/arena.hpp"
 #include "edgellm/kernels/types.hpp"
 
 namespace edgellm {
+
+// A weight's format and, of int8 and int4, the input features that share a scale.
+using FormatAndGroup = std::pair<kernels::WeightFormat, int>;
 
 struct DecoderConfig {
   int num_layers = 0;
@@ -33,6 +38,8 @@ struct DecoderConfig {
   kernels::WeightFormat embedding_format = kernels::WeightFormat::bf16;  // bf16 or int8
   kernels::KvFormat kv_format = kernels::KvFormat::bf16;
   int group_size = 0;
+  // Of weights that differ from the above, by their stored stem: "layers.3.mlp.down", "head", "embed".
+  std::map<std::string, FormatAndGroup> formats;
   std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
 
   int num_slots = 1;
@@ -54,6 +61,10 @@ struct DecoderConfig {
   int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int q_width() const { return num_heads * head_dim; }
   bool has_bias(const std::string& stem) const;
+  FormatAndGroup format_of(const std::string& stem) const;
+  FormatAndGroup format_of(int layer, const std::string& stem) const;
+  bool any_layer_is(const std::string& stem, kernels::WeightFormat format) const;  // "mlp.down" of any layer
+  bool has_fp8_layers() const;
   int num_rows() const { return head_rows > 0 ? head_rows : vocab_size; }  // of the head: a position's logits
   int window(int layer) const;
   std::string rope(int layer) const;

@@ -53,7 +53,7 @@ class Weights {
   const __nv_bfloat16* final_norm() const { return final_norm_; }
 
  private:
-  kernels::WeightView view(const std::string& stem, int rows, int cols, kernels::WeightFormat format) const;
+  kernels::WeightView view(const std::string& stem, int rows, int cols) const;
   kernels::WeightView& find(const std::string& stem);
   void load_floats(const HostTensor& host, void* to, std::size_t count, cudaStream_t stream);
   void load_fp8(const kernels::WeightView& weight, const HostTensor& host, cudaStream_t stream);
