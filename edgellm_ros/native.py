@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.machinery
 import logging
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,35 @@ def products_reason(module: Any) -> str:
     _preload_cublaslt(module.CUDA_MAJOR)
     reason: str = module.products_reason()
     return reason
+
+
+def tensorrt_candidates(module: Any) -> list[str]:
+    """Names and paths under which TensorRT's runtime is looked for, in turn; EDGELLM_NVINFER names the only one.
+
+    The full library first: the dispatch and the lean one load only engines that were built to be version compatible.
+    """
+    chosen = os.environ.get("EDGELLM_NVINFER")
+    if chosen:
+        return [chosen]
+    major = module.TENSORRT_HEADERS.partition(".")[0]
+    candidates = []
+    for part in ("", "_dispatch", "_lean"):
+        name = f"libnvinfer{part}.so.{major}"
+        candidates.append(name)
+        for root in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):  # NVIDIA's Python wheels
+            candidates += map(str, sorted(Path(root).glob(f"tensorrt{part}_libs/{name}")))
+    return candidates
+
+
+def find_tensorrt(module: Any) -> tuple[str, tuple[int, ...], str]:
+    """(path, version, why it cannot be used) of TensorRT's runtime library. Needs no GPU and creates nothing."""
+    if not module.TENSORRT_HEADERS:
+        reason: str = module.find_tensorrt([])[2]
+        return "", (), reason
+    path, version, reason = module.find_tensorrt(tensorrt_candidates(module))
+    if not path and not os.environ.get("EDGELLM_NVINFER"):
+        reason = "libnvinfer was not found; JetPack has it: apt install tensorrt, or name it in EDGELLM_NVINFER"
+    return path, tuple(version), reason
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -13,12 +12,17 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from edgellm_ros import native
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.gpu_checks import check_gpus
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
+
+if TYPE_CHECKING:
+    from edgellm_ros.bundle import Bundle
 
 BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
 TOOLCHAIN = ("onnx", "gguf", "ml_dtypes", "threadpoolctl")
@@ -108,16 +112,28 @@ def check_compiler() -> Iterator[Check]:
 
 
 def check_tensorrt() -> Check:
-    """TensorRT, as a Python package or a system library."""
-    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
-        try:
-            return Check("GPU", "TensorRT", State.OK, f"{importlib.metadata.version(name)} (Python package)")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    library = ctypes.util.find_library("nvinfer")
-    if library:
-        return Check("GPU", "TensorRT", State.OK, library)
-    return Check("GPU", "TensorRT", State.MISSING, "none", "not needed on a CPU; part of JetPack on a Jetson")
+    """TensorRT's runtime library, as the executor `tensorrt` finds it."""
+    module, reason = native.import_module()
+    if module is None:
+        return Check("GPU", "TensorRT", State.MISSING, f"not looked for: {reason}", "not needed on a CPU")
+    path, version, reason = native.find_tensorrt(module)
+    if not path:
+        return Check("GPU", "TensorRT", State.MISSING, reason, "not needed on a CPU; part of JetPack on a Jetson")
+    found = f"{'.'.join(map(str, version))} ({path}), headers {module.TENSORRT_HEADERS}"
+    reason = reason or native.unavailable_reason()
+    if reason:
+        return Check("GPU", "TensorRT", State.MISSING, f"{found}; not used: {reason}")
+    return Check("GPU", "TensorRT", State.OK, f"{found}; it can load engines here")
+
+
+def check_engines(bundle: Bundle, config: EngineConfig) -> Check:
+    """Which engine of a bundle would be loaded, or why none."""
+    from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
+
+    chosen, reasons = choose_engine(bundle, config, probe_machine())
+    if chosen is not None:
+        return Check("bundle", "engine", State.OK, f"{chosen.key} fits this machine")
+    return Check("bundle", "engine", State.MISSING, "; ".join(reasons), "not needed: another executor is used")
 
 
 def check_cpu(cpuinfo: str) -> Check:
@@ -165,3 +181,4 @@ def check_bundle(path: Path, available: int, config: EngineConfig | None = None)
         yield Check("bundle", "memory", State.FAILED, found, remedy)
     else:
         yield Check("bundle", "memory", State.OK, found)
+    yield check_engines(bundle, config)

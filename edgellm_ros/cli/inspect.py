@@ -78,22 +78,33 @@ def human_bytes(size: float) -> str:
 
 
 def _engines(bundle: Bundle) -> list[tuple[str, str]]:
-    """The bundle's engines, and whether each is whole, of these weights, and for the GPU that is here."""
-    from edgellm_ros.errors import ToolchainError
-    from edgellm_ros.toolchain.build import report, targets
+    """The bundle's engines: which would be loaded here with the default settings, and why another would not."""
+    from edgellm_ros.config import EngineConfig
+    from edgellm_ros.errors import BundleError
+    from edgellm_ros.executors.engine_preflight import choose_engine, engine_faults, probe_machine
+    from edgellm_ros.executors.engines import is_of, list_engines, read_engine
 
-    found, here = [], targets.current_target()
-    for path in report.list_engines(bundle):
+    paths = list_engines(bundle)
+    if not paths:
+        return []
+    config, machine = EngineConfig(), probe_machine()
+    chosen, _ = choose_engine(bundle, config, machine)
+    found = [("engines", f"{len(paths)}; {machine.reason or f'for {machine.gpu} with TensorRT'}")]
+    for path in paths:
         try:
-            engine = report.read_engine(path)
-            target = engine.report.get("target")
-            fits = "for the GPU here" if target == here else f"for {target}; here is {here or 'no GPU'}"
-            if not report.is_of(engine, bundle):
-                fits = "built from other weights or another graph"
-            found.append((path.name, f"{human_bytes(engine.report['engine']['size']):>10}  {fits}"))
-        except ToolchainError as error:
+            engine = read_engine(path)
+        except BundleError as error:
             found.append((path.name, str(error)))
-    return [("engines", str(len(found))), *found] if found else []
+            continue
+        if chosen is not None and chosen.key == engine.key:
+            fits = "fits this machine"
+        elif machine.reason:
+            fits = f"for {engine.target}, by {engine.builder} {engine.version}"
+            fits += "" if is_of(engine, bundle) else "; built from other weights or another graph"
+        else:
+            fits = "; ".join(engine_faults(engine, bundle, config, machine)) or "another fits better"
+        found.append((path.name, f"{human_bytes(engine.size):>10}  {fits}"))
+    return found
 
 
 def format_text(form: LinearFormat) -> str:

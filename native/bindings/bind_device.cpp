@@ -49,6 +49,7 @@ py::dict device_info() {
   info["index"] = device;
   info["name"] = std::string(properties.name);
   info["compute_capability"] = py::make_tuple(properties.major, properties.minor);
+  info["integrated"] = properties.integrated != 0;  // one memory with the CPU, as on a Jetson
   info["num_sms"] = properties.multiProcessorCount;
   info["l2_bytes"] = properties.l2CacheSize;
   info["free_bytes"] = memory.free;

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, module) {
   edgellm::bind_tensor(module);
   edgellm::bind_decoder(module);  // first: WeightFormat, which the kernels' weights name
   edgellm::bind_kernels(module);
+  edgellm::bind_trt(module);
 }

@@ -22,11 +22,11 @@ import pytest
 from edgellm_ros.bundle import DECODER, DECODER_LORA, MANIFEST, Bundle, hash_file
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import BuildOptions
-from edgellm_ros.errors import ToolchainError
+from edgellm_ros.errors import BundleError, ToolchainError
+from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
 from edgellm_ros.toolchain.build.kernels import check_kernels, fused_attentions, kernel_counts
-from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
 from edgellm_ros.toolchain.export import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (it exists for x86-64 only)")
@@ -115,7 +115,7 @@ def test_a_key_is_reused_and_a_damaged_engine_is_not(copy: Callable[..., Bundle]
     again, fresh = build_engine(bundle, "sm89", QUICK)
     assert not fresh and (again.path / REPORT).stat().st_mtime_ns == before
     os.truncate(engine.path / ENGINE, 100)
-    with pytest.raises(ToolchainError, match="100 bytes.*--force"):
+    with pytest.raises(BundleError, match="100 bytes.*--force"):
         build_engine(bundle, "sm89", QUICK)
     rebuilt, fresh = build_engine(bundle, "sm89", QUICK, force=True)
     assert fresh and [p.name for p in (bundle.path / ENGINES).iterdir()] == [rebuilt.key]

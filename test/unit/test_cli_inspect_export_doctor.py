@@ -177,8 +177,10 @@ def test_a_bundle_is_checked_for_wholeness_and_for_fitting_in_memory(bundle: Pat
     cache = 2 * 2 * 1 * 8 * 4 * 256 * 4  # K and V, layers, KV heads, head dim, bytes, tokens, slots
     size = sum(file.stat().st_size for file in bundle.iterdir() if file.name != MANIFEST)
     config = EngineConfig()
-    assert [c.state for c in checks.check_bundle(bundle, cache + size, config)] == [State.OK, State.OK]
-    assert [c.state for c in checks.check_bundle(bundle, cache + size - 1, config)] == [State.OK, State.FAILED]
+    files, memory, engine = checks.check_bundle(bundle, cache + size, config)
+    assert files.state is memory.state is State.OK
+    assert engine.state is State.MISSING and f"edgellm build {bundle}" in engine.found
+    assert [c.state for c in checks.check_bundle(bundle, cache + size - 1, config)][:2] == [State.OK, State.FAILED]
     os.truncate(bundle / TOKENIZER, 10)
     (broken,) = checks.check_bundle(bundle, cache + size, config)
     assert broken.state is State.FAILED and "truncated" in broken.found

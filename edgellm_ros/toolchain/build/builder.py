@@ -24,13 +24,15 @@ import edgellm_ros
 from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.toolchain.whole_output import whole_output
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors import engines
+from edgellm_ros.executors.contract import decoder_contract, lora_ranks
+from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, Engine
 from edgellm_ros.toolchain.build import report as reports
 from edgellm_ros.toolchain.build import targets, timing
 from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
 from edgellm_ros.toolchain.build.check import check_network
 from edgellm_ros.toolchain.build.kernels import check_kernels, kernel_counts
-from edgellm_ros.toolchain.build.profiles import add_profiles, lora_ranks, profile_ranges
-from edgellm_ros.toolchain.build.report import ENGINE, ENGINES, LAYERS, REPORT, Engine
+from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
 from edgellm_ros.config import BuildOptions
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
@@ -48,7 +50,8 @@ def build_engine(
 ) -> tuple[Engine, bool]:  # fmt: skip
     """Build an engine of `bundle` for `target`; returns it, and whether it was built now or was there already.
 
-    builder: auto, tensorrt or tensorrt_rtx. Raises ToolchainError; then nothing is left behind.
+    builder: auto, tensorrt or tensorrt_rtx. Raises ToolchainError, and then nothing is left behind;
+    BundleError when the engine that is there is damaged or of other weights.
     """
     here = targets.current_target()
     target = targets.resolve_target(target, here)
@@ -57,8 +60,8 @@ def build_engine(
     flavour, trt = targets.load_builder(builder, target, here)
     final = bundle.path / ENGINES / reports.engine_key(flavour, trt.__version__, target, options)
     if final.exists() and not force:
-        engine = reports.read_engine(final)
-        reports.check_engine(engine, bundle)
+        engine = engines.read_engine(final)
+        engines.check_engine(engine, bundle)
         return engine, False
     targets.check_resources(bundle, targets.memory_available())
     with _tidy(final.parent), whole_output(final) as partial:
@@ -67,7 +70,7 @@ def build_engine(
         facts["key"] = final.name
         (partial / LAYERS).write_text(reports.layer_table(facts["network"].pop("table")), encoding="utf-8")
         (partial / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return reports.read_engine(final), True
+    return engines.read_engine(final), True
 
 
 @contextlib.contextmanager
@@ -103,7 +106,7 @@ def _build(
     assert options.max_context is not None, "options are resolved"
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    name = reports.graph_file(options.lora)
+    name = engines.graph_file(options.lora)
     graph = targets.load_graph(bundle, name, options.max_context)
     if options.activations == "bf16":
         to_bfloat16(graph)
@@ -118,7 +121,8 @@ def _build(
     table = check_network(network, graph, bundle.manifest, options, warnings)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
     model, names = bundle.manifest.model, bundle.manifest.graph
-    profiles = profile_ranges(inputs, names, options, lora_ranks(model, names) if options.lora else {})
+    contract = decoder_contract(model, names, lora=options.lora)
+    profiles = profile_ranges(inputs, contract, options, lora_ranks(model, names) if options.lora else {})
     config = maker.create_builder_config()
     add_profiles(maker, config, profiles)
     config.clear_flag(trt.BuilderFlag.WEIGHT_STREAMING)
@@ -153,7 +157,7 @@ def _build(
         "peak_memory_bytes": _peak_memory(),
         "activation_memory_bytes": activation,  # of the engine on the GPU, for each profile
         "engine": {"size": entry.size, "sha256": entry.sha256},
-        "sources": reports.source_hashes(bundle, options.lora),
+        "sources": engines.source_hashes(bundle, options.lora),
         "network": table,
         "kernels": kernels,  # of TensorRT-RTX's engines, which hold their source; defined once a layer and profile
         "warnings": warnings,

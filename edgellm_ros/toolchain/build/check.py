@@ -8,9 +8,10 @@ from typing import Any
 from edgellm_ros.bundle import Manifest
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.lora_layout import stacks_of
+from edgellm_ros.executors.contract import decoder_contract, tensor_faults
+from edgellm_ros.executors.engines import activation_dtype
 
-_DTYPES = {"float16": "HALF", "float32": "FLOAT"}
+_DTYPES = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64"}
 
 
 def check_network(
@@ -42,40 +43,18 @@ def _row(layer: Any) -> list[str]:
 
 
 def _tensors(network: Any, manifest: Manifest, options: BuildOptions) -> list[str]:
-    graph, model = manifest.graph, manifest.model
-    half = "BF16" if options.activations == "bf16" else _DTYPES[graph.activation_dtype]
-    rows = getattr(model, "num_rows", model.vocab_size)
     assert options.max_context is not None, "options are resolved"
-    cache = (-1, model.num_kv_heads, options.max_context, model.head_dim)
-    inputs: dict[str, tuple[tuple[int, ...], str]] = {
-        graph.embeds: ((-1, -1, model.hidden_size), half),
-        graph.positions: ((-1, -1), "INT64"),
-        graph.write_indices: ((-1,), "INT64"),
-        graph.logit_indices: ((-1,), "INT64"),
-    }
-    outputs: dict[str, tuple[tuple[int, ...], str]] = {graph.logits: ((-1, rows), "FLOAT")}
-    for layer in range(model.num_layers):
-        inputs |= {name.format(layer=layer): (cache, half) for name in (graph.past_key, graph.past_value)}
-        outputs |= {name.format(layer=layer): (cache, half) for name in (graph.present_key, graph.present_value)}
-        for stack in stacks_of(model) if options.lora else ():
-            a, b = (name.format(layer=layer, stem=stack.stem) for name in (graph.lora_a, graph.lora_b))
-            inputs |= {a: ((stack.in_features, -1), half), b: ((-1, stack.out_features), half)}
+    wanted = decoder_contract(
+        manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context,
+        activations=activation_dtype(options, manifest.graph),
+    )  # fmt: skip
     found_in = [network.get_input(i) for i in range(network.num_inputs)]
     found_out = [network.get_output(i) for i in range(network.num_outputs)]
-    return [*_compare("input", inputs, found_in), *_compare("output", outputs, found_out)]
+    return tensor_faults(wanted, _sizes(found_in), _sizes(found_out))
 
 
-def _compare(what: str, wanted: dict[str, tuple[tuple[int, ...], str]], found: list[Any]) -> list[str]:
-    have = {tensor.name: (tuple(tensor.shape), _kind(tensor.dtype)) for tensor in found}
-    faults = [f"{what} {name} is missing" for name in wanted if name not in have]
-    for name, value in have.items():
-        if name in wanted and value != wanted[name]:
-            faults.append(
-                f"{what} {name} is {value[1]} {value[0]}; the manifest says {wanted[name][1]} {wanted[name][0]}"
-            )
-        elif name not in wanted:
-            faults.append(f"{what} {name} {value[0]} is not in the manifest")
-    return faults
+def _sizes(tensors: list[Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {t.name: (tuple(t.shape), _DTYPES.get(_kind(t.dtype), _kind(t.dtype))) for t in tensors}
 
 
 def _attention(layers: list[Any], graph: Any, manifest: Manifest) -> list[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgellm_ros.bundle import GraphSpec, ModelSpec
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.lora_layout import stacks_of
+from edgellm_ros.executors.contract import TensorContract
 from edgellm_ros.config import BuildOptions
 
 Shape = tuple[int, ...]
@@ -14,7 +13,7 @@ Range = tuple[Shape, Shape, Shape]  # smallest, the one to be fastest at, larges
 
 
 def profile_ranges(
-    inputs: dict[str, Shape], graph: GraphSpec, options: BuildOptions, max_lora: dict[str, int]
+    inputs: dict[str, Shape], contract: tuple[TensorContract, ...], options: BuildOptions, max_lora: dict[str, int]
 ) -> list[dict[str, Range]]:
     """A range for each input in each profile; `inputs` are the network's shapes with -1 where they vary.
 
@@ -27,21 +26,12 @@ def profile_ranges(
     lengths = [(1, 1, verify), (1, max(1, longest // 2), longest)]
     if options.profile == "single":
         lengths = [(1, 1, longest)]
+    roles = {tensor.name: tensor.role for tensor in contract if tensor.is_input}
     loras = {name: _lora_range(inputs[name], rank) for name, rank in max_lora.items()}
     return [
-        loras | {n: _range(n, shape, graph, options, length) for n, shape in inputs.items() if n not in loras}
+        loras | {n: _range(n, shape, roles.get(n, ""), options, length) for n, shape in inputs.items() if n not in loras}
         for length in lengths
     ]
-
-
-def lora_ranks(model: ModelSpec, graph: GraphSpec) -> dict[str, int]:
-    """The largest R of each LoRA input: every projection that is stacked in its layer with the largest rank."""
-    return {
-        name.format(layer=layer, stem=stack.stem): graph.max_lora_rank * len(stack.parts)
-        for layer in range(model.num_layers)
-        for stack in stacks_of(model)
-        for name in (graph.lora_a, graph.lora_b)
-    }
 
 
 def _lora_range(shape: Shape, largest: int) -> Range:
@@ -58,19 +48,19 @@ def add_profiles(builder: Any, config: Any, profiles: list[dict[str, Range]]) ->
         config.add_optimization_profile(profile)
 
 
-def _range(name: str, shape: Shape, graph: GraphSpec, options: BuildOptions, length: Shape) -> Range:
+def _range(name: str, shape: Shape, role: str, options: BuildOptions, length: Shape) -> Range:
     batch, verify = options.max_batch, options.max_verify
     batches = (1, batch, batch)
     rows: list[Shape]
-    if name == graph.embeds:
+    if role == "embeds":
         rows = [(b, s, shape[2]) for b, s in zip(batches, length, strict=True)]
-    elif name == graph.positions:
+    elif role == "positions":
         rows = [(b, s) for b, s in zip(batches, length, strict=True)]
-    elif name == graph.write_indices:
+    elif role == "write_indices":
         rows = [(b,) for b in batches]
-    elif name == graph.logit_indices:
+    elif role == "logit_indices":
         rows = [(1,), (batch,), (batch * verify,)]
-    elif name.startswith((graph.past_key.split("{")[0], graph.past_value.split("{")[0])):
+    elif role in ("past_key", "past_value"):
         rows = [(b, *shape[1:]) for b in batches]
     elif -1 not in shape:
         rows = [shape] * 3

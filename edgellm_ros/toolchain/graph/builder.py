@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgellm_ros.bundle import WEIGHTS, GraphSpec, WeightFile
+from edgellm_ros.executors.contract import lora_contract
 
 CONTRIB = "com.microsoft"
 
@@ -83,8 +84,10 @@ class GraphBuilder:
         R may be 0: then zeros are added.
         """
         at = f"layers.{layer}.{stem}"
-        a = self.input(names.lora_a.format(layer=layer, stem=stem), dtype, [shape[1], f"{at}.rank"])
-        b = self.input(names.lora_b.format(layer=layer, stem=stem), dtype, [f"{at}.rank", shape[0]])
+        a, b = (
+            self.input(tensor.name, dtype, list(tensor.shape))
+            for tensor in lora_contract(names, layer, stem, shape[1], shape[0], "")
+        )
         hidden = self.node("MatMul", [x, a], f"{at}.lora_h")
         return self.node("Add", [base, self.node("MatMul", [hidden, b], f"{at}.lora")], f"{at}.adapted")
 

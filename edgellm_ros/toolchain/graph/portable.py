@@ -13,6 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm_ros.bundle import NO_ROPE, GraphSpec, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.executors.contract import decoder_contract
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
@@ -53,17 +54,10 @@ class _Decoder:
         self.g.save(path, opset=OPSET, ir_version=IR_VERSION, producer="edgellm_ros")
 
     def _declare(self) -> None:
-        m, names, g = self.model, self.graph, self.g
-        g.input(names.embeds, self.dtype, ["batch", "sequence", m.hidden_size])
-        g.input(names.positions, TensorProto.INT64, ["batch", "sequence"])
-        g.input(names.write_indices, TensorProto.INT64, ["batch"])
-        g.input(names.logit_indices, TensorProto.INT64, ["num_logits"])
-        g.output(names.logits, TensorProto.FLOAT, ["num_logits", m.num_rows])
-        cache: list[int | str] = ["batch", m.num_kv_heads, "capacity", m.head_dim]
-        for layer in range(m.num_layers):
-            for past, present in ((names.past_key, names.present_key), (names.past_value, names.present_value)):
-                g.input(past.format(layer=layer), self.dtype, cache)
-                g.output(present.format(layer=layer), self.dtype, cache)
+        dtypes = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+        for tensor in decoder_contract(self.model, self.graph):  # adapters' inputs are declared where they are used
+            declare = self.g.input if tensor.is_input else self.g.output
+            declare(tensor.name, dtypes[tensor.dtype], list(tensor.shape))
 
     def _mask(self, window: int) -> str:
         """[B, 1, S, capacity]: 0 where the cached position may be attended to, else very negative."""

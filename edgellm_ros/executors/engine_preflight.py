@@ -1,0 +1,213 @@
+"""Decides which engine of a bundle may be loaded here, before anything is allocated, and whether it is what it claims.
+
+Everything is a pure function of reports, settings, what `probe_machine` found, and an engine's own list of bindings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edgellm_ros import native
+from edgellm_ros.bundle import Bundle, Manifest
+from edgellm_ros.config import BuildOptions, EngineConfig
+from edgellm_ros.errors import BundleError
+from edgellm_ros.executors.contract import decoder_contract, tensor_faults
+from edgellm_ros.executors.engines import (
+    Engine,
+    activation_dtype,
+    build_command,
+    is_of,
+    list_engines,
+    read_engine,
+)
+from edgellm_ros.executors.memory import available_memory
+
+CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
+_RESERVE = 64 << 20  # what CUDA and TensorRT take beside what is planned: contexts, graphs, code
+_SHOWN = 12  # differences in one message
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine would run on. `reason` says why none can; then the rest may be empty."""
+
+    reason: str = ""
+    library: str = ""  # of TensorRT
+    version: tuple[int, ...] = ()  # its own
+    gpu: str = ""
+    capability: tuple[int, int] = (0, 0)
+    free_bytes: int = 0
+
+    @property
+    def target(self) -> str:
+        """The GPU architecture, as `edgellm build --target` has it."""
+        return f"sm{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an engine says of one of its inputs or outputs; `profiles`: smallest, best, largest shape in each."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    dims: Sequence[int]
+    on_host: bool
+    is_linear: bool
+    profiles: Sequence[Sequence[Sequence[int]]]
+
+
+def probe_machine() -> Machine:
+    """Look for the native module, TensorRT's library and a GPU with its driver. Creates nothing of TensorRT."""
+    module, reason = native.import_module()
+    if module is None:
+        return Machine(reason)
+    path, version, reason = native.find_tensorrt(module)
+    if reason:
+        return Machine(f"no TensorRT: {reason}", path, tuple(version))
+    reason = native.unavailable_reason()
+    if reason:
+        return Machine(reason, path, tuple(version))
+    info = module.device_info()
+    free = int(info["free_bytes"])
+    if info["integrated"]:  # one memory with the CPU: what CUDA calls free may hold files that can be dropped, or not
+        free = min(free, available_memory())
+    return Machine("", path, tuple(version), info["name"], tuple(info["compute_capability"]), free)
+
+
+def choose_engine(bundle: Bundle, config: EngineConfig, machine: Machine) -> tuple[Engine | None, list[str]]:
+    """The engine that would be loaded, or None; and why each other one is not, as sentences that name the remedy."""
+    paths = list_engines(bundle)
+    if not paths:
+        return None, [f"the bundle has no engine; build one on this machine with `edgellm build {bundle.path}`"]
+    if machine.reason:
+        return None, [machine.reason]
+    fitting: list[Engine] = []
+    reasons: list[str] = []
+    for path in paths:
+        try:
+            engine = read_engine(path)
+        except BundleError as error:
+            reasons.append(str(error))
+            continue
+        faults = engine_faults(engine, bundle, config, machine)
+        if faults:
+            reasons.append(f"engines/{engine.key}: {'; '.join(faults)}")
+        else:
+            fitting.append(engine)
+    fitting.sort(key=lambda engine: _preference(engine.options, config))
+    reasons += [f"engines/{engine.key}: engines/{fitting[0].key} fits better" for engine in fitting[1:]]
+    return (fitting[0] if fitting else None), reasons
+
+
+def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine: Machine) -> list[str]:
+    """Why `engine` cannot be loaded here with these settings; empty when it can."""
+    if not is_of(engine, bundle):
+        return ["it was built from other weights or another graph; build it again with --force"]
+    faults = [*_build_faults(engine, machine), *_setting_faults(engine, bundle, config)]
+    needed = memory_needed(engine, bundle, config)
+    total = sum(needed.values())
+    if not faults and machine.free_bytes < total:
+        parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in needed.items())
+        faults.append(
+            f"it needs {total / 1e6:.0f} MB ({parts}) and {machine.free_bytes / 1e6:.0f} MB are free; lower max_slots, "
+            "close other programs, or build it again with a smaller --max-context or --max-input"
+        )
+    return faults
+
+
+def memory_needed(engine: Engine, bundle: Bundle, config: EngineConfig) -> dict[str, int]:
+    """Bytes by purpose, by the report: before TensorRT can say what an engine's context needs."""
+    model, options = bundle.manifest.model, engine.options
+    element = 4 if activation_dtype(options, bundle.manifest.graph) == "float32" else 2
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
+    return {
+        "engine": engine.size,
+        "KV cache": per_token * (options.max_context or 0) * config.max_slots,
+        "context": max(engine.report.get("activation_memory_bytes") or [0]),
+        "reserve": _RESERVE,
+    }
+
+
+def check_bindings(engine: Engine, manifest: Manifest, bindings: Iterable[Binding], num_profiles: int) -> None:
+    """Raise BundleError that names everything in which an engine is not what manifest and report say."""
+    faults = binding_faults(engine, manifest, tuple(bindings), num_profiles)
+    if not faults:
+        return
+    more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    raise BundleError(
+        f"{engine.file} is not the engine that the manifest and its report describe; build it again with --force:\n  "
+        + "\n  ".join(faults[:_SHOWN]) + more
+    )  # fmt: skip
+
+
+def binding_faults(
+    engine: Engine, manifest: Manifest, bindings: Sequence[Binding], num_profiles: int
+) -> list[str]:
+    """Every difference in names, directions, shapes, dtypes, places, layouts and profiles."""
+    options = engine.options
+    contract = decoder_contract(
+        manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context or 0,
+        activations=activation_dtype(options, manifest.graph),
+    )  # fmt: skip
+    inputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if b.is_input}
+    outputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if not b.is_input}
+    faults = tensor_faults(contract, inputs, outputs)
+    faults += [f"{b.name} is wanted in host memory" for b in bindings if b.on_host]
+    faults += [f"{b.name} is not row-major" for b in bindings if not b.is_linear]
+    wanted = engine.profiles
+    if num_profiles != len(wanted):
+        return [*faults, f"it has {num_profiles} optimisation profiles; the report says {len(wanted)}"]
+    for binding in bindings:
+        for index, found in enumerate(binding.profiles):
+            have = [tuple(shape) for shape in found]
+            if binding.name in wanted[index] and have != wanted[index][binding.name]:
+                faults.append(
+                    f"{binding.name} ranges over {have} in profile {index}; the report says "
+                    f"{wanted[index][binding.name]}"
+                )
+    return faults
+
+
+def _build_faults(engine: Engine, machine: Machine) -> list[str]:
+    again = f"build it again on this machine with `edgellm build {engine.path.parent.parent}`"
+    faults = []
+    if engine.builder != "tensorrt":
+        faults.append(f"it was built by {engine.builder}, and only TensorRT's own engines are loaded; {again}")
+    if engine.target != machine.target:
+        faults.append(f"it is for {engine.target}, and {machine.gpu} is {machine.target}; {again}")
+    built = tuple(int(part) for part in engine.version.split(".") if part.isdigit())
+    both = min(len(built), len(machine.version))
+    if engine.builder == "tensorrt" and (both < 3 or built[:both] != machine.version[:both]):
+        have = ".".join(map(str, machine.version))
+        faults.append(f"it was built by TensorRT {engine.version}, and {machine.library} is {have}; {again}")
+    return faults
+
+
+def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> list[str]:
+    options, graph = engine.options, bundle.manifest.graph
+    capacity = options.max_context or 0
+    faults = []
+    if config.max_context > capacity:
+        command = build_command(bundle, options, max_context=config.max_context)
+        faults.append(f"max_context {config.max_context} exceeds the engine's {capacity}; rebuild with `{command}`")
+    cache = CACHE_DTYPES[activation_dtype(options, graph)]
+    if config.kv_cache not in ("auto", cache):
+        faults.append(f"kv_cache is {config.kv_cache!r} and the engine's is {cache}; set it to auto")
+    if config.max_loras and not options.lora:
+        command = build_command(bundle, options, lora=True)
+        faults.append(f"max_loras is {config.max_loras} and the engine takes no adapters; build one with `{command}`")
+    if config.max_loras and config.max_lora_rank > graph.max_lora_rank:
+        faults.append(
+            f"max_lora_rank {config.max_lora_rank} exceeds the bundle's {graph.max_lora_rank}; export it with "
+            f"--max-lora-rank {config.max_lora_rank} and build again, or lower it"
+        )
+    return faults
+
+
+def _preference(options: BuildOptions, config: EngineConfig) -> tuple[int, ...]:
+    """Smaller is better: no adapter inputs without need, the context that was asked for, decoding together."""
+    context = options.max_context or 0
+    fewest = min(options.max_batch, config.max_slots) if config.decode_batching == "fast" else 0
+    return (int(options.lora and not config.max_loras), context if config.max_context else -context, -fewest)

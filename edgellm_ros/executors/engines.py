@@ -1,0 +1,132 @@
+"""The engines of a bundle: where they are, what their reports say, and whether one belongs to this bundle.
+
+`edgellm build` writes `engines/KEY/decoder.engine` and `report.json`; nothing here needs TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm_ros.bundle import DECODER, DECODER_LORA, WEIGHTS, Bundle, GraphSpec, hash_file
+from edgellm_ros.config import BuildOptions
+from edgellm_ros.errors import BundleError, ToolchainError
+
+ENGINES, ENGINE, REPORT, LAYERS = "engines", "decoder.engine", "report.json", "layers.json"
+_REMEDY = "build it again with --force"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine: its directory and its report."""
+
+    path: Path
+    report: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name of the directory below engines/."""
+        return self.path.name
+
+    @property
+    def file(self) -> Path:
+        """The plan that TensorRT loads."""
+        return self.path / ENGINE
+
+    @property
+    def size(self) -> int:
+        """Bytes of that file; about what its weights take on the GPU."""
+        return int(self.report["engine"]["size"])
+
+    @property
+    def builder(self) -> str:
+        """Which builder made it: tensorrt or tensorrt_rtx."""
+        return str(self.report["builder"]["name"])
+
+    @property
+    def version(self) -> str:
+        """The builder's, such as 10.13.3.9."""
+        return str(self.report["builder"]["version"])
+
+    @property
+    def target(self) -> str:
+        """The GPU architecture, such as sm87."""
+        return str(self.report["target"])
+
+    @property
+    def options(self) -> BuildOptions:
+        """What it was built for, resolved."""
+        return BuildOptions(**self.report["options"])
+
+    @property
+    def profiles(self) -> list[dict[str, list[tuple[int, ...]]]]:
+        """Smallest, best and largest shape of every input, in each profile."""
+        return [
+            {name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()}
+            for profile in self.report["profiles"]
+        ]
+
+
+def activation_dtype(options: BuildOptions, graph: GraphSpec) -> str:
+    """The dtype of an engine's embeddings, cache and adapters."""
+    return "bfloat16" if options.activations == "bf16" else graph.activation_dtype
+
+
+def graph_file(lora: bool) -> str:
+    """The decoder that an engine with or without adapters is made from."""
+    return DECODER_LORA if lora else DECODER
+
+
+def source_hashes(bundle: Bundle, lora: bool) -> dict[str, str]:
+    """sha256 of the files that an engine is made from; empty for one that the bundle lacks."""
+    files = bundle.manifest.files
+    return {name: files[name].sha256 if name in files else "" for name in (graph_file(lora), WEIGHTS)}
+
+
+def is_of(engine: Engine, bundle: Bundle) -> bool:
+    """Whether an engine was built from the bundle's files as they are."""
+    options = engine.report.get("options")
+    lora = bool(options.get("lora")) if isinstance(options, dict) else False
+    return bool(engine.report.get("sources") == source_hashes(bundle, lora))
+
+
+def read_engine(path: Path) -> Engine:
+    """The engine in `path`; raises BundleError when its report or its file is missing or damaged."""
+    try:
+        engine = Engine(path, json.loads((path / REPORT).read_text(encoding="utf-8")))
+        size = engine.file.stat().st_size
+        if size != engine.size:
+            raise BundleError(f"{engine.file} has {size} bytes instead of {engine.size}; {_REMEDY}")
+        # Whatever is read later is there: a report without it is damaged.
+        _ = (engine.builder, engine.version, engine.target, engine.options, engine.profiles)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ToolchainError) as error:
+        raise BundleError(f"{path} is not a whole engine ({error}); {_REMEDY}") from error
+    return engine
+
+
+def check_engine(engine: Engine, bundle: Bundle) -> None:
+    """Raise BundleError unless the engine is unchanged and was built from this bundle's files."""
+    if not is_of(engine, bundle):
+        raise BundleError(f"{engine.path} was built from other weights or another graph; {_REMEDY}")
+    if hash_file(engine.file).sha256 != engine.report["engine"].get("sha256"):
+        raise BundleError(f"{engine.file} was changed; {_REMEDY}")
+
+
+def list_engines(bundle: Bundle) -> list[Path]:
+    """Directories of the bundle's engines, by name."""
+    root = bundle.path / ENGINES
+    return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+
+
+def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:
+    """The `edgellm build` that makes an engine of these options with some of them changed."""
+    wanted = dataclasses.replace(options, **changed)
+    parts = ["edgellm build", str(bundle.path)]
+    for field in ("max_batch", "max_input", "max_context", "max_verify"):
+        if getattr(wanted, field) != getattr(BuildOptions(), field):
+            parts.append(f"--{field.replace('_', '-')} {getattr(wanted, field)}")
+    parts += ["--lora"] if wanted.lora else []
+    return " ".join(parts)
