@@ -102,8 +102,7 @@ class CudaExecutor(Executor):
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
         major, minor = info["compute_capability"]
-        # With a cut head the host draws: the device would have to know which token a row is.
-        self.run = None if settings.head_rows else CudaRun(self._open, settings.vocab_size)
+        self.run = CudaRun(self._open, settings.vocab_size, vocab_map)
         self.info = ExecutorInfo(
             name="cuda",
             device=f"{info['name']}, compute capability {major}.{minor}",
@@ -341,5 +340,7 @@ def _upload(decoder: Any, bundle: Bundle) -> None:
                 values = order_stacked(model, values)
                 scale = None if scale is None else order_stacked(model, scale)
             decoder.load_linear(stem, values, scale)
+    if (vocab_map := bundle.vocab_map()) is not None:
+        decoder.load_vocab_map(vocab_map.token_ids)
     for name, values in no_rope_tables(model).items():
         decoder.load_vector(name, values)

@@ -152,6 +152,14 @@ void bind_decoder(py::module_& module) {
             decoder.load_vector(name, host);
           },
           py::arg("name"), py::arg("values"))
+      .def(
+          "load_vocab_map",
+          [](Decoder& decoder, const py::array& token_ids) {
+            const HostTensor host = host_tensor("vocab_map", token_ids);
+            const py::gil_scoped_release release;
+            decoder.load_vocab_map(host);
+          },
+          py::arg("token_ids"), "(head_rows) int32, ascending: the token that each row of a cut head stands for.")
       .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
       .def("load_adapter", &load_adapter, py::arg("index"), py::arg("tensors"))
       .def("unload_adapter", &Decoder::unload_adapter, py::arg("index"), py::call_guard<py::gil_scoped_release>())

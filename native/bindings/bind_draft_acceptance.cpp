@@ -16,7 +16,7 @@ void bind_draft_acceptance(py::module_& module) {
       [](const py::object& logits, const py::object& token_ids, const py::object& num_nodes, const py::object& rows,
          const py::object& scores, const py::object& paths, const py::object& path_lengths,
          const py::object& next_tokens, const py::object& workspace, const py::object& parents,
-         const py::object& draft_probs, std::uintptr_t stream, bool pdl) {
+         const py::object& draft_probs, const py::object& row_tokens, std::uintptr_t stream, bool pdl) {
         const DeviceArray input(logits, "logits");
         const std::int64_t sequences = input.size(0), nodes = input.size(1), vocab = input.size(2);
         if (nodes < 1 || nodes > kernels::kMaxAcceptanceNodes) input.fail("must have 1 to 64 nodes");
@@ -28,6 +28,7 @@ void bind_draft_acceptance(py::module_& module) {
         args.logits = input.as<const float>({sequences, nodes, vocab});
         args.draft_probs = optional<const float>(draft_probs, "draft_probs", {sequences, nodes, vocab});
         args.token_ids = required<const std::int32_t>(token_ids, "token_ids", {sequences, nodes});
+        args.row_tokens = optional<const std::int32_t>(row_tokens, "row_tokens", {vocab});
         args.parents = optional<const std::int32_t>(parents, "parents", {sequences, nodes});
         args.num_nodes = required<const std::int32_t>(num_nodes, "num_nodes", {sequences});
         args.rows = reinterpret_cast<kernels::SamplingRow*>(
@@ -47,8 +48,8 @@ void bind_draft_acceptance(py::module_& module) {
       },
       py::arg("logits"), py::arg("token_ids"), py::arg("num_nodes"), py::arg("rows"), py::arg("scores"),
       py::arg("paths"), py::arg("path_lengths"), py::arg("next_tokens"), py::arg("workspace"),
-      py::arg("parents") = py::none(), py::arg("draft_probs") = py::none(), py::arg("stream") = 0,
-      py::arg("pdl") = false);
+      py::arg("parents") = py::none(), py::arg("draft_probs") = py::none(), py::arg("row_tokens") = py::none(),
+      py::arg("stream") = 0, py::arg("pdl") = false);
 }
 
 }  // namespace edgellm

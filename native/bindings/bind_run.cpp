@@ -99,7 +99,8 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
            py::arg("frequency_penalty") = 0.0F, py::arg("num_top") = -1, py::arg("use_mask") = false);
   decoder
       .def("start_run", &start_run, py::arg("sequences"),
-           "(slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter) a sequence.")
+           "(slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter) a sequence; with a "
+           "cut head all ids but token_id are rows of the head.")
       .def("launch_run_step_async", &Decoder::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
       .def("read_run_step", &read_run_step,
            "(tokens, logprobs), one a sequence: a token is -1 where the logits were not finite; logprobs are None or "
@@ -107,7 +108,7 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
       .def(
           "set_run_mask_async",
           [](Decoder& self, int index, const Words& words) { self.set_run_mask_async(index, span_of(words)); },
-          py::arg("index"), py::arg("words"), "(vocab + 31) // 32 words uint32; a bit set allows a token.")
+          py::arg("index"), py::arg("words"), "(rows of the head + 31) // 32 words uint32; a bit set allows a token.")
       .def(
           "decode_tokens",
           [](Decoder& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,

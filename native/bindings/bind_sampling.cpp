@@ -8,9 +8,11 @@ namespace py = pybind11;
 namespace edgellm {
 namespace {
 
-// (token_ids, positions, history, step_counts) of int32.
-kernels::DecodeState decode_state(const py::tuple& t, std::int64_t batch) {
-  if (t.size() != 4) throw std::invalid_argument("the state is (token_ids, positions, history, step_counts)");
+// (token_ids, positions, history, step_counts) of int32, and maybe row_tokens, which the logits have `vocab` of.
+kernels::DecodeState decode_state(const py::tuple& t, std::int64_t batch, std::int64_t vocab) {
+  if (t.size() != 4 && t.size() != 5) {
+    throw std::invalid_argument("the state is (token_ids, positions, history, step_counts[, row_tokens])");
+  }
   kernels::DecodeState state;
   state.token_ids = required<std::int32_t>(t[0], "token_ids", {batch});
   state.positions = required<std::int32_t>(t[1], "positions", {batch});
@@ -18,6 +20,7 @@ kernels::DecodeState decode_state(const py::tuple& t, std::int64_t batch) {
   state.history = history.as<std::int32_t>({batch, -1});
   state.history_length = static_cast<int>(history.size(1));
   state.step_counts = required<std::int32_t>(t[3], "step_counts", {batch});
+  if (t.size() == 5) state.row_tokens = required<const std::int32_t>(t[4], "row_tokens", {vocab});
   return state;
 }
 
@@ -56,7 +59,7 @@ void bind_sampling(py::module_& module) {
         args.batch = static_cast<int>(keys.size(0));
         args.num_blocks = static_cast<int>(keys.size(1));
         args.block_max = reinterpret_cast<const unsigned long long*>(keys.as<const std::int64_t>({-1, -1}));
-        args.state = decode_state(state, args.batch);
+        args.state = decode_state(state, args.batch, -1);
         kernels::WeightView view;
         set_embedding(args, view, table, embed_scale, residual, residual_bf16);
         kernels::greedy_async(args, to_stream(stream), pdl);
@@ -79,7 +82,7 @@ void bind_sampling(py::module_& module) {
         args.scores = required<float>(scores, "scores", {batch, vocab});
         args.rows = reinterpret_cast<kernels::SamplingRow*>(
             required<std::uint8_t>(rows, "rows", {batch, static_cast<std::int64_t>(sizeof(kernels::SamplingRow))}));
-        args.state = decode_state(state, batch);
+        args.state = decode_state(state, batch, vocab);
         args.counts = optional<std::uint32_t>(counts, "counts", {batch, vocab});
         if (!bias_ids.is_none()) {
           const DeviceArray ids(bias_ids, "bias_ids");

@@ -148,6 +148,21 @@ __device__ void walk(Shared& shared, const Params& p) {
   }
 }
 
+// The row of a drafted token, -1 where it has none.
+__device__ int row_of(const DraftAcceptanceArgs& args, int token) {
+  if (!args.row_tokens) return token < args.vocab ? token : -1;
+  int first = 0, count = args.vocab;
+  while (count > 0) {  // the first row whose token is not lower
+    const int half = count / 2;
+    if (__ldg(args.row_tokens + first + half) < token) {
+      first += half + 1, count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return first < args.vocab && __ldg(args.row_tokens + first) == token ? first : -1;
+}
+
 // This cluster's row of the logits.
 __device__ __forceinline__ std::size_t node_row(const DraftAcceptanceArgs& args) {
   return static_cast<std::size_t>(blockIdx.z) * args.max_nodes + blockIdx.y;
@@ -220,12 +235,13 @@ __global__ void __launch_bounds__(kSamplingThreads, 1) accept_draft_kernel(const
     const Scores& scores = shared.scores;
     const uint64 min_mass = static_cast<uint64>(ceil(static_cast<double>(row.min_p) * kWeightUnit));
     const int child = static_cast<int>(blockIdx.y) + 1;  // of a chain
-    if (kProbs && child < shared.num_nodes && shared.tokens[child] >= 0 && shared.tokens[child] < args.vocab) {
+    const int drafted = kProbs && child < shared.num_nodes ? row_of(args, shared.tokens[child]) : -1;
+    if (kProbs && drafted >= 0) {
       const Candidacy candidacy = select(shared.selection, shared.exchange, cluster, scores, row, args.vocab, min_mass);
       keep_candidates(shared, cluster, const_cast<float*>(shared.scores.values), candidacy);
       const float* probs = args.draft_probs + (node_row(args) + 1) * args.vocab;
-      keep_or_replace(shared, cluster, const_cast<float*>(shared.scores.values), shared.tokens[child],
-                      probs + shared.scores.first_id, __ldg(probs + shared.tokens[child]));
+      keep_or_replace(shared, cluster, const_cast<float*>(shared.scores.values), drafted,
+                      probs + shared.scores.first_id, __ldg(probs + drafted));
     } else if (!draw_among_few(shared.few, shared.exchange, cluster, scores, row, args.vocab, own_best, min_mass,
                                shared.share, &shared.token)) {
       const Candidacy candidacy = select(shared.selection, shared.exchange, cluster, scores, row, args.vocab, min_mass);
@@ -235,7 +251,8 @@ __global__ void __launch_bounds__(kSamplingThreads, 1) accept_draft_kernel(const
 
   if (shared.token != -1) {  // one block of the cluster
     if (threadIdx.x == 0) {
-      p.verdicts[node_row(args)] = shared.token == kNotFinite ? -1 : shared.token;
+      const int row = shared.token;
+      p.verdicts[node_row(args)] = row == kNotFinite ? -1 : args.row_tokens ? __ldg(args.row_tokens + row) : row;
       __threadfence();
       shared.last = atomicAdd(p.num_done + blockIdx.z, 1u) == static_cast<unsigned int>(shared.num_nodes) - 1;
       __threadfence();

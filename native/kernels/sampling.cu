@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kSamplingThreads, 1) sampling_kernel(const Sam
         p.logprobs + static_cast<std::size_t>(b) * state.history_length + state.step_counts[b] % state.history_length;
     log_total = write_top_logprobs(shared.logprobs, shared.exchange, cluster,
                                    p.logits + static_cast<std::size_t>(b) * p.vocab + first_id, count, first_id,
-                                   min(row.num_top, kMaxTopLogprobs), record);
+                                   min(row.num_top, kMaxTopLogprobs), state, record);
   }
 
   const int token = shared.token;

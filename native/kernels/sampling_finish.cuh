@@ -23,8 +23,15 @@ __device__ __forceinline__ bool is_active(const DecodeState& state, int b) {
   return *static_cast<const volatile int32_t*>(state.positions + b) >= 0;
 }
 
-// By all threads of one block. A token of -1 (logits that are not finite) reaches the host through the history.
-__device__ __forceinline__ void finish_token(const NextStep& next, int b, int token) {
+// The token of a row of the logits; a negative one stays what it is.
+__device__ __forceinline__ int token_of(const DecodeState& state, int row) {
+  return state.row_tokens && row >= 0 ? __ldg(state.row_tokens + row) : row;
+}
+
+// By all threads of one block, with the row of the token. A row of -1 (logits that are not finite) reaches the host
+// through the history.
+__device__ __forceinline__ void finish_token(const NextStep& next, int b, int row) {
+  const int token = token_of(next.state, row);
   if (threadIdx.x == 0) {
     const DecodeState& state = next.state;
     state.token_ids[b] = token;

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint64 largest_below(const float* logits, int count, 
 // whole cluster.
 __device__ inline float write_top_logprobs(LogprobsShared& shared, Exchange& exchange, const Cluster& cluster,
                                            const float* logits, int count, int first_id, int num_top,
-                                           TokenLogprobs* record) {
+                                           const DecodeState& state, TokenLogprobs* record) {
   uint64 own = largest_below(logits, count, first_id, ~0ull);
   const float largest = key_value(cluster_combine<Combine::max>(exchange, cluster, own, 5));
   uint64 mass = 0;
@@ -57,7 +57,7 @@ __device__ inline float write_top_logprobs(LogprobsShared& shared, Exchange& exc
       if (reads && head == best) head = ++next < num_top ? cluster.load(&shared.keys[next], lane) : 0;
       __syncwarp();
       if (lane == 0) {
-        record->top_ids[found] = static_cast<int32_t>(key_index(best));
+        record->top_ids[found] = token_of(state, static_cast<int>(key_index(best)));
         record->top_logprobs[found] = key_value(best) - log_total;
       }
     }

@@ -76,6 +76,10 @@ void Decoder::load_vector(const std::string& name, const HostTensor& values) {
   guarded([&] { weights_.load_vector(name, values, stream_.get()); });
 }
 
+void Decoder::load_vocab_map(const HostTensor& token_ids) {
+  guarded([&] { weights_.load_vocab_map(token_ids, stream_.get()); });
+}
+
 void Decoder::finish_load() {
   const std::vector<std::string> missing = weights_.missing();
   if (!missing.empty()) throw std::invalid_argument("never loaded: " + missing.front());
@@ -206,6 +210,7 @@ void Decoder::record_step_async(const StepKey& key) {
   state.history = host_history_.device_as<std::int32_t>();
   state.step_counts = arena_.get<std::int32_t>("step_counts");
   state.history_length = kHistoryLength;
+  state.row_tokens = weights_.vocab_map();
   if (tail == StepTail::kGreedy) {
     kernels::GreedyArgs greedy;
     greedy.block_max = arena_.get<unsigned long long>("block_max");

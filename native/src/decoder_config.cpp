@@ -215,9 +215,12 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   config.check();
   MemoryPlan plan;
   const auto hidden = static_cast<std::size_t>(config.hidden_size);
-  const auto vocab = static_cast<std::size_t>(config.vocab_size);
+  const auto vocab = static_cast<std::size_t>(config.num_rows());  // of the logits
   plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.format_of("embed"));
   if (!config.tied_head) plan_linear(plan, "head", config.num_rows(), config.hidden_size, config.format_of("head"));
+  if (config.head_rows > 0) {
+    plan.add("weights", "vocab_map", static_cast<std::size_t>(config.head_rows) * sizeof(std::int32_t));
+  }
   plan.add("weights", "final_norm.weight", hidden * 2);
   const std::size_t rope =
       static_cast<std::size_t>(config.num_positions) * static_cast<std::size_t>(config.head_dim / 2);
@@ -284,7 +287,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("logits", "logits", static_cast<std::size_t>(std::max(kMaxLogitRows, verified)) * vocab * sizeof(float));
   plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
   plan.add("logits", "block_max",
-           std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.vocab_size)) *
+           std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.num_rows())) *
                sizeof(unsigned long long));
   plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * sizeof(kernels::SamplingRow));
   plan.add("logits", "token_counts", std::size_t{kMaxBatch} * vocab * sizeof(std::uint32_t));

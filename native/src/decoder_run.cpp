@@ -41,7 +41,6 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
     throw std::invalid_argument("a run takes 1 to " + std::to_string(kMaxBatch) + " sequences, not " +
                                 std::to_string(batch));
   }
-  if (config_.head_rows > 0) throw std::invalid_argument("a run needs a head with a row for every token");
   std::int64_t limit = std::numeric_limits<std::int64_t>::max();
   for (const RunSequence& sequence : sequences) {
     if (sequence.slot < 0 || sequence.slot >= config_.num_slots || sequence.position < 0 ||

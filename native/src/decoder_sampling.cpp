@@ -20,8 +20,8 @@ bool is_penalised(const SamplingRow& row) {
 void check_ids(std::span<const std::int32_t> ids, int vocab, const char* what) {
   for (const std::int32_t id : ids) {
     if (id < 0 || id >= vocab) {
-      throw std::invalid_argument(std::string(what) + " has token id " + std::to_string(id) +
-                                  "; the model's are 0 to " + std::to_string(vocab - 1));
+      throw std::invalid_argument(std::string(what) + " has token " + std::to_string(id) +
+                                  "; the head's rows are 0 to " + std::to_string(vocab - 1));
     }
   }
 }
@@ -43,10 +43,10 @@ StepTail Decoder::sampling_class(std::span<const RunSequence> sequences) const {
       throw std::invalid_argument("a run gives at most " + std::to_string(kernels::kMaxTopLogprobs) +
                                   " log-probabilities a token, not " + std::to_string(row.num_top));
     }
-    check_ids(sequence.bias_ids, config_.vocab_size, "logit_bias");
+    check_ids(sequence.bias_ids, config_.num_rows(), "logit_bias");
     if (is_penalised(row)) {
-      check_ids(sequence.prompt_ids, config_.vocab_size, "the prompt");
-      check_ids(sequence.answer_ids, config_.vocab_size, "the answer");
+      check_ids(sequence.prompt_ids, config_.num_rows(), "the prompt");
+      check_ids(sequence.answer_ids, config_.num_rows(), "the answer");
       if (sequence.prompt_ids.size() + sequence.answer_ids.size() > static_cast<std::size_t>(config_.capacity)) {
         throw std::invalid_argument("a sequence of the run has more tokens than a slot");
       }
@@ -70,8 +70,8 @@ void Decoder::upload_sampling_async(std::span<const RunSequence> sequences, Step
                                    sequences.size() * sizeof(SamplingRow), cudaMemcpyHostToDevice, stream));
   if (!everything) return;
 
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
-  const std::size_t words = mask_words(config_.vocab_size);
+  const auto vocab = static_cast<std::size_t>(config_.num_rows());
+  const std::size_t words = mask_words(config_.num_rows());
   const auto seen_length = static_cast<std::size_t>(config_.capacity);
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const RunSequence& sequence = sequences[i];
@@ -106,7 +106,7 @@ void Decoder::upload_sampling_async(std::span<const RunSequence> sequences, Step
 }
 
 void Decoder::set_run_mask_async(int index, std::span<const std::uint32_t> words) {
-  const std::size_t size = mask_words(config_.vocab_size);
+  const std::size_t size = mask_words(config_.num_rows());
   if (index < 0 || index >= run_key_.batch || run_rows_[static_cast<std::size_t>(index)].use_mask == 0) {
     throw std::invalid_argument("sequence " + std::to_string(index) + " of the run was not started with a mask");
   }
@@ -132,7 +132,7 @@ void Decoder::reserve_sampling() {
   host_sampling_rows_ = PinnedBuffer(batch * sizeof(SamplingRow));
   host_seen_ = PinnedBuffer(batch * seen_length * sizeof(std::int32_t));
   host_bias_ = PinnedBuffer(batch * kMaxBias * (sizeof(std::int32_t) + sizeof(float)));
-  host_mask_ = PinnedBuffer(batch * mask_words(config_.vocab_size) * sizeof(std::uint32_t));
+  host_mask_ = PinnedBuffer(batch * mask_words(config_.num_rows()) * sizeof(std::uint32_t));
   host_logprobs_ = PinnedBuffer(batch * kHistoryLength * sizeof(kernels::TokenLogprobs));
 }
 

@@ -1,6 +1,8 @@
 #include "edgellm/weights.hpp"
 
 #include <algorithm>
+#include <functional>
+#include <span>
 #include <stdexcept>
 #include <tuple>
 
@@ -32,6 +34,7 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
   embedding_ = view("embed", config.vocab_size, config.hidden_size);
   head_ = config.tied_head ? embedding_ : view("head", config.num_rows(), config.hidden_size);
   final_norm_ = arena.get<__nv_bfloat16>("final_norm.weight");
+  if (config.head_rows > 0) vocab_map_ = arena.get<std::int32_t>("vocab_map");
   layers_.resize(static_cast<std::size_t>(config.num_layers));
   for (int index = 0; index < config.num_layers; ++index) {
     LayerWeights& layer = layers_[static_cast<std::size_t>(index)];
@@ -151,10 +154,25 @@ void Weights::load_vector(const std::string& name, const HostTensor& values, cud
   loaded_.push_back(name);
 }
 
+void Weights::load_vocab_map(const HostTensor& token_ids, cudaStream_t stream) {
+  if (vocab_map_ == nullptr) throw std::invalid_argument("the decoder's head has a row for every token");
+  expect("vocab_map", token_ids, DType::kInt32, Shape{config_.head_rows});
+  const std::span ids(static_cast<const std::int32_t*>(token_ids.data), static_cast<std::size_t>(config_.head_rows));
+  if (ids.front() < 0 || ids.back() >= config_.vocab_size ||
+      std::adjacent_find(ids.begin(), ids.end(), std::greater_equal<>()) != ids.end()) {
+    throw std::invalid_argument("vocab_map must ascend, from 0 to " + std::to_string(config_.vocab_size - 1) +
+                                " at most");
+  }
+  copy(arena_.get<std::int32_t>("vocab_map"), ids.data(), ids.size_bytes(), stream);
+  EDGELLM_CUDA_TRY(cudaStreamSynchronize(stream));
+  loaded_.emplace_back("vocab_map");
+}
+
 std::vector<std::string> Weights::missing() const {
   std::vector<std::string> expected = {"embed.weight", "final_norm.weight"};
   for (const std::string& stem : config_.ropes()) expected.insert(expected.end(), {stem + ".cos", stem + ".sin"});
   if (!config_.tied_head) expected.push_back("head.weight");
+  if (config_.head_rows > 0) expected.push_back("vocab_map");
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     const std::string at = "layers." + std::to_string(layer) + ".";
     for (const LinearShape& linear : layer_linears(config_)) {

@@ -14,6 +14,7 @@ from kernel_case import K, needs_gpu, stream, torch
 
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.runtime.sampling import Sampler
+from edgellm_ros.vocab_map import VocabMap
 
 pytestmark = needs_gpu
 Floats = npt.NDArray[np.float32]
@@ -42,8 +43,9 @@ class Draft:
 
     def __init__(
         self, logits: Floats, token_ids: Any, num_nodes: list[int], params: list[SamplingParams], parents: Any = None,
-        probs: Floats | None = None, draw_index: int = 0,
+        probs: Floats | None = None, draw_index: int = 0, vocab_map: VocabMap | None = None,
     ) -> None:  # fmt: skip
+        self.row_tokens = None if vocab_map is None else to_ints(vocab_map.token_ids)
         self.logits = torch.from_numpy(logits).cuda()
         sequences, nodes, _ = logits.shape
         self.token_ids, self.num_nodes = to_ints(token_ids), to_ints(num_nodes)
@@ -64,7 +66,8 @@ class Draft:
         """Each sequence's path and next token."""
         K.accept_draft(
             self.logits, self.token_ids, self.num_nodes, self.rows, self.scores, self.paths, self.lengths,
-            self.next_tokens, self.workspace, self.parents, self.probs, stream=stream(),
+            self.next_tokens, self.workspace, self.parents, self.probs, self.row_tokens,
+            stream=stream(),
         )  # fmt: skip
         lengths, paths = self.lengths.tolist(), self.paths.tolist()
         for length, path in zip(lengths, paths, strict=True):
@@ -127,6 +130,30 @@ def test_a_tree_keeps_what_decoding_token_by_token_chooses(params: SamplingParam
         expected = walked(Sampler(rows[s], vocab), logits[s], tokens[s][:count], parents[s][:count])
         assert got[s] == expected, s
         assert draft.draw_indices()[s] == len(expected[0])
+
+
+@pytest.mark.parametrize("params", [GREEDY, PLAIN, FILTERED], ids=["greedy", "plain", "filtered"])
+def test_with_a_cut_head_a_draft_has_the_models_own_tokens(params: SamplingParams) -> None:
+    rng = np.random.default_rng(8)
+    rows, vocab, nodes = 989, 4001, 12
+    found = VocabMap(np.sort(rng.choice(vocab, rows, replace=False)), vocab)
+    dropped = int(np.setdiff1d(np.arange(vocab), found.token_ids)[0])
+    logits = random_logits(rng, 6, nodes, rows)
+    parents = [random_tree(rng, nodes) for _ in range(6)]
+    chosen = [seeded(params, s) for s in range(6)]
+    tokens = [found.token_ids[likely_tokens(rng, logits[b], parents[b])].tolist() for b in range(6)]
+    for b in range(6):
+        tokens[b][-1] = dropped
+    got = Draft(logits, tokens, [nodes] * 6, chosen, parents, vocab_map=found).accept()
+    for b in range(6):
+        sampler = Sampler(chosen[b], vocab, [], found)
+        assert got[b] == walked(sampler, logits[b], tokens[b], parents[b]), b
+    # With the draft's probabilities, by column of the head, as in the terms of its rows.
+    chain = rng.integers(0, rows, (6, nodes))
+    probs = np.full_like(logits, 1 / rows)
+    by_row = Draft(logits, chain, [nodes] * 6, chosen, probs=probs).accept()
+    by_token = Draft(logits, found.token_ids[chain], [nodes] * 6, chosen, probs=probs, vocab_map=found).accept()
+    assert by_token == [(path, int(found.token_ids[row])) for path, row in by_row]
 
 
 def test_chains_need_no_parents_and_go_on_with_the_next_draws() -> None:

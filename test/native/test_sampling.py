@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kernel_case import AWKWARD, K, make_weight, needs_gpu, random_bf16, stream,
 
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.runtime.sampling import Sampler, logprob_of
+from edgellm_ros.vocab_map import VocabMap
 
 pytestmark = needs_gpu
 MAX_BIAS = 8
@@ -32,8 +34,16 @@ def row_bytes(params: SamplingParams, draw_index: int = 0, use_mask: bool = Fals
 class Device:
     """A batch's buffers, and one call of the kernel."""
 
-    def __init__(self, params: list[SamplingParams], vocab: int, masks: npt.NDArray[np.bool_] | None = None) -> None:
+    def __init__(
+        self,
+        params: list[SamplingParams],
+        vocab: int,
+        masks: npt.NDArray[np.bool_] | None = None,
+        vocab_map: VocabMap | None = None,
+    ) -> None:
+        """`vocab` is the number of logits; bias and masks are by row of them, whatever tokens they stand for."""
         batch = len(params)
+        self.row_tokens = () if vocab_map is None else (torch.from_numpy(vocab_map.token_ids).cuda(),)
         data = b"".join(row_bytes(p, use_mask=masks is not None) for p in params)
         assert len(data) == batch * K.SAMPLING_ROW_BYTES
         self.rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(batch, -1).cuda()
@@ -56,7 +66,7 @@ class Device:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        return self.token_ids, self.positions, self.history, self.step_counts
+        return self.token_ids, self.positions, self.history, self.step_counts, *self.row_tokens
 
     def sample(self, logits: npt.NDArray[np.float32], plain: bool = False) -> list[int]:
         """`plain` leaves out all but temperature, top-k, top-p and min-p, which another kernel draws with."""
@@ -161,6 +171,42 @@ def test_bias_and_mask(vocab: int) -> None:
         logits = random_logits(rng, 4, vocab)
         for b, token in enumerate(device.sample(logits)):
             assert masks[b, token] and agrees(samplers[b], step, logits[b], token, masks[b]), (step, b, token)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 99), (99, 151936), (16000, 49152)])
+def test_with_a_cut_head_tokens_are_the_models_own(rows: int, vocab: int, plain: bool) -> None:
+    """Bias, masks and penalties by row; what is drawn, its history and the log-probabilities by token."""
+    rng = np.random.default_rng(rows)
+    found = VocabMap(np.sort(rng.choice(vocab, rows, replace=False)), vocab)
+    tokens = found.token_ids.tolist()
+    cases: list[dict[str, Any]] = [*CASES.values()]
+    if not plain:
+        penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "logit_bias": {tokens[-1]: 3.0}}
+        cases = [{**case, **penalties} for case in cases]
+    params = [SamplingParams(seed=s, logprobs=None if plain else 3, **case) for s, case in enumerate(cases)]
+    by_row = [replace(p, logit_bias={tokens.index(t): v for t, v in p.logit_bias.items()}) for p in params]
+    allowed = np.ones((len(params), vocab), np.bool_)
+    allowed[:, tokens[:-1:3]] = False
+    device = Device(by_row, rows, None if plain else allowed[:, found.token_ids], found)
+    samplers = [Sampler(p, vocab, [], found) for p in params]
+    for step in range(4):
+        logits = random_logits(rng, len(params), rows)
+        drawn = device.sample(logits, plain)
+        for b, token in enumerate(drawn):
+            mask = None if plain else allowed[b]
+            assert token in found and agrees(samplers[b], step, logits[b], token, mask), (step, b, token)
+            if plain:
+                continue
+            assert samplers[b]._seen is not None
+            samplers[b]._seen.add(int(found.rows(token)))
+            wanted = logprob_of(logits[b], token, 3, found)
+            got, top = device.logprob(b, step)
+            assert abs(got - wanted.logprob) < 1e-4 * max(1.0, abs(wanted.logprob))
+            assert [t for t, _ in top] == [t for t, _ in wanted.top]
+    assert device.history[:, 3].tolist() == device.token_ids.tolist()
+    counted = (device.counts.cpu().numpy() & 0x7FFFFFFF).sum(axis=1)
+    assert counted.tolist() == [0 if plain else 4] * len(params)
 
 
 @pytest.mark.parametrize("vocab", [989, 49152])

@@ -13,6 +13,7 @@ from edgellm_ros.core import SamplingParams, TokenLogprob
 from edgellm_ros.errors import DeviceError
 from edgellm_ros.executors.base import RunSequence
 from edgellm_ros.executors.cuda_run import CudaRun
+from edgellm_ros.vocab_map import VocabMap
 
 VOCAB = 99
 
@@ -67,6 +68,29 @@ def test_a_sequence_goes_on_where_it_stands(run: CudaRun, decoder: Decoder) -> N
     }  # fmt: skip
     assert prompt_ids.tolist() == [4, 5, 6] and answer_ids.tolist() == [9, 8, 7]
     assert dict(zip(bias_ids.tolist(), bias_values.tolist(), strict=True)) == {3: 1.5, 98: -2.0}
+
+
+def test_with_a_cut_head_tokens_become_its_rows_and_those_without_one_are_left_out(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(SamplingRow=lambda **fields: fields, MAX_BATCH=8, MAX_BIAS=4, MAX_TOP_LOGPROBS=20)
+    monkeypatch.setattr(native, "load", lambda: module)
+    kept = np.array([4, 5, 9, 50, 98])
+    run = CudaRun(lambda: decoder, VOCAB, VocabMap(kept, VOCAB))
+    params = SamplingParams(repetition_penalty=1.2, logit_bias={3: 1.5, 98: -2.0, 9: 0.5})
+    run.start([RunSequence(2, 5, [50, 7], np.array([4, 6, 5, 4], np.int32), params, 1, masked=True)])
+    ((_, _, token, row, prompt_ids, answer_ids, bias_ids, bias_values, _),) = decoder.started
+    assert token == 7 and row["draw_index"] == 2, "the token that is fed is the model's own, and draws go on"
+    assert prompt_ids.tolist() == [0, 1, 0] and answer_ids.tolist() == [3]
+    assert dict(zip(bias_ids.tolist(), bias_values.tolist(), strict=True)) == {4: -2.0, 2: 0.5}
+    assert all(ids.dtype == np.int32 for ids in (prompt_ids, answer_ids, bias_ids))
+    mask = np.zeros(VOCAB, np.bool_)
+    mask[[6, 9, 98]] = True
+    run.set_mask(0, mask)
+    assert decoder.masks[0][1].tolist() == [0b10100]
+    mask[[9, 98]] = False
+    with pytest.raises(AssertionError, match="at least one token that the head has"):
+        run.set_mask(0, mask)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 1}])

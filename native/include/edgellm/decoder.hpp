@@ -76,6 +76,7 @@ class Decoder {
 
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
   void load_vector(const std::string& name, const HostTensor& values);
+  void load_vocab_map(const HostTensor& token_ids);
   // Checks that every weight is there, runs every kind of step once and captures its graph.
   void finish_load();
 

@@ -22,7 +22,7 @@ struct DecoderConfig {
   int num_kv_heads = 0;
   int head_dim = 0;
   int vocab_size = 0;
-  int head_rows = 0;      // tokens that have a row in the head; 0: all. With fewer the host draws, and no run starts
+  int head_rows = 0;      // tokens that have a row in the head, as Weights::load_vocab_map has them; 0: all
   int num_positions = 0;  // rows of the rope tables
   float rms_norm_eps = 1e-5F;
   float embed_scale = 1.0F;

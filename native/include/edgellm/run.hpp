@@ -12,7 +12,8 @@ namespace edgellm {
 
 constexpr int kMaxBias = 1024;  // entries of logit_bias a sequence
 
-// One sequence of a run: where it stands, and how its tokens are drawn. The spans are read by start_run only.
+// One sequence of a run: where it stands, and how its tokens are drawn. The spans are read by start_run only. They, and
+// masks, have rows of the head instead of tokens where the head is cut, and nothing for a token without one.
 struct RunSequence {
   int slot = 0;
   int position = 0;                          // of token_id

@@ -44,6 +44,9 @@ class Weights {
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale, cudaStream_t stream);
   // Uploads a norm's gain, a bias or a rope table (fp32) by its stored name. Waits for the stream.
   void load_vector(const std::string& name, const HostTensor& values, cudaStream_t stream);
+  // Uploads the tokens that have a row in the head, (head_rows) int32, ascending. Waits for the stream.
+  // Throws std::invalid_argument for another shape or ids that do not ascend or are not the model's.
+  void load_vocab_map(const HostTensor& token_ids, cudaStream_t stream);
   // Names that were planned but never loaded.
   std::vector<std::string> missing() const;
 
@@ -51,6 +54,9 @@ class Weights {
   const kernels::WeightView& embedding() const { return embedding_; }
   const kernels::WeightView& head() const { return head_; }
   const __nv_bfloat16* final_norm() const { return final_norm_; }
+  const std::int32_t* vocab_map() const {
+    return vocab_map_;
+  }  // (head_rows) on the device; null: every token has a row
 
  private:
   kernels::WeightView view(const std::string& stem, int rows, int cols) const;
@@ -64,6 +70,7 @@ class Weights {
   kernels::WeightView embedding_;
   kernels::WeightView head_;
   const __nv_bfloat16* final_norm_ = nullptr;
+  const std::int32_t* vocab_map_ = nullptr;
   std::vector<std::string> loaded_;
 };
 

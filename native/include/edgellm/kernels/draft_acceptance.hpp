@@ -24,13 +24,16 @@ struct DraftAcceptanceArgs {
   const int32_t* token_ids = nullptr;  // (num_sequences, max_nodes)
   const int32_t* parents = nullptr;    // (num_sequences, max_nodes) before their children; or null: chains
   const int32_t* num_nodes = nullptr;  // (num_sequences) node 0 included; 0 or less: a free place, left alone
-  SamplingRow* rows = nullptr;         // (num_sequences); draw_index grows by path_lengths
-  float* scores = nullptr;             // (num_sequences, max_nodes, vocab) workspace
-  int32_t* paths = nullptr;            // (num_sequences, max_nodes): the nodes kept, 0 first, then -1
-  int32_t* path_lengths = nullptr;     // (num_sequences) nodes kept: drafted tokens accepted + 1
-  int32_t* next_tokens = nullptr;      // (num_sequences) the target's after the path; -1: its logits were not finite
-  int num_sequences = 1;               // at most kMaxAcceptanceSequences
-  int max_nodes = 0;                   // at most kMaxAcceptanceNodes
+  // As in DecodeState: then logits and draft_probs have a column for each row, and every token is a token's id. A
+  // drafted token without a row is never kept.
+  const int32_t* row_tokens = nullptr;  // (vocab), or null
+  SamplingRow* rows = nullptr;          // (num_sequences); draw_index grows by path_lengths
+  float* scores = nullptr;              // (num_sequences, max_nodes, vocab) workspace
+  int32_t* paths = nullptr;             // (num_sequences, max_nodes): the nodes kept, 0 first, then -1
+  int32_t* path_lengths = nullptr;      // (num_sequences) nodes kept: drafted tokens accepted + 1
+  int32_t* next_tokens = nullptr;       // (num_sequences) the target's after the path; -1: its logits were not finite
+  int num_sequences = 1;                // at most kMaxAcceptanceSequences
+  int max_nodes = 0;                    // at most kMaxAcceptanceNodes
   int vocab = 0;
   void* workspace = nullptr;  // draft_acceptance_workspace_bytes, zeroed once at load
 };

@@ -13,6 +13,9 @@ struct DecodeState {
   int32_t* history = nullptr;      // (batch, history_length), or null
   int32_t* step_counts = nullptr;  // (batch) tokens chosen; sampling adds 1; null with history
   int history_length = 0;
+  // Where the head is cut: the token that each row of the logits stands for, ascending; null: the row's own number. All
+  // above, and log-probabilities, are tokens; logits, counts, bias and masks have rows, which are the draw's order too.
+  const int32_t* row_tokens = nullptr;  // (vocab of the logits)
 };
 
 // Greedy: a key of block_max is ordered as the logit, then by falling id, and holds 0xffffffff - id in its low 32 bits.
