@@ -21,7 +21,7 @@ examples:
   edgellm verify smollm2                                     perplexity and tasks only
   edgellm verify smollm2 --against original/ --text mine.txt --marks mine.yaml
 
-Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 24 tasks with one right answer. The
+Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 96 tasks with one right answer. The
 verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
 Of a quantised checkpoint nothing is stored; its activations are rounded as its scales say, which no executor does yet.
 exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, 2 a mistake that the message explains

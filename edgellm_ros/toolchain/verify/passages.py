@@ -31,12 +31,21 @@ class Passage:
 
 @dataclass(frozen=True)
 class Task:
-    """`passage` ends before the last token of the answer; its targets are the answer and the end of its line."""
+    """`answer` and the end of its line are the targets `first` to `stop` of the passage that asks it."""
 
     kind: str
     question: str
     answer: str
-    passage: Passage
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Questions of one kind in a row: examples, then each question after those before it with their right answers."""
+
+    passage: Passage  # whose targets begin with the first answer
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True)
@@ -82,20 +91,43 @@ def text_windows(text: Text, encode: Encode, tokens: TokenSpec, window: int) -> 
     return found
 
 
-def read_tasks(encode: Encode, tokens: TokenSpec, longest: int) -> list[Task]:
-    """The built-in tasks; those that take more than `longest` tokens are left out."""
+def read_tasks(encode: Encode, tokens: TokenSpec, longest: int) -> list[Sheet]:
+    """The built-in tasks on sheets of at most `longest` tokens; those too long even alone are left out."""
     content = files("edgellm_ros.quality").joinpath("tasks.yaml").read_text(encoding="utf-8")
     kinds: dict[str, dict[str, Any]] = yaml.safe_load(content)
     start = [tokens.bos_id] if tokens.add_bos and tokens.bos_id is not None else []
     found = []
     for kind, group in kinds.items():
-        for question, answer in group["tasks"]:
-            prompt = group["examples"] + group["question"].format(question)
-            asked = [*start, *encode(prompt)]
-            whole = [*start, *encode(f"{prompt} {answer}\n")]
-            same = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), len(asked))
-            targets = whole[same:]
-            if len(whole) - 1 <= longest:
-                passage = Passage(np.asarray(whole[:-1], np.int32), np.asarray(targets, np.int32))
-                found.append(Task(kind, question, answer, passage))
+        lines = [(question, group["question"].format(question), answer) for question, answer in group["tasks"]]
+        while lines:
+            count = len(lines)
+            while count and len(start) + len(encode(group["examples"] + _asked(lines[:count]))) - 1 > longest:
+                count -= 1
+            if count:
+                found.append(_sheet(kind, group["examples"], lines[:count], encode, start))
+            lines = lines[max(count, 1) :]
     return found
+
+
+def _asked(lines: list[tuple[str, str, str]]) -> str:
+    return "".join(f"{prompt} {answer}\n" for _, prompt, answer in lines)
+
+
+def _sheet(kind: str, examples: str, lines: list[tuple[str, str, str]], encode: Encode, start: list[int]) -> Sheet:
+    whole = [*start, *encode(examples + _asked(lines))]
+
+    def shared(text: str) -> int:
+        """How many tokens `text` has in common with the whole; it may end within a token."""
+        ids = [*start, *encode(text)]
+        return next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+
+    places = []
+    for i, (_, prompt, _) in enumerate(lines):
+        before = examples + _asked(lines[:i]) + prompt
+        places.append((shared(before), shared(examples + _asked(lines[: i + 1]))))
+    origin = places[0][0]
+    passage = Passage(np.asarray(whole[:-1], np.int32), np.asarray(whole[origin:], np.int32))
+    return Sheet(passage, tuple(
+        Task(kind, question, answer, first - origin, stop - origin)
+        for (question, _, answer), (first, stop) in zip(lines, places, strict=True)
+    ))  # fmt: skip

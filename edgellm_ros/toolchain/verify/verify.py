@@ -22,7 +22,7 @@ from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.verify.comparison import Comparison, TextFigures
 from edgellm_ros.toolchain.verify.executor_reading import ExecutorReading
 from edgellm_ros.toolchain.verify.marks import judge, limits_for, scheme_of
-from edgellm_ros.toolchain.verify.passages import Ids, Passage, Task, Text, read_tasks, read_text, text_windows
+from edgellm_ros.toolchain.verify.passages import Ids, Passage, Sheet, Text, read_tasks, read_text, text_windows
 from edgellm_ros.toolchain.verify.reading import CheckpointReading
 from edgellm_ros.toolchain.weights import Progress
 
@@ -96,19 +96,19 @@ class _Material:
     text: Text
     window: int
     windows: list[Passage]
-    tasks: list[Task]
+    sheets: list[Sheet]
 
     @property
     def passages(self) -> list[Passage]:
         """The windows, then the tasks'."""
-        return [*self.windows, *(task.passage for task in self.tasks)]
+        return [*self.windows, *(sheet.passage for sheet in self.sheets)]
 
     @classmethod
     def make(cls, text: Text, tokenizer_json: str, tokens: TokenSpec, max_context: int) -> _Material:
         """For a model of that tokenizer and context."""
         encode, window = Tokenizer(tokenizer_json).encode, min(WINDOW, max_context)
-        tasks = read_tasks(encode, tokens, min(max_context, 2 * WINDOW))
-        return cls(text, window, text_windows(text, encode, tokens, window), tasks)
+        sheets = read_tasks(encode, tokens, min(max_context, 2 * WINDOW))
+        return cls(text, window, text_windows(text, encode, tokens, window), sheets)
 
 
 def _measure(
@@ -127,7 +127,7 @@ def _measure(
         window=material.window,
         executor=candidate.description,
         perplexity=figures.perplexity,
-        tasks=_ask(candidate, original, material.tasks, len(material.windows), progress),
+        tasks=_ask(candidate, original, material.sheets, len(material.windows), progress),
         original=original.name if original is not None else "",
         original_perplexity=figures.original_perplexity,
         perplexity_ratio_error=figures.ratio_error,
@@ -175,25 +175,31 @@ def _compare(
 def _ask(
     candidate: ExecutorReading | CheckpointReading,
     original: CheckpointReading | None,
-    tasks: Sequence[Task],
+    sheets: Sequence[Sheet],
     first: int,
     progress: Progress,
 ) -> tuple[TaskScore, ...]:
-    """`first` is the place of the first task among the passages."""
+    """`first` is the place of the first sheet among the passages."""
     scores: dict[str, TaskScore] = {}
-    for i, task in enumerate(tasks):
-        progress("tasks", i, len(tasks))
-        wanted = candidate.rows(task.passage.targets)
-
-        def exact(model: ExecutorReading | CheckpointReading, at: int = first + i, wanted: Ids = wanted) -> int:
-            best = np.concatenate([logits.argmax(-1) for _, logits in model.pieces(at, len(wanted))])
-            return int(np.array_equal(best, wanted))
-
-        old = scores.get(task.kind, TaskScore(task.kind, 0, 0, None if original is None else 0))
-        theirs = None if original is None else (old.original or 0) + exact(original)
-        scores[task.kind] = TaskScore(task.kind, old.total + 1, old.passed + exact(candidate), theirs)
-    progress("tasks", len(tasks), len(tasks))
+    for i, sheet in enumerate(sheets):
+        progress("tasks", i, len(sheets))
+        wanted = candidate.rows(sheet.passage.targets)
+        found = _most_likely(candidate, first + i, len(wanted))
+        theirs = None if original is None else _most_likely(original, first + i, len(wanted))
+        for task in sheet.tasks:
+            part = slice(task.first, task.stop)
+            old = scores.get(task.kind, TaskScore(task.kind, 0, 0, None if original is None else 0))
+            right = None if theirs is None else (old.original or 0) + int(np.array_equal(theirs[part], wanted[part]))
+            passed = old.passed + int(np.array_equal(found[part], wanted[part]))
+            scores[task.kind] = TaskScore(task.kind, old.total + 1, passed, right)
+    progress("tasks", len(sheets), len(sheets))
     return tuple(scores.values())
+
+
+def _most_likely(model: ExecutorReading | CheckpointReading, passage: int, count: int) -> Ids:
+    """(count,) the rows with the largest logit at the last positions of a passage."""
+    best: Ids = np.concatenate([logits.argmax(-1) for _, logits in model.pieces(passage, count)])
+    return best
 
 
 def _with_earlier(quality: Quality, earlier: Quality) -> Quality:
