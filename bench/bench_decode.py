@@ -28,11 +28,10 @@ from edgellm_ros import native  # noqa: E402
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes  # noqa: E402
 from edgellm_ros.benchmark.executor_path import time_decode, time_prompt  # noqa: E402
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
+from edgellm_ros.benchmark.tuning import tune  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.executors import SequenceStep  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
-
-PRODUCTS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down", "head")
 
 
 @dataclasses.dataclass
@@ -112,7 +111,7 @@ def measure(
         executor.step([SequenceStep(slot, ids[:context], 0)])
     decoder: Any = executor._decoder
     at = ([*range(batch)], [context] * batch, [7] * batch)
-    tiles = _tune(decoder, at, batch) if options.tune else {}
+    tiles = {c.product: c.tile for c in tune(decoder, batch, context)} if options.tune else {}
     executor.decode_tokens(*at, 16)
     ms = statistics.median(time_decode(executor, batch, context, options.tokens) for _ in range(3))
     device_ms = statistics.median(decoder.time_run(*at, options.tokens))
@@ -151,23 +150,6 @@ def print_result(r: Result) -> None:
 
 def _time_prefill(executor: CudaExecutor, ids: np.ndarray, chunk: int) -> float:
     return statistics.median([time_prompt(executor, ids, chunk) for _ in range(5)][1:])
-
-
-def _tune(decoder: Any, at: tuple[list[int], list[int], list[int]], batch: int) -> dict[str, int]:
-    """The fastest tile of each decode product, one product after the other."""
-    chosen = {}
-    for product in PRODUCTS:
-        times = {}
-        for tile in range(-1, decoder.num_tiles(product, batch)):
-            decoder.set_tile(product, batch, tile)
-            decoder.time_run(*at, 4)
-            times[tile] = statistics.median(decoder.time_run(*at, 24))
-        best = min(times, key=lambda tile: times[tile])
-        if times[best] > 0.997 * times[-1]:  # within the noise: leave the choice to the kernel
-            best = -1
-        decoder.set_tile(product, batch, best)
-        chosen[product] = best
-    return chosen
 
 
 def _time_host_steps(executor: CudaExecutor, batch: int, context: int) -> float:

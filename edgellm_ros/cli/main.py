@@ -10,11 +10,25 @@ import traceback
 from collections.abc import Sequence
 
 from edgellm_ros import __version__
-from edgellm_ros.cli import bench, build, chat, doctor, export, inspect, lora, plan, quantize, reduce_vocab, run, verify
+from edgellm_ros.cli import (
+    bench,
+    build,
+    chat,
+    doctor,
+    export,
+    inspect,
+    lora,
+    plan,
+    quantize,
+    reduce_vocab,
+    run,
+    tune,
+    verify,
+)
 from edgellm_ros.cli.options import FORMATTER
 from edgellm_ros.errors import EdgeLLMError
 
-VERBS = (quantize, export, reduce_vocab, lora, verify, build, inspect, run, chat, bench, plan, doctor)
+VERBS = (quantize, export, reduce_vocab, lora, verify, build, inspect, run, chat, bench, tune, plan, doctor)
 
 EPILOG = """\
 from a checkpoint to an answer:

@@ -37,6 +37,7 @@ from edgellm_ros.executors.cuda_heads import (
 )
 from edgellm_ros.executors.cuda_inputs import LayerInputs
 from edgellm_ros.executors.cuda_run import CudaRun
+from edgellm_ros.executors.cuda_tiles import apply_tiles
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
@@ -94,7 +95,10 @@ class CudaExecutor(Executor):
             reason = self._decoder.products_reason
             _log.warning("prompts are read slowly: no cuBLASLt (%s); pip install nvidia-cublas", reason)
         _upload(self._decoder, bundle)
+        apply_tiles(self._decoder, bundle, info, settings.batch_invariant)
         self._decoder.finish_load()
+        self.device_info = info
+        self.batch_invariant: bool = settings.batch_invariant
         self._max_loras = settings.max_adapters
         self._model = bundle.manifest.model
         self._inputs = LayerInputs(self._model, bundle.manifest.quantization, bundle.weights())
@@ -213,6 +217,11 @@ class CudaExecutor(Executor):
     def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
         """See Executor.load_prefix."""
         self._open().load_prefix(slot, data, length)
+
+    @property
+    def decoder(self) -> Any:
+        """The native decoder, for what measures it; raises DeviceError when the executor is closed."""
+        return self._open()
 
     def close(self) -> None:
         """See Executor.close."""

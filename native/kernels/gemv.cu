@@ -1,4 +1,5 @@
 // Which GEMV kernel and tile configuration serves a shape.
+#include <algorithm>
 #include <cassert>
 
 #include "gemv_common.cuh"
@@ -134,13 +135,11 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
 Choice choose(const GemvArgs& args) {
   Choice choices[kMaxChoices];
   const int count = list_choices(args, choices);
-  if (args.tile >= 0) {
-    assert(args.tile < count);
-    return choices[args.tile];
-  }
+  assert(args.tile < count);
+  if (args.tile >= 0 && !args.batch_invariant) return choices[args.tile];
   const int num_sms = device_traits().num_sms;
-  int best = 0;
-  for (int i = 1; i < count; i++) {
+  int best = std::max(args.tile, 0);
+  for (int i = 0; args.tile < 0 && i < count; i++) {
     if (score(args, choices[i], num_sms) > score(args, choices[best], num_sms)) best = i;
   }
   if (choices[best].family != Family::int4 || args.num_tokens == 1) return choices[best];

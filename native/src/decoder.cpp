@@ -117,8 +117,8 @@ GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int n
   args.bias = linear.bias;
   args.num_tokens = num_tokens;
   args.norm_eps = config_.rms_norm_eps;
-  const auto tile = tiles_.find({product, num_tokens});
-  if (tile != tiles_.end()) args.tile = tile->second;
+  const auto tile = tiles_.find({product, config_.batch_invariant ? 0 : num_tokens});
+  if (tile != tiles_.end() && tile->second.format == linear.weight.format) args.tile = tile->second.index;
   args.batch_invariant = config_.batch_invariant;
   return args;
 }
@@ -377,22 +377,24 @@ void Decoder::load_prefix(int slot, int length, const std::byte* host) {
   });
 }
 
+GemvArgs Decoder::product_args(const std::string& product, int batch) const {
+  if (product == "head") return head_args(batch, true);
+  const LayerWeights& layer = weights_.layer(config_.num_layers / 2);  // the first may be stored in another format
+  const LinearView* const views[kNumLinears] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+  for (int i = 0; i < kNumLinears; ++i) {
+    if (product == kLinearStems[i]) return gemv_args(*views[i], "", batch);
+  }
+  throw std::invalid_argument("the decoder has no product " + product);
+}
+
 int Decoder::num_tiles(const std::string& product, int batch) const {
-  if (product == "head") return kernels::gemv_num_tiles(head_args(batch, true));
-  const LayerWeights& layer = weights_.layer(0);
-  const std::map<std::string, const LinearView*> views = {
-      {"attn.qkv", &layer.qkv}, {"attn.o", &layer.o}, {"mlp.gate_up", &layer.gate_up}, {"mlp.down", &layer.down}};
-  const auto found = views.find(product);
-  if (found == views.end()) throw std::invalid_argument("the decoder has no product " + product);
-  GemvArgs args = gemv_args(*found->second, "", batch);
-  if (product == "mlp.gate_up") args.epilogue = Epilogue::swiglu;
-  return kernels::gemv_num_tiles(args);
+  return kernels::gemv_num_tiles(product_args(product, batch));
 }
 
 void Decoder::set_tile(const std::string& product, int batch, int tile) {
   if (tile >= num_tiles(product, batch)) throw std::invalid_argument(product + " has no tile " + std::to_string(tile));
-  tiles_[{product, batch}] = tile;
-  std::erase_if(graphs_, [batch](const auto& entry) { return entry.first.batch == batch; });
+  tiles_[{product, config_.batch_invariant ? 0 : batch}] = {product_args(product, batch).weight.format, tile};
+  std::erase_if(graphs_, [&](const auto& entry) { return config_.batch_invariant || entry.first.batch == batch; });
 }
 
 }  // namespace edgellm

@@ -201,7 +201,9 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
 void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
                               int out_width, Epilogue epilogue, int layer, Linear which, int adapter) {
   for (int first = 0; first < count; first += kernels::kMaxGemvTokens) {
-    GemvArgs args = gemv_args(linear, "", std::min(kernels::kMaxGemvTokens, count - first));
+    // As single tokens are computed: in exact mode a prompt's last token may be alone.
+    GemvArgs args =
+        gemv_args(linear, kLinearStems[static_cast<int>(which)], std::min(kernels::kMaxGemvTokens, count - first));
     args.x = x + static_cast<std::size_t>(first) * static_cast<std::size_t>(linear.weight.cols);
     args.epilogue = epilogue;
     args.out_bf16 = y + static_cast<std::size_t>(first) * static_cast<std::size_t>(out_width);

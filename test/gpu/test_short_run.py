@@ -5,7 +5,9 @@ Elsewhere each is tested against its oracle; here the same work is done alone an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from test_executor_contract import prompt, step
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import SamplingParams
-from edgellm_ros.executors import RunSequence, SequenceStep
+from edgellm_ros.executors import RunSequence, SequenceStep, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.lora import LoraTensors, make_adapter
 
@@ -30,7 +32,10 @@ PLAIN = SamplingParams(temperature=0.8, top_k=20, seed=2)
     ("kind", "weights", "kv_cache"),
     [("gpu_llama", "int4", "bf16"), ("gpu_qwen3", "fp16", "fp8"), ("gpu_mistral", "int8", "fp16")],
 )
-def test_every_path_once(kind: str, weights: str, kv_cache: str, gpu_bundle: Callable[..., Bundle]) -> None:
+def test_every_path_once(
+    kind: str, weights: str, kv_cache: str, gpu_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _leave_out(os.environ.get("EDGELLM_SHORT_RUN", ""), monkeypatch)
     config = EngineConfig(
         max_slots=3, max_context=128, prefill_chunk=48, kv_cache=kv_cache, max_loras=1, max_lora_rank=8,
         executor="cuda",
@@ -83,3 +88,17 @@ def test_every_path_once(kind: str, weights: str, kv_cache: str, gpu_bundle: Cal
         assert np.array_equal(adapted[1], together[1])
     finally:
         executor.close()
+
+
+def _leave_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tool cannot follow: "no-pdl", "no-products" (cuBLASLt's kernels), or both."""
+    settings_of = cuda._settings
+
+    def settings(*arguments: Any) -> Any:
+        settings = settings_of(*arguments)
+        settings.pdl = "no-pdl" not in what
+        if "no-products" in what:
+            settings.min_gemm_tokens = 1 << 20
+        return settings
+
+    monkeypatch.setattr(cuda, "_settings", settings)

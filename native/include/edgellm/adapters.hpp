@@ -17,6 +17,7 @@ namespace edgellm {
 // The linear layers of a decoder layer, in the order of layer_linears.
 enum class Linear : std::uint8_t { kQkv, kO, kGateUp, kDown };
 constexpr int kNumLinears = 4;
+constexpr const char* kLinearStems[kNumLinears] = {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"};
 constexpr unsigned linear_bit(Linear linear) { return 1U << static_cast<unsigned>(linear); }
 
 // What an adapter has for one projection of one layer: y += scale * B (A x).

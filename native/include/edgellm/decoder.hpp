@@ -130,7 +130,8 @@ class Decoder {
 
   // Tile configurations that a decode product (a linear layer's stem, or "head") can have at a batch size.
   int num_tiles(const std::string& product, int batch) const;
-  // Chooses one, -1 for the kernel's own choice, and drops the graphs of that batch size; for tuning.
+  // Chooses one, -1 for the kernel's own choice, and drops the graphs of that batch size. With batch_invariant it is
+  // for every batch size: all must sum in the same order.
   void set_tile(const std::string& product, int batch, int tile);
   // Replays graphs (true) or launches the kernels one by one (false); for measuring.
   void use_graphs(bool use) noexcept { use_graphs_ = use; }
@@ -144,6 +145,8 @@ class Decoder {
   void record_step_async(const StepKey& key);
   kernels::GemvArgs head_args(int num_rows, bool with_maximum) const;
   int num_head_blocks(int batch) const;
+  // Of a linear layer's stem, or "head".
+  kernels::GemvArgs product_args(const std::string& product, int batch) const;
   void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
   void run_step_async(const StepKey& key);
   const Graph& graph(const StepKey& key);
@@ -221,7 +224,12 @@ class Decoder {
   Stream side_stream_;  // of every second part of a dequantised product
   Event fork_;
   Event join_;
-  std::map<std::pair<std::string, int>, int> tiles_;
+  // The tile that set_tile chose for a product at a number of tokens (0: at any), of layers stored in this format.
+  struct Tile {
+    kernels::WeightFormat format = kernels::WeightFormat::bf16;
+    int index = -1;
+  };
+  std::map<std::pair<std::string, int>, Tile> tiles_;
   std::map<StepKey, Graph> graphs_;
   bool use_graphs_ = true;
   bool ready_ = false;

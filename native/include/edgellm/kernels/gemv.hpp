@@ -31,7 +31,9 @@ struct GemvArgs {
   // A token gets the same bits alone and among others: of the kernels that sum in another order for a single token, the
   // slower one.
   bool batch_invariant = false;
-  int tile = -1;  // a tile configuration below gemv_num_tiles(args), or -1: by shape
+  // A tile configuration below gemv_num_tiles(args), or -1: by shape. With batch_invariant that of a single token, from
+  // which several get another one that sums in the same order.
+  int tile = -1;
 };
 
 void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl);
