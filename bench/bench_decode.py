@@ -54,6 +54,7 @@ class Result:
     load_s: float
     memory_mb: float
     tiles: dict[str, int]  # that --tune chose
+    untuned_ms: float  # device_ms before --tune; 0 without it
 
 
 def main() -> None:
@@ -111,6 +112,7 @@ def measure(
         executor.step([SequenceStep(slot, ids[:context], 0)])
     decoder: Any = executor._decoder
     at = ([*range(batch)], [context] * batch, [7] * batch)
+    untuned_ms = statistics.median(decoder.time_run(*at, options.tokens)) if options.tune else 0.0
     tiles = {c.product: c.tile for c in tune(decoder, batch, context)} if options.tune else {}
     executor.decode_tokens(*at, 16)
     ms = statistics.median(time_decode(executor, batch, context, options.tokens) for _ in range(3))
@@ -130,7 +132,7 @@ def measure(
     del executor, decoder
     gc.collect()
     return Result(shape, weights, batch, context, ms, device_ms, sampled_ms, plain_ms, host_ms, gb_per_s,
-                  gb_per_s / bandwidth, prefill_ms, torch_ms, load_s, memory_mb, tiles)  # fmt: skip
+                  gb_per_s / bandwidth, prefill_ms, torch_ms, load_s, memory_mb, tiles, untuned_ms)  # fmt: skip
 
 
 def print_result(r: Result) -> None:
@@ -145,7 +147,7 @@ def print_result(r: Result) -> None:
         flush=True,
     )
     if r.tiles:
-        print(f"{'':9} tiles {r.tiles}", flush=True)
+        print(f"{'':9} built-in tiles: device {r.untuned_ms:.3f}; chosen {r.tiles}", flush=True)
 
 
 def _time_prefill(executor: CudaExecutor, ids: np.ndarray, chunk: int) -> float:
