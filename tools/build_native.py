@@ -3,7 +3,8 @@
 `make native` calls it plain: edgellm_ros/_native*.so for EDGELLM_CUDA_ARCHS, or for the GPU that is here, or for all.
 `make test` calls it with --check: every architecture that nvcc knows, warnings as errors, and without optimisation,
 which takes a quarter of the time. That module goes to build/native-check, so that it never replaces the fast one,
-and the tests use it where there is no other (test/conftest.py); a fast one that is there is brought up to date.
+and the tests use it where there is no other (test/conftest.py); a fast one that is there is brought up to date. So
+does the double of libnvinfer, where NvInfer.h is, which only tests have.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def build(nvcc: Path, check: bool) -> None:
         configure += [f"-DEDGELLM_CUDA_ARCHS={archs}", f"-DEDGELLM_OUTPUT_DIR={output}"]
         flag = "ON" if check else "OFF"
         configure += [f"-DEDGELLM_FAST_COMPILE={flag}", f"-DEDGELLM_WERROR={flag}"]
+        configure += [f"-DEDGELLM_NVINFER_DOUBLE={flag}", f"-DEDGELLM_NVINFER_DOUBLE_DIR={CHECK}"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         run(configure, "native-configure")

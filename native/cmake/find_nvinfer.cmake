@@ -1,8 +1,10 @@
 # Sets EDGELLM_NVINFER_INCLUDE_DIR, where TensorRT's NvInfer.h is, and EDGELLM_NVINFER_LIBRARY, a runtime library to
 # link with; each is NOTFOUND where there is none. Looked for in TENSORRT_ROOT, then where JetPack and NVIDIA's packages
-# put them, then in wheels of the Python environment, which have the headers of 10.14 and the lean runtime of 10.15.
+# put them, then in wheels of the Python environment or in PYTHONPATH, which have the headers of 10.14 and the lean
+# runtime of 10.15.
 execute_process(COMMAND "${Python3_EXECUTABLE}" -c
-  "import site, sysconfig; print(';'.join(sorted({*site.getsitepackages(), sysconfig.get_paths()['purelib']})))"
+  "import site, sys, sysconfig; roots = {*site.getsitepackages(), sysconfig.get_paths()['purelib'], *sys.path} - {''}; \
+print(';'.join(sorted(roots)))"
   OUTPUT_VARIABLE edgellm_site_packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 set(edgellm_wheel_includes "")
 set(edgellm_wheel_libraries "")
