@@ -31,6 +31,8 @@ DECODER = "decoder.onnx"
 DECODER_ORT = "decoder.ort.onnx"
 DECODER_LORA = "decoder.lora.onnx"  # the two decoders again, with adapters as inputs
 DECODER_ORT_LORA = "decoder.lora.ort.onnx"
+DECODER_PLUGIN = "decoder.plugin.onnx"  # for TensorRT with the project's plugins (edgellm export --dialect plugin)
+DECODER_PLUGIN_LORA = "decoder.plugin.lora.onnx"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 LORA = "lora"  # holds NAME.safetensors for each packed adapter
@@ -179,6 +181,9 @@ class GraphSpec:
     past_value: str = "past_value.{layer}"
     present_key: str = "present_key.{layer}"
     present_value: str = "present_value.{layer}"
+    # The plugin graph has one cache a layer instead, keys and then values: [B, 2, kv_heads, capacity, head_dim].
+    past_kv: str = "past_kv.{layer}"
+    present_kv: str = "present_kv.{layer}"
     activation_dtype: str = "float32"  # of the portable graph's embeddings, KV cache and LoRA inputs
     # Only in the graphs with adapters; {stem} is attn.qkv, attn.o, mlp.gate_up and mlp.down, R is 0 without an adapter.
     lora_a: str = "layers.{layer}.{stem}.lora_A"  # [in, R]

@@ -68,7 +68,7 @@ def build(nvcc: Path, check: bool) -> None:
         configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
         configure += [f"-DEDGELLM_CUDA_ARCHS={archs}", f"-DEDGELLM_OUTPUT_DIR={output}"]
         flag = "ON" if check else "OFF"
-        configure += [f"-DEDGELLM_FAST_COMPILE={flag}", f"-DEDGELLM_WERROR={flag}"]
+        configure += [f"-DEDGELLM_FAST_COMPILE={flag}", f"-DEDGELLM_WERROR={flag}", "-DEDGELLM_TEST_DRIVERS=ON"]
         configure += [f"-DEDGELLM_NVINFER_DOUBLE={flag}", f"-DEDGELLM_NVINFER_DOUBLE_DIR={CHECK}"]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]

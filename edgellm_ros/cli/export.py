@@ -21,6 +21,7 @@ examples:
   edgellm export Qwen3-0.6B-AWQ -o qwen3 --verify --against Qwen3-0.6B    refused if it lost too much
   edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
   edgellm export SmolLM2-135M-Instruct -o smollm2 --max-lora-rank 16      adapters can be packed into it
+  edgellm export SmolLM2-135M-Instruct -o smollm2 --dialect plugin         also for TensorRT of JetPack 6
 
 No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
 """
@@ -57,6 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="R",
         help="write decoders that take LoRA adapters up to this rank, for requests to name (default 0: none)",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=("standard", "plugin"),
+        default="standard",
+        help="plugin also writes what TensorRT before 10.15 (JetPack 6) builds from, with this project's plugins",
     )
     parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
     parser.add_argument(
@@ -110,6 +117,7 @@ def execute(args: argparse.Namespace) -> int:
                 vocab_map=args.vocab_map,
                 max_lora_rank=args.max_lora_rank,
                 lm_head=args.lm_head,
+                dialect=args.dialect,
                 accept=accept if args.verify else None,
             )
     except Refused:

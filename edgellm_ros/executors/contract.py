@@ -18,8 +18,10 @@ VARIES = -1  # of a size in an engine
 ROLES = (
     "embeds", "positions", "write_indices", "logit_indices", "past_key", "past_value", "lora_a", "lora_b",  # inputs
     "logits", "present_key", "present_value",  # outputs
+    "past_kv", "present_kv",  # of the plugin dialect, in place of keys and values apart
 )  # fmt: skip
-_OUTPUTS = ("logits", "present_key", "present_value")
+DIALECTS = ("standard", "plugin")  # decoder.onnx, decoder.plugin.onnx
+_OUTPUTS = ("logits", "present_key", "present_value", "present_kv")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class TensorContract:
 
 
 def decoder_contract(
-    model: ModelSpec, graph: GraphSpec, *, lora: bool = False, activations: str = "", capacity: int = 0
+    model: ModelSpec, graph: GraphSpec, *, lora: bool = False, activations: str = "", capacity: int = 0,
+    dialect: str = "standard",
 ) -> tuple[TensorContract, ...]:
     """Every input and output of `decoder.onnx`; with `lora`, of `decoder.lora.onnx`.
 
     activations: their dtype where it is not the graph's own (an engine in bfloat16). capacity: the cache's, where it is
-    fixed, as an engine needs it; 0 leaves it open.
+    fixed, as an engine needs it; 0 leaves it open. dialect: one of DIALECTS.
     """
     dtype = activations or graph.activation_dtype
     found = [
@@ -61,8 +64,11 @@ def decoder_contract(
         TensorContract(graph.logits, "logits", (NUM_LOGITS, model.num_rows), "float32"),
     ]
     cache: tuple[int | str, ...] = (BATCH, model.num_kv_heads, capacity or CAPACITY, model.head_dim)
+    roles = ["past_key", "present_key", "past_value", "present_value"]
+    if dialect == "plugin":
+        cache, roles = (BATCH, 2, *cache[1:]), ["past_kv", "present_kv"]
     for layer in range(model.num_layers):
-        for role in ("past_key", "present_key", "past_value", "present_value"):
+        for role in roles:
             found.append(TensorContract(getattr(graph, role).format(layer=layer), role, cache, dtype, layer))
     if lora:
         for layer in range(model.num_layers):

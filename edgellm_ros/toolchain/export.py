@@ -31,6 +31,7 @@ from edgellm_ros.executors.lora_layout import LARGEST_RANK
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
+from edgellm_ros.toolchain.graph.plugin import check_plugin_support, write_plugin_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
 from edgellm_ros.toolchain.keep import KeptWeights
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer, read_norm
@@ -49,6 +50,7 @@ DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises i
 GROUP_SIZES = (64, 32, 16)
 KEEP = "keep"
 TABLES = ("fp16", "int8")
+DIALECTS = ("standard", "plugin")
 _TABLE_NUMBERS = 1 << 20  # of an embedding or a head that are in memory at once
 _HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding
 # The head stays int8: in int4 it costs a small model more perplexity than all its layers together.
@@ -72,6 +74,7 @@ def export_bundle(
     max_lora_rank: int = 0,
     accept: Callable[[Bundle], object] | None = None,
     lm_head: str | None = None,
+    dialect: str = "standard",
 ) -> Bundle:
     """Write the bundle `output` from `checkpoint`, a Hugging Face directory or a GGUF file.
 
@@ -81,12 +84,15 @@ def export_bundle(
     for its tokens only. max_lora_rank: above 0, decoders that take adapters as inputs are written as well, for
     projections of at most that rank. accept is called with the finished bundle before it gets its name; raising there
     refuses it. lm_head: one of TABLES, of a kept checkpoint's head and embedding where they are floats; None is fp16.
+    dialect: one of DIALECTS; plugin writes decoders for TensorRT with the project's plugins as well.
     Raises ToolchainError and its kinds; then nothing is left behind.
     """
     if weights is not None and weights not in (*SCHEMES, KEEP):
         raise ToolchainError(f"weights is {weights!r}; allowed are {', '.join((*SCHEMES, KEEP))}")
     if lm_head is not None and lm_head not in TABLES:
         raise ToolchainError(f"lm-head is {lm_head!r}; allowed are {', '.join(TABLES)}")
+    if dialect not in DIALECTS:
+        raise ToolchainError(f"dialect is {dialect!r}; allowed are {', '.join(DIALECTS)}")
     if not 0 <= max_lora_rank <= LARGEST_RANK:
         raise ToolchainError(f"max-lora-rank is {max_lora_rank}; allowed are 0 (no adapters) to {LARGEST_RANK}")
     output = Path(output)
@@ -103,7 +109,10 @@ def export_bundle(
                 f"is {scheme.lm_head}: leave it out"
             )
         tables = lm_head or TABLES[0]
-        _write(source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank, tables)
+        _write(
+            source, partial, scheme, max_context, name, progress or _silent, vocab_map, max_lora_rank, tables,
+            dialect == "plugin",
+        )  # fmt: skip
         if accept is not None:
             accept(Bundle.open(partial, verify=False))
     return Bundle.open(output, verify=False)
@@ -119,6 +128,7 @@ def _write(
     vocab_map: Path | None,
     max_lora_rank: int,
     tables: str,
+    plugins: bool,
 ) -> None:
     family, model = load_spec(source)
     check_tensors(source, family, model)
@@ -130,6 +140,8 @@ def _write(
         quant = kept.quant
     else:
         quant = with_groups(quant, model)
+    if plugins:
+        check_plugin_support(model, quant)
     tokens = source.token_spec()
     tokenizer_json = source.tokenizer_json()
     (root / names.TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
@@ -152,6 +164,10 @@ def _write(
     if max_lora_rank:  # files of their own: the extra nodes cost some per cent of the speed where there is no adapter
         write_portable_graph(root / names.DECODER_LORA, model, quant, graph, stored, lora=True)
         write_onnxruntime_graph(root / names.DECODER_ORT_LORA, model, quant, graph, stored, lora=True)
+    if plugins:
+        write_plugin_graph(root / names.DECODER_PLUGIN, model, quant, graph, stored)
+    if plugins and max_lora_rank:
+        write_plugin_graph(root / names.DECODER_PLUGIN_LORA, model, quant, graph, stored, lora=True)
     files = {path.name: hash_file(path) for path in sorted(root.iterdir())}
     manifest = Manifest(
         schema_version=names.SCHEMA_VERSION,

@@ -26,7 +26,7 @@ class GraphBuilder:
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
-        self._uses_contrib = False
+        self._domains: dict[str, int] = {}  # beside ONNX's own: domain, version
         self._made: set[str] = set()
 
     def input(self, name: str, dtype: int, shape: list[int | str]) -> str:
@@ -40,11 +40,12 @@ class GraphBuilder:
         return name
 
     def node(self, op: str, inputs: list[str], name: str, *, outputs: list[str] | None = None,
-             contrib: bool = False, **attributes: Any) -> str:  # fmt: skip
+             contrib: bool = False, domain: str = "", **attributes: Any) -> str:  # fmt: skip
         """Append a node; returns its first output, which is `name` unless `outputs` says otherwise."""
         names = outputs or [name]
-        domain = CONTRIB if contrib else ""
-        self._uses_contrib |= contrib
+        domain = CONTRIB if contrib else domain
+        if domain:
+            self._domains[domain] = 1
         self._made.update(names)
         self._nodes.append(helper.make_node(op, inputs, names, name=f"{name}/{op}", domain=domain, **attributes))
         return names[0]
@@ -96,8 +97,6 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", opset)]
-        if self._uses_contrib:
-            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        opsets = [helper.make_opsetid(domain, version) for domain, version in {"": opset, **self._domains}.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name=producer)
         path.write_bytes(model.SerializeToString())

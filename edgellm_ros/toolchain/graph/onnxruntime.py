@@ -8,6 +8,7 @@ Runtime folds when it loads the model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -110,7 +111,7 @@ class _Decoder:
         present = [n.format(layer=layer) for n in (names.present_key, names.present_value)]
         # The operator's window counts the token itself, as Hugging Face's sliding_window does.
         window = m.window(layer)
-        local = {"local_window_size": window} if window else {}
+        local: dict[str, Any] = {"local_window_size": window} if window else {}
         inputs = [query, key, value, *past, names.seqlens_k, names.total_length, *tables]
         return g.node(
             "GroupQueryAttention", inputs, at, outputs=[at, *present], contrib=True, num_heads=m.num_heads,

@@ -26,10 +26,14 @@ def write_portable_graph(
     path: Path, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool = False
 ) -> None:
     """Write `decoder.onnx` to `path`; with `lora`, `decoder.lora.onnx`, whose inputs include an adapter."""
-    _Decoder(model, quant, graph, weights, lora).save(path)
+    PortableDecoder(model, quant, graph, weights, lora).save(path)
 
 
-class _Decoder:
+class PortableDecoder:
+    """The graph under construction; graph/plugin.py replaces some of its nodes."""
+
+    dialect = "standard"
+
     def __init__(
         self, model: ModelSpec, quant: QuantSpec, graph: GraphSpec, weights: WeightFile, lora: bool
     ) -> None:
@@ -42,7 +46,7 @@ class _Decoder:
         self._masks = {window: self._mask(window) for window in sorted(set(model.sliding_windows or (0,)))}
         table = (model.max_context, model.num_rotated // 2)
         self._ropes = {
-            kind: [self._activation(f"{stem}.{part}", table) for part in ("cos", "sin")]
+            kind: [self._rope_table(f"{stem}.{part}", table) for part in ("cos", "sin")]
             for kind, stem in model.rope_tables().items()
         }
         x = graph.embeds
@@ -51,11 +55,13 @@ class _Decoder:
         self._head(x)
 
     def save(self, path: Path) -> None:
+        """Write the model to `path`."""
         self.g.save(path, opset=OPSET, ir_version=IR_VERSION, producer="edgellm_ros")
 
     def _declare(self) -> None:
         dtypes = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
-        for tensor in decoder_contract(self.model, self.graph):  # adapters' inputs are declared where they are used
+        # Adapters' inputs are declared where they are used.
+        for tensor in decoder_contract(self.model, self.graph, dialect=self.dialect):
             declare = self.g.input if tensor.is_input else self.g.output
             declare(tensor.name, dtypes[tensor.dtype], list(tensor.shape))
 
@@ -91,7 +97,7 @@ class _Decoder:
         gate, up = f"{at}.mlp.gate", f"{at}.mlp.up"
         g.node("Split", [gate_up], f"{at}.mlp.split", outputs=[gate, up], axis=-1, num_outputs=2)
         if m.activation == "gelu_tanh":
-            activated = g.node("Gelu", [gate], f"{at}.mlp.gelu", approximate="tanh")
+            activated = self._gelu(gate, f"{at}.mlp.gelu")
         else:
             activated = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
         product = g.node("Mul", [activated, up], f"{at}.mlp.product")
@@ -99,6 +105,12 @@ class _Decoder:
         if m.output_norms:
             down = self._norm(down, f"{at}.mlp.out_norm", m.hidden_size)
         return g.node("Add", [x, down], f"{at}.output")
+
+    def _gelu(self, x: str, name: str) -> str:
+        return self.g.node("Gelu", [x], name, approximate="tanh")
+
+    def _rope_table(self, name: str, shape: tuple[int, int]) -> str:
+        return self._activation(name, shape)
 
     def _adapted(self, x: str, layer: int, stem: str, n: int, k: int) -> str:
         """A linear layer of the decoder, with an adapter's share where the graph has them."""
