@@ -273,6 +273,8 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     found = native_formats(model, quant)
     found.setdefault("head", found["embed"])
     settings.formats = {stem: (formats[form.format], form.group) for stem, form in found.items()}
+    settings.ordered = {stem for stem, form in found.items() if form.order}
+    settings.factored = {stem for stem, form in found.items() if form.factor}
     prefix = "layers.0."
     settings.biases = [
         name[len(prefix) : -len(".bias")]
@@ -349,6 +351,13 @@ def _upload(decoder: Any, bundle: Bundle) -> None:
                 values = order_stacked(model, values)
                 scale = None if scale is None else order_stacked(model, scale)
             decoder.load_linear(stem, values, scale)
+    for stem, order, factor, gain in inputs.mapped():
+        if order is not None:
+            decoder.load_order(stem, order)
+        if factor is not None:
+            decoder.load_vector(f"{stem}.input_factor", factor)
+        if gain is not None:
+            decoder.load_vector(f"{stem}.ordered_gain", gain)
     if (vocab_map := bundle.vocab_map()) is not None:
         decoder.load_vocab_map(vocab_map.token_ids)
     for name, values in no_rope_tables(model).items():

@@ -7,8 +7,8 @@ A format with kernels is kept. One without is widened when it is loaded, to the 
   by 2^-11 of it at most;
 - fp8 in blocks, weights with other offsets, groups under 16, and floats become bf16, rounded by 2^-9 at most.
 
-Factors and orders of a layer's input go into the layers before it where that changes no number (cuda_inputs.py), and
-into bf16 columns elsewhere.
+Factors and orders of a layer's input go into the layers before it where that changes no number, are done on the device
+by a kernel of their own elsewhere (cuda_inputs.py), and go into the columns of what is bf16 anyway.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class NativeFormat:
     format: str  # a name of the native WeightFormat
     group: int = 0  # input features that share a scale; int8 and int4
     reason: str = ""  # why it has more bytes than the stored weight; empty where it has not, and for floats
+    order: bool = False  # the device puts the layer's input in the columns' order
+    factor: bool = False  # the device multiplies the layer's input
 
     @property
     def stored(self) -> LinearFormat:
@@ -40,13 +42,21 @@ class NativeFormat:
 
 def native_format(stem: str, form: LinearFormat, model: ModelSpec) -> NativeFormat:
     """The device's format of the layer `stem` (layers.0.attn.qkv, head, embed), stored in `form`."""
+    found = _format_of_numbers(stem, form)
+    order = form.input_order and not folds_order(stem)
+    factor = form.input_factor and not folds_factor(stem, model)
+    if found.format == "bf16" or not (order or factor):
+        return found
+    if not stem.startswith("layers."):
+        return NativeFormat("bf16", reason="its input features in another order")
+    return replace(found, order=order, factor=factor)
+
+
+def _format_of_numbers(stem: str, form: LinearFormat) -> NativeFormat:
+    """Whatever is said of the layer's input."""
     scheme, group = form.scheme, min(form.group_size, LARGEST_GROUP)
     if scheme in FLOATS:
         return NativeFormat("bf16")
-    if form.input_order and not folds_order(stem):
-        return NativeFormat("bf16", reason="its input features in another order")
-    if form.input_factor and not folds_factor(stem, model):
-        return NativeFormat("bf16", reason="a factor of its input")
     if form.offset and not (scheme == "int4" and form.zero_points):
         return NativeFormat("bf16", reason="offsets that are no small zero points")
     if scheme == "fp8" and form.group_size:

@@ -1,18 +1,19 @@
 """What a bundle says of a layer's input, done where that input is made: factors, and the order of its features.
 
 AWQ multiplies a layer's input by a factor for each feature, and GPTQ may store a layer's columns in the order of their
-activations. No kernel does either. But the input of
+activations. A kernel of its own does both (kernels/input_map.cu), once more a product. But the input of
 
 - attn.qkv, mlp.gate_up and the head is a norm's output: the factor goes into the gain, which no other layer reads;
 - mlp.down is a product with up's output: factor and order go into the rows of up, the order into those of gate too;
 - attn.o is attention's mixture of values: the factor goes into v's rows where no two heads share them.
 
-An adapter reads the same inputs, so its A is divided by the factor, and its B has the rows that its layer has. What is
-left is in the layer's own columns, in bf16 (cuda_formats.py).
+There it costs nothing. An adapter reads the same inputs, so its A is divided by the factor and has its columns in the
+order, and its B has the rows that its layer has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.errors import RequestError
-from edgellm_ros.executors.cuda_formats import folds_factor, folds_order
+from edgellm_ros.executors.cuda_formats import folds_factor, folds_order, linear_shapes, native_format
 from edgellm_ros.executors.cuda_weights import half
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
 
@@ -66,6 +67,26 @@ class LayerInputs:
             values, scale = values[order], None if scale is None else scale[order]
         return values, scale
 
+    def mapped(self) -> Iterator[tuple[str, Array | None, Array | None, Array | None]]:
+        """(stem, order, factor, gain) of the layers whose input the device maps: out[j] = x[order[j]] * factor[j].
+
+        `gain` is that of the norm before the layer, in the order, where there is both.
+        """
+        norms = {kind: norm for norm, kind in _NORMS.items()}
+        for layer in range(self._model.num_layers):
+            for kind in linear_shapes(self._model):
+                stem = f"layers.{layer}.{kind}"
+                native = native_format(stem, self._quant.format_of(stem), self._model)
+                if not (native.order or native.factor):
+                    continue
+                order = self._weights[f"{stem}.input_order"] if native.order else None
+                factor = self._weights[f"{stem}.input_factor"] if native.factor else None
+                gain = None
+                if order is not None and kind in norms:
+                    name = f"layers.{layer}.{norms[kind]}.weight"
+                    gain = self.gain(name, self._weights[name])[order]
+                yield stem, order, factor if factor is None or order is None else factor[order], gain
+
     def adapter(self, adapter: LoraAdapter) -> LoraAdapter:
         """The adapter for layers whose inputs and rows are these; raises RequestError where a factor is 0."""
         return replace(adapter, tensors=tuple(self._adapted(item) for item in adapter.tensors))
@@ -74,12 +95,13 @@ class LayerInputs:
         layer, stem = f"layers.{item.layer}", f"layers.{item.layer}.{_STEMS[item.target]}"
         a: Array = item.a
         b: Array = item.b
-        factor = self._factor(stem)
+        native = native_format(stem, self._quant.format_of(stem), self._model)
+        factor = self._weights[f"{stem}.input_factor"] if native.factor else self._factor(stem)
         if factor is not None:
             if not factor.all():
                 raise RequestError(f"{stem}.input_factor is 0 somewhere: adapters cannot be used with this bundle")
             a = a / factor
-        own_order = self._order(stem)
+        own_order = self._weights[f"{stem}.input_order"] if native.order else self._order(stem)
         a = a if own_order is None else a[:, own_order]
         reader = _READERS.get(_STEMS[item.target])
         if reader is not None:

@@ -22,15 +22,15 @@ _TWICE_E2M1 = (2 * E2M1).astype(np.int8)
 def native_weight(weights: WeightFile, stem: str, form: LinearFormat, model: ModelSpec) -> tuple[Array, Array | None]:
     """Values and scales (or None) of the layer `stem`, stored in `form`, as cuda_formats.native_format has it.
 
-    Factor and order of its input are in the columns where no other layer does them.
+    Factor and order of its input are in bf16 columns where no other layer does them.
     Raises BundleError for an offset that is not the zero point which the manifest promises, and scales beyond fp16.
     """
     native, values = native_format(stem, form, model), weights[f"{stem}.weight"]
-    factor = weights[f"{stem}.input_factor"] if form.input_factor and not folds_factor(stem, model) else None
-    order = np.argsort(weights[f"{stem}.input_order"]) if form.input_order and not folds_order(stem) else None
-    if form.scheme in FLOATS and factor is None and order is None:
-        return values, None
     if native.format == "bf16":
+        factor = weights[f"{stem}.input_factor"] if form.input_factor and not folds_factor(stem, model) else None
+        order = np.argsort(weights[f"{stem}.input_order"]) if form.input_order and not folds_order(stem) else None
+        if form.scheme in FLOATS and factor is None and order is None:
+            return values, None
         return _dequantize(weights, stem, form, factor, order), None
     if native.format == "fp8" and f"{stem}.scale" not in weights:
         return values, None  # floats, which the device rounds

@@ -113,6 +113,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("kv_format", &DecoderConfig::kv_format)
       .def_readwrite("group_size", &DecoderConfig::group_size)
       .def_readwrite("formats", &DecoderConfig::formats)
+      .def_readwrite("ordered", &DecoderConfig::ordered)
+      .def_readwrite("factored", &DecoderConfig::factored)
       .def_readwrite("biases", &DecoderConfig::biases)
       .def_readwrite("num_slots", &DecoderConfig::num_slots)
       .def_readwrite("capacity", &DecoderConfig::capacity)
@@ -152,6 +154,14 @@ void bind_decoder(py::module_& module) {
             decoder.load_vector(name, host);
           },
           py::arg("name"), py::arg("values"))
+      .def(
+          "load_order",
+          [](Decoder& decoder, const std::string& stem, const py::array& order) {
+            const HostTensor host = host_tensor(stem + ".input_order", order);
+            const py::gil_scoped_release release;
+            decoder.load_order(stem, host);
+          },
+          py::arg("stem"), py::arg("order"), "(cols) int32: which input feature each column of a layer takes.")
       .def(
           "load_vocab_map",
           [](Decoder& decoder, const py::array& token_ids) {

@@ -76,6 +76,10 @@ void Decoder::load_vector(const std::string& name, const HostTensor& values) {
   guarded([&] { weights_.load_vector(name, values, stream_.get()); });
 }
 
+void Decoder::load_order(const std::string& stem, const HostTensor& order) {
+  guarded([&] { weights_.load_order(stem, order, stream_.get()); });
+}
+
 void Decoder::load_vocab_map(const HostTensor& token_ids) {
   guarded([&] { weights_.load_vocab_map(token_ids, stream_.get()); });
 }
@@ -154,6 +158,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.epilogue = Epilogue::store_f32;
     args.out_f32 = qkv;
     adapt(args, index, Linear::kQkv);
+    pdl = map_args_async(layer.qkv, args, pdl);
     decode_product_async(args, pdl);
     pdl = pdl_;
 
@@ -183,6 +188,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
     adapt(args, index, Linear::kO);
+    pdl = map_args_async(layer.o, args, pdl);
     decode_product_async(args, pdl);
 
     args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
@@ -191,6 +197,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.epilogue = Epilogue::swiglu;
     args.out_bf16 = activated;
     adapt(args, index, Linear::kGateUp);
+    pdl = map_args_async(layer.gate_up, args, pdl);
     decode_product_async(args, pdl);
 
     args = gemv_args(layer.down, "mlp.down", batch);
@@ -199,6 +206,7 @@ void Decoder::record_step_async(const StepKey& key) {
     args.out_f32 = residual;
     args.out_bf16 = residual_bf16;
     adapt(args, index, Linear::kDown);
+    pdl = map_args_async(layer.down, args, pdl);
     decode_product_async(args, pdl);
   }
   record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);

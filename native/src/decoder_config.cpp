@@ -51,6 +51,15 @@ void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, 
   }
 }
 
+void plan_input_map(MemoryPlan& plan, const DecoderConfig& config, const std::string& stem, int cols) {
+  const auto count = static_cast<std::size_t>(cols);
+  if (config.ordered.contains(stem)) {
+    plan.add("weights", stem + ".input_order", count * sizeof(std::int32_t));
+    if (follows_norm(stem)) plan.add("weights", stem + ".ordered_gain", count * 2);
+  }
+  if (config.factored.contains(stem)) plan.add("weights", stem + ".input_factor", count * sizeof(float));
+}
+
 // Scratch that loading and prefill share: a quantised weight as the file has it, or its dequantised part.
 std::size_t scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = kStagingBytes;
@@ -92,6 +101,8 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
 }
 
 }  // namespace
+
+bool follows_norm(const std::string& stem) { return stem.ends_with("attn.qkv") || stem.ends_with("mlp.gate_up"); }
 
 bool DecoderConfig::has_bias(const std::string& stem) const {
   return std::find(biases.begin(), biases.end(), stem) != biases.end();
@@ -156,6 +167,15 @@ void DecoderConfig::check() const {
   }
   for (const auto& [stem, format] : formats) {
     require(stems.contains(stem), "formats has " + stem + ", which the decoder does not");
+  }
+  for (const std::set<std::string>* mapped : {&ordered, &factored}) {
+    for (const std::string& stem : *mapped) {
+      require(stems.contains(stem) && stem.starts_with("layers."),
+              "ordered or factored has " + stem + ", which is no layer of the decoder");
+    }
+  }
+  for (const std::string& stem : factored) {
+    require(!follows_norm(stem), stem + " follows a norm, whose gain takes the factor of its input");
   }
   for (const std::string& stem : stems) {
     const auto& [format, group] = format_of(stem);
@@ -232,6 +252,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
     const std::string at = "layers." + std::to_string(layer) + ".";
     for (const LinearShape& linear : layer_linears(config)) {
       plan_linear(plan, at + linear.stem, linear.rows, linear.cols, config.format_of(layer, linear.stem));
+      plan_input_map(plan, config, at + linear.stem, linear.cols);
       if (config.has_bias(linear.stem)) {
         plan.add("weights", at + linear.stem + ".bias", static_cast<std::size_t>(linear.rows) * sizeof(float));
       }
@@ -263,6 +284,9 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "attended", tokens * q * 2);
   plan.add("workspace", "gate_up", tokens * 2 * intermediate * 2);
   plan.add("workspace", "activated", tokens * intermediate * 2);
+  if (!config.ordered.empty() || !config.factored.empty()) {
+    plan.add("workspace", "mapped_x", tokens * std::max({hidden, q, intermediate}) * 2);
+  }
   plan.add("workspace", "gathered", std::size_t{kMaxLogitRows} * hidden * 2);
   plan.add("workspace", "prefill_inputs", (3 * tokens + 4 + kMaxLogitRows) * sizeof(std::int32_t));
   plan.add("workspace", "decode_inputs", std::size_t{3} * kMaxBatch * sizeof(std::int32_t));

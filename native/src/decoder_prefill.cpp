@@ -109,6 +109,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
       fp8_product_async(linear, y, count);
       return pdl_;
     }
+    x = map_input_async(linear, x, count, false);
     const bool next = this->product_async(linear, which == Linear::kGateUp, x, y, count);
     return adapt_product_async(adapter, index, which, x, y, count, next);
   };
@@ -200,6 +201,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
 
 void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
                               int out_width, Epilogue epilogue, int layer, Linear which, int adapter) {
+  x = map_input_async(linear, x, count, false);
   for (int first = 0; first < count; first += kernels::kMaxGemvTokens) {
     // As single tokens are computed: in exact mode a prompt's last token may be alone.
     GemvArgs args =

@@ -6,6 +6,7 @@
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/elementwise.hpp"
+#include "edgellm/kernels/input_map.hpp"
 #include "edgellm/kernels/quantized.hpp"
 
 namespace edgellm {
@@ -84,8 +85,30 @@ void Decoder::prepare_products() {
   fp8_products_ = all_fp8;
 }
 
+const __nv_bfloat16* Decoder::map_input_async(const LinearView& linear, const __nv_bfloat16* x, int num_tokens,
+                                              bool pdl) {
+  if (!linear.maps_input()) return x;
+  kernels::InputMapArgs args;
+  args.x = x;
+  args.order = linear.order;
+  args.factor = linear.factor;
+  args.out = arena_.get<__nv_bfloat16>("mapped_x");
+  args.num_tokens = num_tokens;
+  args.cols = linear.weight.cols;
+  kernels::map_input_async(args, stream_.get(), pdl);
+  return args.out;
+}
+
+// A norm commutes with the order of its features, and its gain has been put in order at load.
+bool Decoder::map_args_async(const LinearView& linear, kernels::GemvArgs& args, bool pdl) {
+  if (!linear.maps_input()) return pdl;
+  args.x = map_input_async(linear, args.x, args.num_tokens, pdl);
+  if (args.gain != nullptr && linear.ordered_gain != nullptr) args.gain = linear.ordered_gain;
+  return pdl_;
+}
+
 bool Decoder::multiplies_fp8(const LinearView& linear, bool products, int adapter) const {
-  return products && fp8_products_ && adapter == 0 && linear.weight.format == WeightFormat::fp8;
+  return products && fp8_products_ && adapter == 0 && linear.weight.format == WeightFormat::fp8 && !linear.maps_input();
 }
 
 // y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache. Parts go to

@@ -43,7 +43,13 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
     const std::vector<LinearShape> shapes = layer_linears(config);
     for (std::size_t i = 0; i < shapes.size(); ++i) {
       linears[i]->weight = view(at + shapes[i].stem, shapes[i].rows, shapes[i].cols);
-      if (config.has_bias(shapes[i].stem)) linears[i]->bias = arena.get<float>(at + shapes[i].stem + ".bias");
+      const std::string stem = at + shapes[i].stem;
+      if (config.has_bias(shapes[i].stem)) linears[i]->bias = arena.get<float>(stem + ".bias");
+      if (config.ordered.contains(stem)) {
+        linears[i]->order = arena.get<std::int32_t>(stem + ".input_order");
+        if (follows_norm(stem)) linears[i]->ordered_gain = arena.get<__nv_bfloat16>(stem + ".ordered_gain");
+      }
+      if (config.factored.contains(stem)) linears[i]->factor = arena.get<float>(stem + ".input_factor");
     }
     layer.input_norm = arena.get<__nv_bfloat16>(at + "input_norm.weight");
     layer.post_norm = arena.get<__nv_bfloat16>(at + "post_norm.weight");
@@ -139,7 +145,7 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
 
 void Weights::load_vector(const std::string& name, const HostTensor& values, cudaStream_t stream) {
   if (!arena_.plan().contains(name)) throw std::invalid_argument("the decoder has no tensor " + name);
-  const bool stays_fp32 = name.ends_with(".bias") || name.starts_with("rope");
+  const bool stays_fp32 = name.ends_with(".bias") || name.ends_with(".input_factor") || name.starts_with("rope");
   const std::size_t count = arena_.plan().size(name) / (stays_fp32 ? sizeof(float) : sizeof(__nv_bfloat16));
   if (values.dtype != DType::kFloat32 || static_cast<std::size_t>(values.shape.num_elements()) != count) {
     throw std::invalid_argument(name + " is " + name_of(values.dtype) + " " + values.shape.to_string() +
@@ -152,6 +158,26 @@ void Weights::load_vector(const std::string& name, const HostTensor& values, cud
   }
   EDGELLM_CUDA_TRY(cudaStreamSynchronize(stream));
   loaded_.push_back(name);
+}
+
+void Weights::load_order(const std::string& stem, const HostTensor& order, cudaStream_t stream) {
+  const int cols = find(stem).cols;
+  const std::string name = stem + ".input_order";
+  if (!arena_.plan().contains(name)) throw std::invalid_argument("the decoder has no tensor " + name);
+  expect(name, order, DType::kInt32, Shape{cols});
+  const std::span ids(static_cast<const std::int32_t*>(order.data), static_cast<std::size_t>(cols));
+  if (std::any_of(ids.begin(), ids.end(), [cols](std::int32_t id) { return id < 0 || id >= cols; })) {
+    throw std::invalid_argument(name + " has features beyond 0 to " + std::to_string(cols - 1));
+  }
+  copy(arena_.get<std::int32_t>(name), ids.data(), ids.size_bytes(), stream);
+  EDGELLM_CUDA_TRY(cudaStreamSynchronize(stream));
+  loaded_.push_back(name);
+}
+
+std::vector<std::string> Weights::input_maps(const std::string& stem) const {
+  std::vector<std::string> names = {stem + ".input_order", stem + ".ordered_gain", stem + ".input_factor"};
+  std::erase_if(names, [this](const std::string& name) { return !arena_.plan().contains(name); });
+  return names;
 }
 
 void Weights::load_vocab_map(const HostTensor& token_ids, cudaStream_t stream) {
@@ -178,6 +204,7 @@ std::vector<std::string> Weights::missing() const {
     for (const LinearShape& linear : layer_linears(config_)) {
       expected.push_back(at + linear.stem + ".weight");
       if (config_.has_bias(linear.stem)) expected.push_back(at + linear.stem + ".bias");
+      for (std::string& name : input_maps(at + linear.stem)) expected.push_back(std::move(name));
     }
     expected.push_back(at + "input_norm.weight");
     expected.push_back(at + "post_norm.weight");

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from test_executor_contract import step
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.toolchain.export import export_bundle
 
@@ -114,3 +116,29 @@ def test_layers_of_different_formats_run_in_one_model(
     executor = CudaExecutor(bundle, EngineConfig(max_slots=1, max_context=128, fp8_prefill=fp8_prefill))
     assert error(both_paths(executor, ids), expected) < (0.1 if fp8_prefill else 0.04)
     executor.close()
+
+
+@pytest.mark.parametrize("case", ["factor", "order"])
+def test_an_adapter_reads_the_input_that_its_layer_reads(case: str, save: Callable[..., tuple[Any, Bundle]]) -> None:
+    model, bundle = save("gpu_qwen3", *CASES[case])
+    rng = np.random.default_rng(7)
+    ids = rng.integers(5, 300, 60).astype(np.int32)
+    plain, tensors = expected_logits(model, ids), []
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if not name.endswith("_proj"):
+                continue
+            out, width = module.weight.shape
+            a = rng.normal(0, width**-0.5, (8, width)).astype(np.float32)
+            b = rng.normal(0, 0.05, (out, 8)).astype(np.float32)
+            module.weight += torch.from_numpy(0.5 * b @ a)
+            tensors.append(LoraTensors(int(name.split(".")[2]), name.rpartition(".")[2], a, b, 0.5))
+    config = EngineConfig(max_slots=1, max_context=128, max_loras=1, max_lora_rank=8)
+    executor = CudaExecutor(bundle, config)
+    index = executor.load_adapter("a", LoraAdapter(tuple(tensors), "x")).index
+    rows = [executor.step([replace(step(0, ids[:40], 0, 40), adapter=index)]).copy()]
+    rows += [executor.step([replace(step(0, ids[i : i + 1], i), adapter=index)]).copy() for i in range(40, len(ids))]
+    executor.close()
+    adapted = expected_logits(model, ids)
+    assert error(plain, adapted) > 0.2, "the adapter must matter"
+    assert error(np.concatenate(rows), adapted) < 0.05

@@ -122,6 +122,20 @@ def test_each_layer_may_have_a_format_and_group_of_its_own() -> None:
     assert more == pytest.approx(count * (2 + 1 + 2 / 16 - 2 * (0.5 + 2 / 64)), rel=1e-4)
 
 
+def test_the_order_and_factor_of_a_layers_input_are_planned_and_checked() -> None:
+    plain, mapped = settings(LLAMA_8B), settings(LLAMA_8B)
+    mapped.ordered, mapped.factored = {"layers.3.attn.qkv", "layers.3.attn.o"}, {"layers.3.attn.o"}
+    more = {name: size - NATIVE.plan_memory(plain)[name] for name, size in NATIVE.plan_memory(mapped).items()}
+    assert more["weights"] == 4096 * (4 + 2) + 4096 * (4 + 4), "orders, one gain in order, one factor"
+    assert more["workspace"] == 512 * 14336 * 2
+    mapped.factored = {"layers.3.mlp.gate_up"}
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.gate_up follows a norm"):
+        mapped.check()
+    mapped.factored = {"head"}
+    with pytest.raises(ValueError, match="ordered or factored has head, which is no layer"):
+        mapped.check()
+
+
 @pytest.mark.parametrize(
     ("formats", "message"),
     [

@@ -39,10 +39,16 @@ class Device:
         self.model, quant = bundle.manifest.model, bundle.manifest.quantization
         self.formats = native_formats(self.model, quant)
         self.tensors: dict[str, np.ndarray] = {}
+        self.orders: dict[str, np.ndarray] = {}
+        self.undone: set[str] = set()
         _upload(self, bundle)
 
     def load_vector(self, name: str, values: np.ndarray) -> None:
         self.tensors[name] = np.asarray(values, np.float32)
+
+    def load_order(self, stem: str, order: np.ndarray) -> None:
+        assert self.formats[stem].order and order.dtype == np.int32
+        self.orders[stem] = order
 
     def load_linear(self, stem: str, values: np.ndarray, scale: np.ndarray | None) -> None:
         form = self.formats[stem]
@@ -85,6 +91,7 @@ class Device:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """(tokens, rows)."""
+        self._undo_maps()
         stems = {kind: stem for kind, stem in ROPE_STEMS.items() if f"{stem}.cos" in self.tensors}
         ropes = {kind: (self.tensors[f"{stem}.cos"], self.tensors[f"{stem}.sin"]) for kind, stem in stems.items()}
         decoder = ReferenceDecoder(self.model, ropes)
@@ -96,6 +103,22 @@ class Device:
             decoder.layer(layer, own | norms)
         head = self.tensors.get("head.weight", self.tensors["embed.weight"])
         return decoder.logits_at(0, slice(None), self.tensors["final_norm.weight"], head)
+
+    def _undo_maps(self) -> None:
+        """What the device does to a layer's input, in its columns."""
+        for stem, form in self.formats.items():
+            factor = self.tensors.pop(f"{stem}.input_factor", None)
+            assert form.factor == (factor is not None) or stem in self.undone
+            if factor is not None:
+                self.tensors[f"{stem}.weight"] = self.tensors[f"{stem}.weight"] * factor
+            if stem in self.orders:
+                order = self.orders.pop(stem)
+                self.tensors[f"{stem}.weight"] = self.tensors[f"{stem}.weight"][:, np.argsort(order)]
+                norm = {"attn.qkv": "input_norm", "mlp.gate_up": "post_norm"}.get(stem.split(".", 2)[2])
+                if norm is not None:
+                    gain = self.tensors[f"layers.{stem.split('.')[1]}.{norm}.weight"]
+                    assert np.array_equal(self.tensors.pop(f"{stem}.ordered_gain"), gain[order])
+            self.undone.add(stem)
 
 
 def save(case: str, path: Path, kind: str) -> Any:
@@ -149,6 +172,7 @@ def test_k_quants_that_differ_from_layer_to_layer_do_too(tmp_path: Path, monkeyp
         ("modelopt int4_awq", "qwen3"),
         ("modelopt int4_awq", "llama_own_heads"),
         ("gptq by activation", "llama_own_heads"),
+        ("gptq by activation", "qwen3"),
     ],
 )
 def test_an_adapter_adds_what_it_adds_to_the_checkpoints_own_layers(
@@ -169,7 +193,7 @@ def test_an_adapter_adds_what_it_adds_to_the_checkpoints_own_layers(
             b = rng.normal(0, 0.3, (out, 4)).astype(np.float32)
             module.weight += torch.from_numpy(0.5 * b @ a)
             tensors.append(LoraTensors(int(name.split(".")[2]), name.rpartition(".")[2], a, b, 0.5))
-    plain = device.logits(PROMPT)
+    plain = Device(bundle).logits(PROMPT)
     inputs = LayerInputs(bundle.manifest.model, bundle.manifest.quantization, bundle.weights())
     device.add(inputs.adapter(LoraAdapter(tuple(tensors), "x")))
     expected = hf_logits(model, PROMPT)

@@ -25,8 +25,10 @@ CASES = {
     "zeros of 8 bit": ("head", LinearFormat("int8", 64, offset=True, zero_points=True), ("bf16", 0)),
     "factor before a norm": ("mlp.gate_up", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
     "factor of the head": ("head", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
-    "factor after shared heads": ("attn.o", LinearFormat("int4", 64, input_factor=True), ("bf16", 0)),
-    "order of attention": ("attn.o", LinearFormat("int4", 64, input_order=True), ("bf16", 0)),
+    "factor after shared heads": ("attn.o", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
+    "order of attention": ("attn.o", LinearFormat("int4", 64, input_order=True), ("int4", 64)),
+    "order of the head": ("head", LinearFormat("int4", 64, input_order=True), ("bf16", 0)),
+    "order of minima": ("attn.o", LinearFormat("int4", 64, offset=True, input_order=True), ("bf16", 0)),
     "order of down": ("mlp.down", LinearFormat("int4", 64, input_order=True), ("int4", 64)),
     "blocks": ("mlp.down", LinearFormat("fp8", 128), ("bf16", 0)),
 }
@@ -51,7 +53,16 @@ def test_a_layer_gets_the_smallest_format_that_holds_its_numbers_and_no_other_la
 def test_a_factor_after_attention_goes_into_v_where_every_head_has_its_own() -> None:
     model, quant = stored({"attn.o": LinearFormat("int4", 64, input_factor=True)})
     own = replace(model, num_kv_heads=model.num_heads)
-    assert native_formats(own, quant)["layers.5.attn.o"].format == "int4"
+    shared_o, own_o = (native_formats(m, quant)["layers.5.attn.o"] for m in (model, own))
+    assert shared_o.factor and not own_o.factor and not shared_o.reason
+
+
+def test_the_device_orders_what_nothing_before_the_layer_can() -> None:
+    form = LinearFormat("int4", 64, input_order=True)
+    found = native_formats(*stored({kind: form for kind in ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")}))
+    assert {stem.split(".", 2)[2] for stem, native in found.items() if native.order} == {
+        "attn.qkv", "attn.o", "mlp.gate_up",
+    }  # fmt: skip
 
 
 def test_what_widening_costs_is_said_with_its_reason() -> None:

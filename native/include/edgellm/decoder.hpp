@@ -77,6 +77,7 @@ class Decoder {
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
   void load_vector(const std::string& name, const HostTensor& values);
   void load_vocab_map(const HostTensor& token_ids);
+  void load_order(const std::string& stem, const HostTensor& order);
   // Checks that every weight is there, runs every kind of step once and captures its graph.
   void finish_load();
 
@@ -187,6 +188,10 @@ class Decoder {
   // A product of a decode step, cut where it has more tokens than one kernel takes; with its adapters if it has
   // args.lora.
   void decode_product_async(kernels::GemvArgs args, bool pdl);
+  // x as the linear layer's columns take it: itself, or mapped_x.
+  const __nv_bfloat16* map_input_async(const LinearView& linear, const __nv_bfloat16* x, int num_tokens, bool pdl);
+  // The same for args.x, and the norm's gain with it; returns whether what follows may be launched dependently.
+  bool map_args_async(const LinearView& linear, kernels::GemvArgs& args, bool pdl);
   void warm_up_verify();
   void prefill_async(const SequenceStep& item, int first_row);
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,

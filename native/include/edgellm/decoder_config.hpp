@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,6 +41,9 @@ struct DecoderConfig {
   int group_size = 0;
   // Of weights that differ from the above, by their stored stem: "layers.3.mlp.down", "head", "embed".
   std::map<std::string, FormatAndGroup> formats;
+  // Of layers, by their stored stem, whose input is put in another order, or multiplied by a factor, before it is used.
+  std::set<std::string> ordered;
+  std::set<std::string> factored;
   std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
 
   int num_slots = 1;
@@ -86,6 +90,9 @@ struct LinearShape {
   int cols;
 };
 std::vector<LinearShape> layer_linears(const DecoderConfig& config);
+
+// Whether a layer's input is a norm's output, whose gain is then in the order of the input too.
+bool follows_norm(const std::string& stem);
 
 // Rows of a quantised weight that are dequantised at once for prefill.
 int dequantised_rows(int rows, int cols);

@@ -13,6 +13,11 @@ namespace edgellm {
 struct LinearView {
   kernels::WeightView weight;
   const float* bias = nullptr;
+  const std::int32_t* order = nullptr;          // (cols) which input feature each column takes; null: its own
+  const float* factor = nullptr;                // (cols) of each column's input; null: none
+  const __nv_bfloat16* ordered_gain = nullptr;  // (cols) of the norm before, with `order`
+
+  bool maps_input() const { return order != nullptr || factor != nullptr; }
 };
 
 struct LayerWeights {
@@ -47,6 +52,8 @@ class Weights {
   // Uploads the tokens that have a row in the head, (head_rows) int32, ascending. Waits for the stream.
   // Throws std::invalid_argument for another shape or ids that do not ascend or are not the model's.
   void load_vocab_map(const HostTensor& token_ids, cudaStream_t stream);
+  // Uploads the order of a layer's input (cols) int32 by the layer's stem. Waits for the stream.
+  void load_order(const std::string& stem, const HostTensor& order, cudaStream_t stream);
   // Names that were planned but never loaded.
   std::vector<std::string> missing() const;
 
@@ -61,6 +68,8 @@ class Weights {
  private:
   kernels::WeightView view(const std::string& stem, int rows, int cols) const;
   kernels::WeightView& find(const std::string& stem);
+  // Tensors of a layer beside its weight, that were planned.
+  std::vector<std::string> input_maps(const std::string& stem) const;
   void load_floats(const HostTensor& host, void* to, std::size_t count, cudaStream_t stream);
   void load_fp8(const kernels::WeightView& weight, const HostTensor& host, cudaStream_t stream);
 
