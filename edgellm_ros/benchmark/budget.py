@@ -68,7 +68,7 @@ def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> 
     if quant.head_tensor(model) != "embed":
         embed = formats["embed"]
         weights += int(hidden * model.vocab_size * (1 + 2 / embed.group if embed.format == "int8" else 2))
-    weights += model.max_context * model.head_dim * 4  # the rope tables
+    weights += len(model.rope_tables()) * model.max_context * model.head_dim * 4
     largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES
     in_layers = {form.format for stem, form in formats.items() if stem.startswith("layers.")}
@@ -99,7 +99,7 @@ def capacity_of(model: ModelSpec, config: EngineConfig) -> int:
 def predict_ms(model: ModelSpec, quant: QuantSpec, device: Device, context: int, kv_cache: str) -> float:
     """Milliseconds of one sequence's decode step with `context` tokens in its cache."""
     read = decode_bytes(model, quant) + kv_bytes(model, kv_bytes_per_token(model, kv_cache), context)
-    stages = STAGES_PER_LAYER * model.num_layers + STAGES_PER_STEP
+    stages = (STAGES_PER_LAYER + 2 * model.output_norms) * model.num_layers + STAGES_PER_STEP
     stage_us = STAGE_US if device.has_dependent_launch else STAGE_US_PLAIN
     return read / (REACHED * device.bandwidth_gb_per_s) * 1e-6 + stages * stage_us * 1e-3
 

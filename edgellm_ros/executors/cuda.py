@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros import native
-from edgellm_ros.bundle import Bundle, ModelSpec
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
@@ -235,12 +235,6 @@ class CudaExecutor(Executor):
 
 def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     """The native DecoderConfig; raises ConfigError and UnsupportedError."""
-    missing = _missing_kernels(bundle.manifest.model)
-    if missing:
-        raise UnsupportedError(
-            f"{bundle.manifest.model.name} ({bundle.manifest.model.family}) needs {', '.join(missing)}, which the cuda "
-            "executor's kernels do not have; use the executor onnxruntime"
-        )
     module, reason = native.import_module()
     if module is None:
         raise UnsupportedError(reason)
@@ -262,9 +256,10 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings = module.DecoderConfig()
     for name in (
         "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-        "head_rows", "rms_norm_eps", "embed_scale", "attention_scale", "qk_norm",
+        "head_rows", "rms_norm_eps", "embed_scale", "attention_scale", "logit_softcap", "qk_norm", "output_norms",
     ):  # fmt: skip
         setattr(settings, name, getattr(model, name))
+    settings.activation = module.Activation.__members__[model.activation]
     settings.num_positions = model.max_context
     settings.tied_head = quant.head_tensor(model) == "embed"
     settings.sliding_windows = list(model.sliding_windows)
@@ -295,16 +290,6 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     except ValueError as error:
         raise UnsupportedError(f"{model.name}: {error}") from error
     return settings
-
-
-def _missing_kernels(model: ModelSpec) -> list[str]:
-    """What the model computes and no kernel does, in words."""
-    found = {
-        f"the activation {model.activation}": model.activation != "silu",
-        "norms on the outputs of attention and MLP": model.output_norms,
-        f"logits capped at {model.logit_softcap:g}": bool(model.logit_softcap),
-    }
-    return [name for name, needed in found.items() if needed]
 
 
 def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:

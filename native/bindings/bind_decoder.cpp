@@ -89,6 +89,9 @@ void bind_config(py::module_& module) {
       .value("bf16", kernels::KvFormat::bf16)
       .value("fp16", kernels::KvFormat::fp16)
       .value("fp8", kernels::KvFormat::fp8);
+  py::enum_<kernels::Activation>(module, "Activation")
+      .value("silu", kernels::Activation::silu)
+      .value("gelu_tanh", kernels::Activation::gelu_tanh);
   py::class_<DecoderConfig>(module, "DecoderConfig", "What a decoder is and how much it may hold.")
       .def(py::init<>())
       .def_readwrite("num_layers", &DecoderConfig::num_layers)
@@ -103,7 +106,10 @@ void bind_config(py::module_& module) {
       .def_readwrite("rms_norm_eps", &DecoderConfig::rms_norm_eps)
       .def_readwrite("embed_scale", &DecoderConfig::embed_scale)
       .def_readwrite("attention_scale", &DecoderConfig::attention_scale)
+      .def_readwrite("activation", &DecoderConfig::activation)
+      .def_readwrite("logit_softcap", &DecoderConfig::logit_softcap)
       .def_readwrite("qk_norm", &DecoderConfig::qk_norm)
+      .def_readwrite("output_norms", &DecoderConfig::output_norms)
       .def_readwrite("tied_head", &DecoderConfig::tied_head)
       .def_readwrite("sliding_windows", &DecoderConfig::sliding_windows)
       .def_readwrite("layer_ropes", &DecoderConfig::layer_ropes)

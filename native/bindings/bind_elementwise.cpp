@@ -1,4 +1,4 @@
-// Prefill's small kernels: rms_norm, residual_norm, swiglu, gather_rows.
+// Small kernels: rms_norm, residual_norm, swiglu, gather_rows, soft_cap.
 #include "bindings.hpp"
 #include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/input_map.hpp"
@@ -25,12 +25,17 @@ void bind_elementwise(py::module_& module) {
       [](const py::object& delta, const py::object& residual, const py::object& bias, const py::object& residual_bf16,
          const py::object& gain, float eps, const py::object& normed, std::uintptr_t stream,
          const py::object& row_scales, const py::object& column_scales, const py::object& normed_fp8,
-         const py::object& normed_scales) {
+         const py::object& normed_scales, const py::object& delta_gain) {
         const DeviceArray input(delta, "delta");
         const std::int64_t tokens = input.size(0), hidden = input.size(1);
         if (hidden % 8 != 0) input.fail("has a width that is no multiple of 8");
         kernels::ResidualNormArgs args;
-        args.delta = input.as<const __nv_bfloat16>({tokens, hidden});
+        args.delta_gain = optional<const __nv_bfloat16>(delta_gain, "delta_gain", {hidden});
+        if (args.delta_gain && !input.is_bfloat()) {
+          args.delta_f32 = input.as<const float>({tokens, hidden});
+        } else {
+          args.delta = input.as<const __nv_bfloat16>({tokens, hidden});
+        }
         args.bias = optional<const float>(bias, "bias", {hidden});
         args.residual = required<float>(residual, "residual", {tokens, hidden});
         args.residual_bf16 = optional<__nv_bfloat16>(residual_bf16, "residual_bf16", {tokens, hidden});
@@ -51,11 +56,12 @@ void bind_elementwise(py::module_& module) {
       py::arg("delta"), py::arg("residual"), py::arg("bias") = py::none(), py::arg("residual_bf16") = py::none(),
       py::arg("gain") = py::none(), py::arg("eps") = 1e-6F, py::arg("normed") = py::none(), py::arg("stream") = 0,
       py::arg("row_scales") = py::none(), py::arg("column_scales") = py::none(), py::arg("normed_fp8") = py::none(),
-      py::arg("normed_scales") = py::none());
+      py::arg("normed_scales") = py::none(), py::arg("delta_gain") = py::none());
   module.def(
       "swiglu",
       [](const py::object& gate_up, const py::object& out, const py::object& bias, std::uintptr_t stream,
-         const py::object& row_scales, const py::object& column_scales, const py::object& out_scales) {
+         const py::object& row_scales, const py::object& column_scales, const py::object& out_scales,
+         kernels::Activation activation) {
         const DeviceArray to(out, "out");
         const std::int64_t tokens = to.size(0), width = to.size(1);
         if (width % 8 != 0) to.fail("has a width that is no multiple of 8");
@@ -72,10 +78,12 @@ void bind_elementwise(py::module_& module) {
         }
         args.num_tokens = static_cast<int>(tokens);
         args.width = static_cast<int>(width);
+        args.activation = activation;
         kernels::swiglu_async(args, to_stream(stream), false);
       },
       py::arg("gate_up"), py::arg("out"), py::arg("bias") = py::none(), py::arg("stream") = 0,
-      py::arg("row_scales") = py::none(), py::arg("column_scales") = py::none(), py::arg("out_scales") = py::none());
+      py::arg("row_scales") = py::none(), py::arg("column_scales") = py::none(), py::arg("out_scales") = py::none(),
+      py::arg("activation") = kernels::Activation::silu);
   module.def(
       "map_input",
       [](const py::object& x, const py::object& out, const py::object& order, const py::object& factor,
@@ -106,6 +114,16 @@ void bind_elementwise(py::module_& module) {
                                    false);
       },
       py::arg("x"), py::arg("rows"), py::arg("out"), py::arg("stream") = 0);
+  module.def(
+      "soft_cap",
+      [](const py::object& x, float cap, std::uintptr_t stream) {
+        if (!(cap > 0.0F)) throw std::invalid_argument("cap is " + std::to_string(cap) + "; it must be positive");
+        const DeviceArray to(x, "x");
+        const std::int64_t rows = to.size(0), width = to.size(1);
+        kernels::soft_cap_async(to.as<float>({rows, width}), static_cast<std::size_t>(rows * width), cap,
+                                to_stream(stream), false);
+      },
+      py::arg("x"), py::arg("cap"), py::arg("stream") = 0);
 }
 
 }  // namespace edgellm

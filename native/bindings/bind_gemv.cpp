@@ -32,8 +32,8 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
   args.batch_invariant = batch_invariant;
   if (!lora.is_none()) args.lora = lora_view(lora.cast<py::tuple>(), tokens);
   if (tile >= kernels::gemv_num_tiles(args)) throw std::invalid_argument("tile is not below gemv_num_tiles");
-  if (epilogue == Epilogue::swiglu || epilogue == Epilogue::store_bf16) {
-    args.out_bf16 = required<__nv_bfloat16>(out, "out", {tokens, epilogue == Epilogue::swiglu ? rows / 2 : rows});
+  if (kernels::has_pairs(epilogue) || epilogue == Epilogue::store_bf16) {
+    args.out_bf16 = required<__nv_bfloat16>(out, "out", {tokens, kernels::has_pairs(epilogue) ? rows / 2 : rows});
   } else {
     args.out_f32 = required<float>(out, "out", {tokens, rows});
   }
@@ -50,8 +50,9 @@ void bind_gemv(py::module_& module) {
       .value("store_f32", Epilogue::store_f32)
       .value("store_bf16", Epilogue::store_bf16)
       .value("residual", Epilogue::residual)
+      .value("logits", Epilogue::logits)
       .value("swiglu", Epilogue::swiglu)
-      .value("logits", Epilogue::logits);
+      .value("geglu", Epilogue::geglu);
   module.def(
       "gemv",
       [](const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue, const py::object& gain,

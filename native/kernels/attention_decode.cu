@@ -15,6 +15,8 @@ extern template void launch_for_head_dim<96>(const DecodeAttentionArgs&, const D
                                              bool);
 extern template void launch_for_head_dim<128>(const DecodeAttentionArgs&, const DecodeAttentionParams&, cudaStream_t,
                                               bool);
+extern template void launch_for_head_dim<256>(const DecodeAttentionArgs&, const DecodeAttentionParams&, cudaStream_t,
+                                              bool);
 
 namespace {
 
@@ -64,9 +66,11 @@ void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream
       return launch_for_head_dim<96>(args, p, stream, pdl);
     case 128:
       return launch_for_head_dim<128>(args, p, stream, pdl);
+    case 256:
+      return launch_for_head_dim<256>(args, p, stream, pdl);
     default:
       throw std::invalid_argument("head_dim " + std::to_string(args.kv.head_dim) +
-                                  " has no attention kernel; there are 64, 80, 96 and 128");
+                                  " has no attention kernel; there are 64, 80, 96, 128 and 256");
   }
 }
 

@@ -109,9 +109,10 @@ struct RopeRow {
   }
 };
 
-// Tiles that a warp has in registers: about 28 KB of keys and values a block are under way.
+// Tiles that a warp has in registers: about 28 KB of keys and values a block are under way. Of heads wider than 128 one
+// is more than that.
 template <int HD, KvFormat F>
-constexpr int kTilesInFlight = std::clamp(112 / PositionTile<HD, F>::kRegisters, 2, 4);
+constexpr int kTilesInFlight = HD > 128 ? 1 : std::clamp(112 / PositionTile<HD, F>::kRegisters, 2, 4);
 // Blocks an SM whose registers hold that, the sums and the queries.
 template <int HD, KvFormat F>
 constexpr int kBlocksPerSm = kTilesInFlight<HD, F> * PositionTile<HD, F>::kRegisters + HD / 2 <= 112 ? 3 : 2;
@@ -124,10 +125,18 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   using Row = RopeRow<HD>;
   constexpr int kTiles = kTilesInFlight<HD, F>;
   constexpr int kRowPasses = (kTileHeads + 2 + kAttentionWarps - 1) / kAttentionWarps;
-  constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;             // heads next to each other in other banks
-  __shared__ __align__(16) uint16_t queries[2][kTileHeads][kQueryStride];  // rounded, and the rest
+  constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;  // heads next to each other in other banks
+  constexpr int kQueryBytes = 2 * kTileHeads * kQueryStride * 2;
+  constexpr int kOutBytes = kAttentionWarps * kTileHeads * HD * 4;
+  // Queries in shared memory until the end would leave too little of it: they lie where the warps' sums go then.
+  constexpr bool kOverlaid = Tile::kSharedQueries;
+  static_assert(kQueryBytes % 16 == 0 && (!kOverlaid || kQueryBytes <= kOutBytes));
+  __shared__ __align__(16) std::byte rows_and_sums[kOverlaid ? kOutBytes : kQueryBytes + kOutBytes];
+  using QueryRow = uint16_t[kTileHeads][kQueryStride];
+  QueryRow* queries = reinterpret_cast<QueryRow*>(rows_and_sums);  // [2]: rounded, and the rest
+  using WarpOut = float[kTileHeads * HD];
+  WarpOut* warp_out = reinterpret_cast<WarpOut*>(rows_and_sums + (kOverlaid ? 0 : kQueryBytes));  // [kAttentionWarps]
   __shared__ __align__(16) Element new_key[HD], new_value[HD];
-  __shared__ __align__(16) float warp_out[kAttentionWarps][kTileHeads * HD];
   __shared__ float warp_max[kAttentionWarps][kTileHeads], warp_total[kAttentionWarps][kTileHeads];
   // From every block of the cluster: its sums of the outputs that this one merges, and maximum and total of each head.
   __shared__ __align__(16) float received[kTileHeads * HD + 4 * kMaxCluster];
@@ -157,7 +166,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
       const int base = range.start + warp * kTilePositions + r * range.stride;
       if (base >= position) continue;  // the new token's row is not there yet
       tiles[r].load_keys(key_bytes, base, position - 1, lane);
-      tiles[r].load_values(value_bytes, base, position - 1, lane);
+      if constexpr (!Tile::kSharedQueries) tiles[r].load_values(value_bytes, base, position - 1, lane);
     }
 #pragma unroll
     for (int j = 0; j < Row::kPairs; j++) {
@@ -248,12 +257,17 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   }
   __syncthreads();
 
-  uint32_t q[Tile::kSteps][4];
+  uint32_t q[Tile::kSharedQueries ? 1 : Tile::kSteps][4];
 #pragma unroll
-  for (int s = 0; s < Tile::kSteps; s++) {
+  for (int s = 0; s < (Tile::kSharedQueries ? 0 : Tile::kSteps); s++) {
     const uint2 rounded = *reinterpret_cast<const uint2*>(&queries[0][g][Tile::key_dim(s, t)]);
     const uint2 rest = *reinterpret_cast<const uint2*>(&queries[1][g][Tile::key_dim(s, t)]);
     q[s][0] = rounded.x, q[s][1] = rest.x, q[s][2] = rounded.y, q[s][3] = rest.y;
+  }
+  if constexpr (Tile::kSharedQueries) {  // until here the registers were the new rows'
+    const int base = range.start + warp * kTilePositions;
+    static_assert(kTiles == 1 || !Tile::kSharedQueries);
+    if (base < position) tiles[0].load_values(value_bytes, base, position - 1, lane);
   }
   float top = kNoScore;                            // of head g
   float total[4] = {}, out[Tile::kSteps][4] = {};  // of heads 2t and 2t + 1
@@ -266,7 +280,11 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
       // The new token's row in the cache may not be visible yet.
       if (owns_new && position - base < kTilePositions) tile.insert(new_key, new_value, position - base, lane);
       float scores[4];
-      tile.score(q, scores);
+      if constexpr (Tile::kSharedQueries) {
+        tile.score(queries[0][g], queries[1][g], t, scores);
+      } else {
+        tile.score(q, scores);
+      }
       if (next < position) tile.load_keys(key_bytes, next, position - 1, lane);
       if (base + kTilePositions > range.end) {
 #pragma unroll
@@ -298,6 +316,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     }
   }
 
+  if constexpr (kOverlaid) __syncthreads();  // all are done with the queries
 #pragma unroll
   for (int k = 0; k < 2; k++) {
     const int head = 2 * t + k;

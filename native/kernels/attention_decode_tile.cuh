@@ -88,6 +88,9 @@ struct PositionTile {
   uint32_t key[2][kKeyWords];
   uint32_t value[4][kValueWords];
 
+  // Whether the queries of a step wait in shared memory: beside a wide head's tile there are no registers for all.
+  static constexpr bool kSharedQueries = HD > 128;
+
   // The first of the four dims that lane t multiplies in a step.
   static __device__ __forceinline__ int key_dim(int step, int t) {
     const int at = step * 4 * kElement;
@@ -167,6 +170,41 @@ struct PositionTile {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         scores[2 * half + i] = ((sums[0][i] + sums[1][i]) + (sums[0][i + 2] + sums[1][i + 2])) * kUnscale;
+      }
+    }
+  }
+
+  // The same with queries from shared memory: `rounded` and `rest` are head g's rows, of which a lane reads two steps
+  // at a time, each once for both halves of the tile.
+  __device__ __forceinline__ void score(const uint16_t* rounded, const uint16_t* rest, int t,
+                                        float (&scores)[4]) const {
+    static_assert(!kSharedQueries || kKeyUnit == 16);  // two steps' dims lie side by side
+    float sums[2][2][4] = {};                          // half, chain
+#pragma unroll
+    for (int s = 0; s < kSteps; s += 2) {
+      const uint4 a = *reinterpret_cast<const uint4*>(rounded + key_dim(s, t));
+      const uint4 b = *reinterpret_cast<const uint4*>(rest + key_dim(s, t));
+      const uint32_t queries[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int step = s + i;
+          if constexpr (F == KvFormat::fp8) {
+            const uint32_t word = key[half][step];
+            tile_mma<F>(sums[half][i], queries[i], fp8x2_to_fp16x2(word), fp8x2_to_fp16x2(word >> 16));
+          } else {
+            tile_mma<F>(sums[half][i], queries[i], key[half][2 * step], key[half][2 * step + 1]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        scores[2 * half + i] =
+            ((sums[half][0][i] + sums[half][1][i]) + (sums[half][0][i + 2] + sums[half][1][i + 2])) * kUnscale;
       }
     }
   }

@@ -4,7 +4,8 @@
 // share the keys and values they read, and a few tokens of a large group fill the tensor cores too. Four warps have 16
 // or 32 rows each and run over tiles of 64 positions. A warp reads the whole tile from shared memory: with 32 rows,
 // half as often for each product, which is what bounds it. Values are fetched while scores are computed, the next keys
-// while values are multiplied. A row's result does not depend on which rows are beside it.
+// while values are multiplied. A row's result does not depend on which rows are beside it. Heads wider than 128 have 16
+// rows a warp only: the sums of their outputs fill half of the registers.
 #include <cassert>
 #include <cmath>
 #include <stdexcept>
@@ -20,8 +21,9 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
-constexpr int kMostRowTiles = 2;  // of 16 rows a warp
-constexpr int kTile = 64;         // positions
+template <int HD>
+constexpr int kMostRowTiles = HD > 128 ? 1 : 2;  // of 16 rows a warp
+constexpr int kTile = 64;                        // positions
 
 struct Params {
   const bf16* q;
@@ -63,7 +65,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t* r, const bf16
 
 template <int HD>
 constexpr int kStride = HD + 8;  // elements a row in shared memory: ldmatrix without bank conflicts
-// Queries, keys, values.
+// Queries, keys, values. At most 99 KiB, which is all that a block may have on compute capability 8.6, 8.9 and 12.0.
 template <int HD, int kRowTiles>
 constexpr std::size_t kSharedBytes = (kWarps * kRowTiles * 16 + 2 * kTile) * kStride<HD> * sizeof(bf16);
 
@@ -75,7 +77,9 @@ __device__ __forceinline__ float exp2_fast(float v) {
 
 // Threads that copy one row, eight elements each; those past the row's end do nothing.
 template <int HD>
-constexpr int kRowThreads = HD > 64 ? 16 : 8;
+constexpr int kRowThreads = HD > 128  ? 32
+                            : HD > 64 ? 16
+                                      : 8;
 
 // A tile of one head's keys or values to shared memory. `from` and `to` are what this thread copies of the first row
 // that it copies of, and num_rows is counted from there; rows after them are zeros. `readable` is any address.
@@ -167,7 +171,8 @@ __device__ __forceinline__ void fetch_queries(bf16* to, const bf16* q, const Row
 }
 
 template <int HD, KvFormat F, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, kRowTiles == 1 ? 3 : 2) prefill_attention_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, kRowTiles == 1 && HD <= 128 ? 3 : 2)
+    prefill_attention_kernel(const Params p) {
   using Element = typename Kv<F>::Element;
   constexpr int kRows = kWarps * kRowTiles * 16;
   constexpr int kOutTiles = HD / 8;  // of the output's dims
@@ -336,6 +341,7 @@ template <int HD, KvFormat F, int kRowTiles>
 void launch_rows(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
   const auto kernel = prefill_attention_kernel<HD, F, kRowTiles>;
   constexpr std::size_t kBytes = kSharedBytes<HD, kRowTiles>;
+  static_assert(kBytes <= 99 * 1024);
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
   launch(kernel, dim3(ceil_div(num_rows, kWarps * kRowTiles * 16), args.kv.num_kv_heads, args.num_sequences),
@@ -346,8 +352,9 @@ template <int HD, KvFormat F>
 void launch_prefill(const PrefillAttentionArgs& args, const Params& p, cudaStream_t stream, bool pdl) {
   // A multiprocessor takes two blocks of the larger kind; fewer than that, and smaller ones share the work better.
   const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
-  const int num_large = ceil_div(num_rows, kWarps * kMostRowTiles * 16) * args.kv.num_kv_heads * args.num_sequences;
-  if (num_large >= 2 * device_traits().num_sms) return launch_rows<HD, F, kMostRowTiles>(args, p, stream, pdl);
+  constexpr int kMost = kMostRowTiles<HD>;
+  const int num_large = ceil_div(num_rows, kWarps * kMost * 16) * args.kv.num_kv_heads * args.num_sequences;
+  if (num_large >= 2 * device_traits().num_sms) return launch_rows<HD, F, kMost>(args, p, stream, pdl);
   launch_rows<HD, F, 1>(args, p, stream, pdl);
 }
 
@@ -378,9 +385,11 @@ void prefill_attention_async(const PrefillAttentionArgs& args, cudaStream_t stre
       return launch_format<96>(args, p, stream, pdl);
     case 128:
       return launch_format<128>(args, p, stream, pdl);
+    case 256:
+      return launch_format<256>(args, p, stream, pdl);
     default:
       throw std::invalid_argument("head_dim " + std::to_string(args.kv.head_dim) +
-                                  " has no attention kernel; there are 64, 80, 96 and 128");
+                                  " has no attention kernel; there are 64, 80, 96, 128 and 256");
   }
 }
 

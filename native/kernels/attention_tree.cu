@@ -12,20 +12,23 @@ extern template void launch_tree_head_dim<80>(const TreeAttentionArgs&, const Tr
 extern template void launch_tree_head_dim<96>(const TreeAttentionArgs&, const TreeAttentionParams&, cudaStream_t, bool);
 extern template void launch_tree_head_dim<128>(const TreeAttentionArgs&, const TreeAttentionParams&, cudaStream_t,
                                                bool);
+extern template void launch_tree_head_dim<256>(const TreeAttentionArgs&, const TreeAttentionParams&, cudaStream_t,
+                                               bool);
 
 namespace {
 
-// Counters first, and of a fixed size: a call must not write its sums where another call has counters.
-std::size_t counter_bytes(int num_heads) {
-  return (static_cast<std::size_t>(kMaxTreeSequences) * num_heads * kTreeCluster * sizeof(unsigned int) + 255) / 256 *
-         256;
+// Counters first, and of a fixed size: a call must not write its sums where another call has counters. A head has a
+// chunk of rows for each 64 of a sequence's tokens, or for each 32 of those of a wide head.
+std::size_t counter_bytes(int num_heads, int head_dim) {
+  const std::size_t chunks = static_cast<std::size_t>(kMaxTreeSequences) * num_heads * (head_dim > 128 ? 2 : 1);
+  return (chunks * kTreeCluster * sizeof(unsigned int) + 255) / 256 * 256;
 }
 
 }  // namespace
 
 std::size_t tree_attention_workspace_bytes(int max_tokens, int num_heads, int head_dim) {
   const std::size_t rows = static_cast<std::size_t>(max_tokens) * num_heads * kMaxTreeSplits;
-  return counter_bytes(num_heads) + rows * (head_dim + 2) * sizeof(float);
+  return counter_bytes(num_heads, head_dim) + rows * (head_dim + 2) * sizeof(float);
 }
 
 void tree_attention_async(const TreeAttentionArgs& args, cudaStream_t stream, bool pdl) {
@@ -46,7 +49,8 @@ void tree_attention_async(const TreeAttentionArgs& args, cudaStream_t stream, bo
   p.masks = args.masks;
   p.out = args.out;
   p.num_done = static_cast<unsigned int*>(args.workspace);
-  p.partial_out = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + counter_bytes(args.num_heads));
+  p.partial_out =
+      reinterpret_cast<float*>(static_cast<char*>(args.workspace) + counter_bytes(args.num_heads, args.kv.head_dim));
   p.num_heads = args.num_heads;
   p.num_kv_heads = args.kv.num_kv_heads;
   p.capacity = args.kv.capacity;
@@ -63,9 +67,11 @@ void tree_attention_async(const TreeAttentionArgs& args, cudaStream_t stream, bo
       return launch_tree_head_dim<96>(args, p, stream, pdl);
     case 128:
       return launch_tree_head_dim<128>(args, p, stream, pdl);
+    case 256:
+      return launch_tree_head_dim<256>(args, p, stream, pdl);
     default:
       throw std::invalid_argument("head_dim " + std::to_string(args.kv.head_dim) +
-                                  " has no attention kernel; there are 64, 80, 96 and 128");
+                                  " has no attention kernel; there are 64, 80, 96, 128 and 256");
   }
 }
 

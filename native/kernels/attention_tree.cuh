@@ -20,8 +20,12 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
   using Operand = TreeOperand<F>;
   using Element = typename Kv<F>::Element;
   constexpr int kRows = 16 * kRowGroups, kParts = kTreeWarps / kRowGroups, kStride = Shared::kStride;
+  constexpr int kTile = Shared::kTile;
   constexpr int kSteps = HD / 16, kOutTiles = HD / 8;
-  constexpr int kPositions = kTreeTile / kParts, kScoreTiles = kPositions / 8;  // of a warp in a tile
+  constexpr int kPositions = kTile / kParts, kScoreTiles = kPositions / 8;  // of a warp in a tile
+  // Beside the sums of a wide head there are no registers for the queries.
+  constexpr bool kSharedQueries = HD > 128;
+  static_assert(kPositions % 16 == 0);
   extern __shared__ uint4 shared_memory[];
   __shared__ uint64_t masks[kMaxTreeTokens];
   __shared__ int32_t depths[kMaxTreeTokens];
@@ -40,8 +44,8 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
   const int prefix = p.positions[sequence], end = prefix + num_tokens, num_rows = num_tokens * group;
 
   // Tiles from `begin` on; each active unit has a fair share, and of that each of its blocks.
-  const int begin = p.window > 0 ? max(0, prefix - p.window + 1) / kTreeTile * kTreeTile : 0;
-  const int num_tiles = ceil_div(end - begin, kTreeTile);
+  const int begin = p.window > 0 ? max(0, prefix - p.window + 1) / kTile * kTile : 0;
+  const int num_tiles = ceil_div(end - begin, kTile);
   const int units = min(p.splits, max(1, num_tiles / (p.cluster_size * kTreeTilesToSplit)));
   const bool works = prefix >= 0 && num_tokens >= 1 && num_tokens <= kMaxTreeTokens && end <= p.capacity &&
                      first_row < num_rows && unit < units;  // the same in all blocks of a cluster
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
   }
   const int count = last_tile - first_tile;
   // The i-th tile's first position: from the last tile down.
-  const auto tile_at = [&](int i) { return begin + (last_tile - 1 - i) * kTreeTile; };
+  const auto tile_at = [&](int i) { return begin + (last_tile - 1 - i) * kTile; };
 #pragma unroll
   for (int i = 0; i < Shared::kStages - 1; i++) {
     if (i < count) tree_fetch<HD, F>(shared, i, keys, values, tile_at(i), prefix, end);
@@ -80,9 +84,9 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
     const int tile = tile_at(i);
     bf16* tile_rows =
         reinterpret_cast<bf16*>(shared) + (Shared::kRaw ? 0 : i % Shared::kStages) * Shared::kTileElements;
-    rows.load(num_queries, max(tile - prefix, 0), min(tile + kTreeTile, end) - prefix, tile_rows, tile);
+    rows.load(num_queries, max(tile - prefix, 0), min(tile + kTile, end) - prefix, tile_rows, tile);
   };
-  const bool starts_new = count > 0 && tile_at(0) + kTreeTile > prefix;
+  const bool starts_new = count > 0 && tile_at(0) + kTile > prefix;
   if (starts_new) {
     load_new(kRows, 0);
   } else if (count > 0) {
@@ -97,18 +101,20 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
     const int token = min((first_row + row_group * 16 + g + 8 * i) / group, num_tokens - 1);
     mask[i] = masks[token], depth[i] = depths[token];
   }
-  uint32_t q[kSteps][4];
+  uint32_t q[kSharedQueries ? 1 : kSteps][4];
+  const bf16* own_queries = queries + (row_group * 16 + (lane & 7) + 8 * ((lane >> 3) & 1)) * kStride + 8 * (lane >> 4);
+  if constexpr (!kSharedQueries) {
 #pragma unroll
-  for (int s = 0; s < kSteps; s++) {
-    const int row = row_group * 16 + (lane & 7) + 8 * ((lane >> 3) & 1);
-    if (count > 0) tree_load_matrices(q[s], queries + row * kStride + s * 16 + 8 * (lane >> 4));
+    for (int s = 0; s < kSteps; s++) {
+      if (count > 0) tree_load_matrices(q[s], own_queries + s * 16);
+    }
   }
   float out[kOutTiles][4] = {};
   float top[2] = {kTreeNoScore, kTreeNoScore}, total[2] = {};
 
   for (int i = 0; i < count; i++) {
     const int tile = tile_at(i);
-    const bool has_new = tile + kTreeTile > prefix;
+    const bool has_new = tile + kTile > prefix;
     tree_wait_for_copies<Shared::kStages - 2>();
     if constexpr (Shared::kRaw) {
       __syncthreads();  // the copies of all threads are there, and all warps are done with the tile before
@@ -125,18 +131,20 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
     const bf16* key_tile = reinterpret_cast<const bf16*>(shared) +
                            (Shared::kRaw ? 0 : i % Shared::kStages) * Shared::kTileElements +
                            part * kPositions * kStride;
-    const bf16* value_tile = key_tile + kTreeTile * kStride;
+    const bf16* value_tile = key_tile + kTile * kStride;
 
     float scores[kScoreTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
+      uint32_t (&a)[4] = q[kSharedQueries ? 0 : s];
+      if constexpr (kSharedQueries) tree_load_matrices(a, own_queries + s * 16);
 #pragma unroll
       for (int n = 0; n < kScoreTiles; n += 2) {
         uint32_t b[4];
         tree_load_matrices(
             b, key_tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * kStride + s * 16 + ((lane >> 3) & 1) * 8);
-        Operand::mma(scores[n], q[s], b[0], b[1]);
-        Operand::mma(scores[n + 1], q[s], b[2], b[3]);
+        Operand::mma(scores[n], a, b[0], b[1]);
+        Operand::mma(scores[n + 1], a, b[2], b[3]);
       }
     }
     const bool masked = has_new || (p.window > 0 && tile < end - p.window);
@@ -196,6 +204,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
   }
 
   // The warps' sums into shared memory, over the tiles.
+  static_assert(Shared::kMergeBytes <= (kSharedQueries ? Shared::bytes(kRows) : Shared::kTileBytes));
   tree_wait_for_copies<0>();
   __syncthreads();
   float* partial = reinterpret_cast<float*>(shared);  // (kParts, kRows, kStride)
@@ -340,10 +349,14 @@ void launch_tree_attention(const TreeAttentionArgs& args, const TreeAttentionPar
 
 template <int HD, KvFormat F>
 void launch_tree_rows(const TreeAttentionArgs& args, const TreeAttentionParams& params, cudaStream_t stream, bool pdl) {
-  const int rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
-  if (rows <= 16) return launch_tree_attention<HD, F, 1>(args, params, stream, pdl);
-  if (rows <= 32) return launch_tree_attention<HD, F, 2>(args, params, stream, pdl);
-  launch_tree_attention<HD, F, 4>(args, params, stream, pdl);
+  if constexpr (HD > 128) {  // of which a block has no shared memory for 64 rows, nor a tile positions for four parts
+    launch_tree_attention<HD, F, 2>(args, params, stream, pdl);
+  } else {
+    const int rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
+    if (rows <= 16) return launch_tree_attention<HD, F, 1>(args, params, stream, pdl);
+    if (rows <= 32) return launch_tree_attention<HD, F, 2>(args, params, stream, pdl);
+    launch_tree_attention<HD, F, 4>(args, params, stream, pdl);
+  }
 }
 
 // One translation unit a head_dim.

@@ -9,10 +9,11 @@ namespace edgellm::kernels {
 
 constexpr int kTreeWarps = 4;
 constexpr int kTreeThreads = kTreeWarps * 32;
-constexpr int kTreeTile = 64;           // positions
-constexpr int kTreeCluster = 8;         // blocks, where the GPU has clusters
-constexpr int kTreeTilesToSplit = 2;    // tiles a block, below which one more split costs more than it saves
-constexpr float kTreeNoScore = -1e30f;  // finite, so that a row without scores yet gives no NaN
+template <int HD>
+constexpr int kTreeTile = HD > 128 ? 32 : 64;  // positions
+constexpr int kTreeCluster = 8;                // blocks, where the GPU has clusters
+constexpr int kTreeTilesToSplit = 2;           // tiles a block, below which one more split costs more than it saves
+constexpr float kTreeNoScore = -1e30f;         // finite, so that a row without scores yet gives no NaN
 
 struct TreeAttentionParams {
   const float* qkv;
@@ -132,43 +133,44 @@ __device__ __forceinline__ T tree_load_peer(const T* p, int rank, int cluster_si
 // Shared memory of a block: tiles in the operands' format, tiles as the cache has them, and the rotated queries.
 template <int HD, KvFormat F>
 struct TreeShared {
-  static constexpr int kStride = HD + 8;  // elements a row: ldmatrix, and fp32 pairs, without bank conflicts
-  static constexpr int kTileElements = 2 * kTreeTile * kStride;  // keys, then values
+  static constexpr int kStride = HD + 8;       // elements a row: ldmatrix, and fp32 pairs, without bank conflicts
+  static constexpr int kTile = kTreeTile<HD>;  // positions
+  static constexpr int kTileElements = 2 * kTile * kStride;  // keys, then values
   static constexpr bool kRaw = TreeOperand<F>::kRaw;
   // As many as leave two blocks an SM, and one on GPUs with 99 KiB a block.
-  static constexpr int kStages = kRaw ? 3 : HD <= 64 ? 4 : HD <= 96 ? 3 : 2;
+  static constexpr int kStages = HD > 128 ? 2 : kRaw ? 3 : HD <= 64 ? 4 : HD <= 96 ? 3 : 2;
   static constexpr int kTiles = kRaw ? 1 : kStages;
   static constexpr std::size_t kTileBytes = std::size_t{kTileElements} * sizeof(bf16);
-  static constexpr std::size_t kRawBytes = kRaw ? std::size_t{2} * kTreeTile * HD : 0;
+  static constexpr std::size_t kRawBytes = kRaw ? std::size_t{2} * kTile * HD : 0;
   static constexpr std::size_t kRawStart = kTiles * kTileBytes;
   static constexpr std::size_t kQueryStart = kRawStart + (kRaw ? kStages * kRawBytes : 0);
   static constexpr std::size_t bytes(int rows) { return kQueryStart + std::size_t(rows) * kStride * sizeof(bf16); }
-  // The merge's fp32 rows lie over the first tile.
-  static_assert(std::size_t{kTreeTile} * kStride * sizeof(float) <= kTileBytes);
+  // The merge's fp32 rows, 16 a warp, lie over the tiles, and where queries are read in every tile, over those too.
+  static constexpr std::size_t kMergeBytes = std::size_t{16} * kTreeWarps * kStride * sizeof(float);
 };
 
-// Starts copying positions tile to tile + 63 of the prefix; new tokens' rows (prefix to end - 1) are left to
+// Starts copying the positions of a tile that are of the prefix; new tokens' rows (prefix to end - 1) are left to
 // TreeRows, those from `end` on are zeros.
 template <int HD, KvFormat F>
 __device__ __forceinline__ void tree_fetch(unsigned char* shared, int stage, const typename Kv<F>::Element* keys,
                                            const typename Kv<F>::Element* values, int tile, int prefix, int end) {
   using Shared = TreeShared<HD, F>;
   constexpr int kPerCopy = 16 / sizeof(typename Kv<F>::Element);
-  constexpr int kChunks = HD / kPerCopy, kCopies = ceil_div(kTreeTile * kChunks, kTreeThreads);
+  constexpr int kChunks = HD / kPerCopy, kCopies = ceil_div(Shared::kTile * kChunks, kTreeThreads);
 #pragma unroll
   for (int i = 0; i < kCopies; i++) {
     const int index = i * kTreeThreads + threadIdx.x, row = index / kChunks, column = index % kChunks * kPerCopy;
     const int at = tile + row;
-    if (row >= kTreeTile || (at >= prefix && at < end)) continue;
+    if (row >= Shared::kTile || (at >= prefix && at < end)) continue;
     const std::size_t from = static_cast<std::size_t>(at < prefix ? at : 0) * HD + column;
     if constexpr (Shared::kRaw) {
       unsigned char* key = shared + Shared::kRawStart + stage * Shared::kRawBytes + row * HD + column;
       tree_copy_16_async(key, keys + from, at < prefix);
-      tree_copy_16_async(key + kTreeTile * HD, values + from, at < prefix);
+      tree_copy_16_async(key + Shared::kTile * HD, values + from, at < prefix);
     } else {
       bf16* key = reinterpret_cast<bf16*>(shared) + stage * Shared::kTileElements + row * Shared::kStride + column;
       tree_copy_16_async(key, keys + from, at < prefix);
-      tree_copy_16_async(key + kTreeTile * Shared::kStride, values + from, at < prefix);
+      tree_copy_16_async(key + Shared::kTile * Shared::kStride, values + from, at < prefix);
     }
   }
 }
@@ -181,8 +183,8 @@ __device__ __forceinline__ void tree_convert(unsigned char* shared, int stage, i
   const unsigned char* raw = shared + Shared::kRawStart + stage * Shared::kRawBytes;
   bf16* to = reinterpret_cast<bf16*>(shared);
   constexpr int kChunks = HD / 8;
-  for (int i = threadIdx.x; i < 2 * kTreeTile * kChunks; i += kTreeThreads) {
-    const int row = i / kChunks, column = i % kChunks * 8, at = tile + row % kTreeTile;
+  for (int i = threadIdx.x; i < 2 * Shared::kTile * kChunks; i += kTreeThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8, at = tile + row % Shared::kTile;
     if (at >= prefix && at < end) continue;
     const Eight eight = *reinterpret_cast<const Eight*>(raw + (row * HD + column) * sizeof(typename Kv<F>::Element));
     *reinterpret_cast<uint4*>(to + row * Shared::kStride + column) = TreeOperand<F>::convert(eight);
@@ -193,7 +195,10 @@ __device__ __forceinline__ void tree_convert(unsigned char* shared, int stage, i
 template <int HD, KvFormat F>
 struct TreeRows {
   using Element = typename Kv<F>::Element;
-  static constexpr int kHalf = HD / 2, kBatch = 4, kHalfWarps = kTreeThreads / 16;
+  static constexpr int kHalf = HD / 2;
+  static constexpr int kLanes = kHalf > 64 ? 32 : 16;  // of a row
+  static constexpr int kBatch = kHalf > 64 ? 2 : 4;    // rows in flight
+  static constexpr int kRowsAtOnce = kTreeThreads / kLanes;
   static constexpr int kStride = TreeShared<HD, F>::kStride;
 
   const TreeAttentionParams& p;
@@ -205,18 +210,18 @@ struct TreeRows {
   bool writes_cache;
 
   // The queries of the chunk's first `num_queries` rows, and keys and values of new tokens first_new to last_new - 1,
-  // whose rows in the tile begin at `tile_rows` for position `tile`. Half a warp has a row, four dims and their
-  // counterparts half a head away a lane, kBatch rows in flight.
+  // whose rows in the tile begin at `tile_rows` for position `tile`. Half a warp has a row, or a whole one if the
+  // head is wide; a lane has four dims and their counterparts half a head away.
   __device__ __forceinline__ void load(int num_queries, int first_new, int last_new, bf16* tile_rows, int tile) const {
-    const int half_warp = threadIdx.x / 16, dim = (threadIdx.x & 15) * 4;
+    const int row_of_lanes = threadIdx.x / kLanes, dim = (threadIdx.x % kLanes) * 4;
     const bool has_dims = dim < kHalf;
     const int num_new = max(0, last_new - first_new), num_jobs = num_queries + 2 * num_new;
     const int width = (p.num_heads + 2 * p.num_kv_heads) * HD;
-    for (int first = 0; first < num_jobs; first += kBatch * kHalfWarps) {
+    for (int first = 0; first < num_jobs; first += kBatch * kRowsAtOnce) {
       float4 low[kBatch], high[kBatch], cos[kBatch], sin[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int job = first + i * kHalfWarps + half_warp;
+        const int job = first + i * kRowsAtOnce + row_of_lanes;
         low[i] = high[i] = sin[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         cos[i] = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
         if (job >= num_jobs || !has_dims) continue;
@@ -237,7 +242,7 @@ struct TreeRows {
       }
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
-        const int job = first + i * kHalfWarps + half_warp, fresh = job - num_queries;
+        const int job = first + i * kRowsAtOnce + row_of_lanes, fresh = job - num_queries;
         const bool is_query = fresh < 0, is_value = fresh >= num_new;
         float4 x = low[i], y = high[i];
         if (p.q_gain) normalise(x, y, is_query ? p.q_gain : p.k_gain, is_value, dim, has_dims);
@@ -255,7 +260,7 @@ struct TreeRows {
         }
         const int at = prefix + first_new + (is_value ? fresh - num_new : fresh);
         Element* cached = (is_value ? values : keys) + static_cast<std::size_t>(at) * HD + dim;
-        bf16* to = tile_rows + ((is_value ? kTreeTile : 0) + at - tile) * kStride + dim;
+        bf16* to = tile_rows + ((is_value ? kTreeTile<HD> : 0) + at - tile) * kStride + dim;
         *reinterpret_cast<uint2*>(to) = TreeOperand<F>::store_four(writes_cache ? cached : nullptr, first_half);
         *reinterpret_cast<uint2*>(to + kHalf) =
             TreeOperand<F>::store_four(writes_cache ? cached + kHalf : nullptr, second_half);
@@ -274,7 +279,7 @@ struct TreeRows {
     float squares = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, x.w * x.w)));
     squares += fmaf(y.x, y.x, fmaf(y.y, y.y, fmaf(y.z, y.z, y.w * y.w)));
 #pragma unroll
-    for (int s = 8; s >= 1; s >>= 1) squares += __shfl_xor_sync(kAllLanes, squares, s);
+    for (int s = kLanes / 2; s >= 1; s >>= 1) squares += __shfl_xor_sync(kAllLanes, squares, s);
     if (is_value || !has_dims) return;
     const float inverse = rsqrtf(squares / static_cast<float>(HD) + p.norm_eps);
     const uint2 low = __ldg(reinterpret_cast<const uint2*>(gain + dim));

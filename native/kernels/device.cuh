@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "edgellm/kernels/types.hpp"
+
 namespace edgellm::kernels {
 
 using bf16 = __nv_bfloat16;
@@ -117,6 +119,13 @@ __device__ __forceinline__ uint32_t int8x2_to_fp16x2(uint32_t four_biased) {
   // 0x64uu is 1024 + uu.
   const uint32_t magic = __byte_perm(four_biased, 0x64646464u, kUpper ? 0x4342 : 0x4140);
   return bits_as<uint32_t>(__hsub2(bits_as<half2>(magic), bits_as<half2>(0x64806480u)));  // 1152
+}
+
+// activation(gate) * up: both activations are the gate times a sigmoid, GELU's of 2 sqrt(2 / pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gated(Activation activation, float gate, float up) {
+  float exponent = gate;
+  if (activation == Activation::gelu_tanh) exponent = gate * fmaf(0.07135481f * gate, gate, 1.5957691f);
+  return __fdividef(gate, 1.0f + __expf(-exponent)) * up;
 }
 
 // Of the thread's warp, in a form by which the compiler knows that all lanes have the same.

@@ -1,7 +1,8 @@
-// RMSNorm, residual addition, SwiGLU and row gathering: memory-bound kernels between prefill's matrix products.
+// RMSNorm, residual addition, SwiGLU, row gathering and capped logits: memory-bound kernels between matrix products.
 #include <cassert>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "device.cuh"
 #include "edgellm/kernels/elementwise.hpp"
@@ -14,6 +15,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr float kLargestFp8 = 448.0f;  // E4M3
 
+// kUse tells calls in one kernel apart: each has shared memory of its own, so that none waits for the others' readers.
+template <int kUse = 0>
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float partial[kThreads / 32];
   v = warp_sum(v);
@@ -63,8 +66,7 @@ __device__ __forceinline__ float largest_of(const float4& v) {
 }
 
 // Four elements of delta, times the factors its product left out, plus the bias.
-__device__ __forceinline__ float4 full_delta(const ResidualNormArgs& p, const uint2& two, int column, float row_scale) {
-  float4 v = make_float4(low_float(two.x), high_float(two.x), low_float(two.y), high_float(two.y));
+__device__ __forceinline__ float4 full_delta(const ResidualNormArgs& p, float4 v, int column, float row_scale) {
   if (p.scales.columns) {
     const float4 scale = *reinterpret_cast<const float4*>(p.scales.columns + column);
     v.x *= row_scale * scale.x, v.y *= row_scale * scale.y, v.z *= row_scale * scale.z, v.w *= row_scale * scale.w;
@@ -76,34 +78,69 @@ __device__ __forceinline__ float4 full_delta(const ResidualNormArgs& p, const ui
   return v;
 }
 
+__device__ __forceinline__ float4 unpack_four(const uint2& two) {
+  return make_float4(low_float(two.x), high_float(two.x), low_float(two.y), high_float(two.y));
+}
+
+__device__ __forceinline__ float squares_of(const float4& v) {
+  return fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, v.w * v.w)));
+}
+
 __device__ __forceinline__ float4 normed_four(const float4& v, const bf16* gain, float inverse) {
   const uint2 g = __ldg(reinterpret_cast<const uint2*>(gain));
   return make_float4(v.x * inverse * low_float(g.x), v.y * inverse * high_float(g.x), v.z * inverse * low_float(g.y),
                      v.w * inverse * high_float(g.y));
 }
 
-// A block a token, whose row stays in registers: kVectors times four elements a thread.
-template <int kVectors>
+// A block a token, whose row stays in registers: kVectors times four elements a thread. With kDeltaNorm what is added
+// is normed first.
+template <int kVectors, bool kDeltaNorm>
 __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const ResidualNormArgs p) {
   start_dependents();
   wait_for_predecessor();
   const std::size_t row = static_cast<std::size_t>(blockIdx.x) * p.hidden;
   const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + blockIdx.x) : 1.0f;
   float4 v[kVectors];
-  uint2 deltas[kVectors];
+  std::conditional_t<kDeltaNorm, float4, uint2> deltas[kVectors];
   float squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < kVectors; k++) {  // all loads are under way before the first store
     const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
     if (column >= p.hidden) continue;
     v[k] = load_float4(p.residual + row + column);
-    deltas[k] = load_activation8(p.delta + row + column);
+    if constexpr (kDeltaNorm) {
+      deltas[k] =
+          p.delta_f32 ? load_float4(p.delta_f32 + row + column) : unpack_four(load_activation8(p.delta + row + column));
+    } else {
+      deltas[k] = load_activation8(p.delta + row + column);
+    }
+  }
+  if constexpr (kDeltaNorm) {
+    float delta_squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+      if (column >= p.hidden) continue;
+      deltas[k] = full_delta(p, deltas[k], column, row_scale);
+      delta_squares += squares_of(deltas[k]);
+    }
+    const float inverse = rsqrtf(block_sum<1>(delta_squares) / static_cast<float>(p.hidden) + p.eps);
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
+      if (column < p.hidden) deltas[k] = normed_four(deltas[k], p.delta_gain + column, inverse);
+    }
   }
 #pragma unroll
   for (int k = 0; k < kVectors; k++) {
     const int column = (k * kThreads + static_cast<int>(threadIdx.x)) * 4;
     if (column >= p.hidden) continue;
-    const float4 delta = full_delta(p, deltas[k], column, row_scale);
+    float4 delta;
+    if constexpr (kDeltaNorm) {
+      delta = deltas[k];
+    } else {
+      delta = full_delta(p, unpack_four(deltas[k]), column, row_scale);
+    }
     v[k].x += delta.x, v[k].y += delta.y, v[k].z += delta.z, v[k].w += delta.w;
     *reinterpret_cast<float4*>(p.residual + row + column) = v[k];
     if (p.residual_bf16) {
@@ -139,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const ResidualN
   if (threadIdx.x == 0) p.normed_scales[blockIdx.x] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
 }
 
-// Eight columns of silu(gate) * up, as bf16 pairs.
+// Eight columns of activation(gate) * up, as bf16 pairs.
 __device__ __forceinline__ uint4 swiglu_eight(const SwigluArgs& p, std::size_t token, int column, float row_scale) {
   const bf16* row = p.gate_up + token * 2 * p.width + column;
   float gate[8], up[8];
@@ -154,7 +191,7 @@ __device__ __forceinline__ uint4 swiglu_eight(const SwigluArgs& p, std::size_t t
       up[j] *= row_scale * __ldg(p.scales.columns + p.width + column + j);
     }
     if (p.bias) gate[j] += p.bias[column + j], up[j] += p.bias[p.width + column + j];
-    gate[j] = __fdividef(gate[j], 1.0f + __expf(-gate[j])) * up[j];
+    gate[j] = gated(p.activation, gate[j], up[j]);
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) words[j] = pack_bf16(gate[2 * j], gate[2 * j + 1]);
@@ -201,6 +238,13 @@ __global__ void __launch_bounds__(kThreads) swiglu_fp8_kernel(const SwigluArgs p
   if (threadIdx.x == 0) p.out_scales[token] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
 }
 
+__global__ void __launch_bounds__(kThreads) soft_cap_kernel(float* x, std::size_t count, float cap) {
+  start_dependents();
+  wait_for_predecessor();
+  const std::size_t i = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) x[i] = cap * tanhf(__ldcg(x + i) / cap);
+}
+
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const bf16* x, const int32_t* rows, int hidden, bf16* out) {
   start_dependents();
@@ -221,13 +265,16 @@ void rms_norm_async(const float* x, const bf16* gain, float eps, int num_tokens,
 
 void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.hidden % 8 == 0);
-  const auto run = [&](auto kernel) { launch(kernel, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args); };
+  assert(args.delta || (args.delta_f32 && args.delta_gain && !args.scales.columns));
+  const auto run = [&](auto plain, auto delta_norm) {
+    launch(args.delta_gain ? delta_norm : plain, dim3(args.num_tokens), dim3(kThreads), 0, stream, pdl, args);
+  };
   const int vectors = ceil_div(args.hidden, 4 * kThreads);
-  if (vectors <= 1) return run(residual_norm_kernel<1>);
-  if (vectors <= 2) return run(residual_norm_kernel<2>);
-  if (vectors <= 4) return run(residual_norm_kernel<4>);
-  if (vectors <= 8) return run(residual_norm_kernel<8>);
-  if (vectors <= 16) return run(residual_norm_kernel<16>);
+  if (vectors <= 1) return run(residual_norm_kernel<1, false>, residual_norm_kernel<1, true>);
+  if (vectors <= 2) return run(residual_norm_kernel<2, false>, residual_norm_kernel<2, true>);
+  if (vectors <= 4) return run(residual_norm_kernel<4, false>, residual_norm_kernel<4, true>);
+  if (vectors <= 8) return run(residual_norm_kernel<8, false>, residual_norm_kernel<8, true>);
+  if (vectors <= 16) return run(residual_norm_kernel<16, false>, residual_norm_kernel<16, true>);
   throw std::invalid_argument("rows of " + std::to_string(args.hidden) + " are too wide; the norm takes at most 16384");
 }
 
@@ -242,6 +289,12 @@ void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl) {
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(swiglu_fp8_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         kMaxFp8Width * static_cast<int>(sizeof(bf16))));
   launch(swiglu_fp8_kernel, dim3(args.num_tokens), dim3(kThreads), bytes, stream, pdl, args);
+}
+
+void soft_cap_async(float* x, std::size_t count, float cap, cudaStream_t stream, bool pdl) {
+  assert(cap > 0.0f);
+  const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
+  launch(soft_cap_kernel, dim3(blocks), dim3(kThreads), 0, stream, pdl, x, count, cap);
 }
 
 void gather_rows_async(const bf16* x, const int32_t* rows, int num_rows, int hidden, bf16* out, cudaStream_t stream,

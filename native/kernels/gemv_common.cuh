@@ -31,7 +31,7 @@ struct GemvParams {
 // Rows past the end repeat the last one, so that loads need no guard; row_is_valid tells them apart.
 template <int R>
 __device__ __forceinline__ int block_row(const GemvParams& p, int block, int r) {
-  if (p.epilogue == Epilogue::swiglu) {
+  if (has_pairs(p.epilogue)) {
     const int half = p.rows / 2;
     const int gate = min(block * (R / 2) + (r & (R / 2 - 1)), half - 1);
     return r < R / 2 ? gate : half + gate;
@@ -40,7 +40,7 @@ __device__ __forceinline__ int block_row(const GemvParams& p, int block, int r) 
 }
 template <int R>
 __device__ __forceinline__ bool row_is_valid(const GemvParams& p, int block, int r) {
-  if (p.epilogue == Epilogue::swiglu) return block * (R / 2) + (r & (R / 2 - 1)) < p.rows / 2;
+  if (has_pairs(p.epilogue)) return block * (R / 2) + (r & (R / 2 - 1)) < p.rows / 2;
   return block * R + r < p.rows;
 }
 
@@ -61,8 +61,6 @@ __device__ __forceinline__ void store_row(const GemvParams& p, float y, int toke
       p.out_f32[at] = y;
   }
 }
-
-__device__ __forceinline__ float swiglu(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
 
 // What a finished sum still needs, fetched before the sum is there: a load at the end would be waited for by every
 // block, and by the next kernel.
@@ -87,10 +85,11 @@ __device__ __forceinline__ void finish_rows(const GemvParams& p, float y, int la
                                             float old_residual) {
   const bool valid = lane < R && row_is_valid<R>(p, block, lane);
   if (p.lora.linears) y += lora_sum<R>(p.lora, token, row, lane);
-  if (p.epilogue == Epilogue::swiglu) {
+  if (has_pairs(p.epilogue)) {
     const float up = __shfl_down_sync(kAllLanes, y, R / 2);
     if (valid && lane < R / 2) {
-      p.out_bf16[static_cast<std::size_t>(token) * (p.rows / 2) + row] = __float2bfloat16(swiglu(y, up));
+      const Activation activation = p.epilogue == Epilogue::geglu ? Activation::gelu_tanh : Activation::silu;
+      p.out_bf16[static_cast<std::size_t>(token) * (p.rows / 2) + row] = __float2bfloat16(gated(activation, y, up));
     }
     return;
   }
@@ -117,7 +116,7 @@ struct GemvTile {
 
 // Blocks of `rows_per_block` rows; SwiGLU's rows come in pairs.
 inline int gemv_blocks(const GemvArgs& args, int rows_per_block) {
-  const bool pairs = args.epilogue == Epilogue::swiglu;
+  const bool pairs = has_pairs(args.epilogue);
   return pairs ? ceil_div(args.weight.rows / 2, rows_per_block / 2) : ceil_div(args.weight.rows, rows_per_block);
 }
 
@@ -151,7 +150,7 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
 inline GemvArgs gemv_part(const GemvArgs& args, int first, int most, int rows_per_block) {
   GemvArgs part = args;
   const auto offset = static_cast<std::size_t>(first);
-  const int width = args.epilogue == Epilogue::swiglu ? args.weight.rows / 2 : args.weight.rows;
+  const int width = has_pairs(args.epilogue) ? args.weight.rows / 2 : args.weight.rows;
   part.num_tokens = args.num_tokens - first < most ? args.num_tokens - first : most;
   part.x += offset * args.weight.cols;
   if (part.out_f32) part.out_f32 += offset * width;

@@ -123,13 +123,14 @@ void launch_rope(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
     launch(kernel, dim3((count + per_block - 1) / per_block), dim3(kThreads), 0, stream, pdl, args);
   };
   if (args.kv.head_dim <= 64) return run(rope_kv_write_kernel<F, 4>, 4);
-  run(rope_kv_write_kernel<F, 8>, 8);
+  if (args.kv.head_dim <= 128) return run(rope_kv_write_kernel<F, 8>, 8);
+  run(rope_kv_write_kernel<F, 16>, 16);
 }
 
 }  // namespace
 
 void rope_kv_write_async(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
-  assert(args.kv.head_dim <= 128 && args.kv.head_dim % 16 == 0);
+  assert(args.kv.head_dim <= 256 && args.kv.head_dim % 16 == 0);
   if (args.kv.format == KvFormat::fp8) return launch_rope<KvFormat::fp8>(args, stream, pdl);
   if (args.kv.format == KvFormat::fp16) return launch_rope<KvFormat::fp16>(args, stream, pdl);
   launch_rope<KvFormat::bf16>(args, stream, pdl);

@@ -7,6 +7,7 @@
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
+#include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/embedding.hpp"
 #include "guarded.hpp"
 
@@ -142,6 +143,23 @@ void Decoder::record_step_async(const StepKey& key) {
     if ((key.adapted & linear_bit(linear)) == 0) return;
     args.lora = adapters_.view(layer, linear, arena_.get<std::int32_t>("lora.decode_adapters"));
   };
+  // The product ends with adding to the residual, or leaves that to a norm of what it adds.
+  const auto add_product_async = [&](GemvArgs args, const __nv_bfloat16* norm, bool pdl) {
+    args.epilogue = norm ? Epilogue::store_f32 : Epilogue::residual;
+    args.out_f32 = norm ? arena_.get<float>("delta_f32") : residual;
+    if (!norm) args.out_bf16 = residual_bf16;
+    decode_product_async(args, pdl);
+    if (!norm) return;
+    kernels::ResidualNormArgs added;
+    added.delta_f32 = args.out_f32;
+    added.delta_gain = norm;
+    added.residual = residual;
+    added.residual_bf16 = residual_bf16;
+    added.eps = config_.rms_norm_eps;
+    added.num_tokens = batch;
+    added.hidden = config_.hidden_size;
+    kernels::residual_norm_async(added, stream, pdl_);
+  };
   bool pdl = false;  // the first kernel follows something else
   if (tail == StepTail::kLogits || verify) {
     const std::int32_t* given = verify ? arena_.get<VerifyInputs>("verify_inputs")->token_ids : tokens;
@@ -184,17 +202,14 @@ void Decoder::record_step_async(const StepKey& key) {
 
     args = gemv_args(layer.o, "attn.o", batch);
     args.x = attended;
-    args.epilogue = Epilogue::residual;
-    args.out_f32 = residual;
-    args.out_bf16 = residual_bf16;
     adapt(args, index, Linear::kO);
     pdl = map_args_async(layer.o, args, pdl);
-    decode_product_async(args, pdl);
+    add_product_async(args, layer.attn_out_norm, pdl);
 
     args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
     args.x = residual_bf16;
     args.gain = layer.post_norm;
-    args.epilogue = Epilogue::swiglu;
+    args.epilogue = gate_epilogue(config_);
     args.out_bf16 = activated;
     adapt(args, index, Linear::kGateUp);
     pdl = map_args_async(layer.gate_up, args, pdl);
@@ -202,12 +217,9 @@ void Decoder::record_step_async(const StepKey& key) {
 
     args = gemv_args(layer.down, "mlp.down", batch);
     args.x = activated;
-    args.epilogue = Epilogue::residual;
-    args.out_f32 = residual;
-    args.out_bf16 = residual_bf16;
     adapt(args, index, Linear::kDown);
     pdl = map_args_async(layer.down, args, pdl);
-    decode_product_async(args, pdl);
+    add_product_async(args, layer.mlp_out_norm, pdl);
   }
   record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
   if (tail == StepTail::kLogits || verify) return;
@@ -250,6 +262,10 @@ void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_
   GemvArgs args = head_args(num_rows, with_maximum);
   args.x = x;
   decode_product_async(args, pdl);
+  // Of the largest logit alone the cap makes no other.
+  if (config_.logit_softcap <= 0.0F || with_maximum) return;
+  const std::size_t count = static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows());
+  kernels::soft_cap_async(args.out_f32, count, config_.logit_softcap, stream_.get(), pdl_);
 }
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }

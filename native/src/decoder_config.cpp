@@ -154,8 +154,8 @@ void DecoderConfig::check() const {
   require(num_layers > 0 && hidden_size > 0 && intermediate_size > 0 && vocab_size > 0, "a size of the model is zero");
   require(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
           std::to_string(num_heads) + " heads do not divide into " + std::to_string(num_kv_heads) + " groups");
-  require(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128,
-          "head_dim is " + std::to_string(head_dim) + "; the kernels take 64, 80, 96 and 128");
+  require(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 256,
+          "head_dim is " + std::to_string(head_dim) + "; the kernels take 64, 80, 96, 128 and 256");
   for (const int width : {hidden_size, intermediate_size, q_width()}) {
     require(width % 16 == 0, "a layer is " + std::to_string(width) + " wide; the kernels take multiples of 16");
   }
@@ -199,6 +199,7 @@ void DecoderConfig::check() const {
     require(stem.starts_with("rope"), "the rope tables " + stem + " must have a name that starts with rope");
   }
   require(attention_scale >= 0.0F, "attention_scale is negative");
+  require(logit_softcap >= 0.0F, "logit_softcap is negative");
   require(num_slots > 0, "num_slots is " + std::to_string(num_slots) + "; it must be at least 1");
   require(
       capacity > 0 && capacity <= num_positions,
@@ -222,6 +223,12 @@ std::vector<LinearShape> layer_linears(const DecoderConfig& config) {
           {"attn.o", config.hidden_size, config.q_width()},
           {"mlp.gate_up", 2 * config.intermediate_size, config.hidden_size},
           {"mlp.down", config.hidden_size, config.intermediate_size}};
+}
+
+std::vector<std::string> hidden_norms(const DecoderConfig& config) {
+  std::vector<std::string> norms = {"input_norm", "post_norm"};
+  if (config.output_norms) norms.insert(norms.end(), {"attn.out_norm", "mlp.out_norm"});
+  return norms;
 }
 
 int dequantised_rows(int rows, int cols) {
@@ -257,7 +264,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
         plan.add("weights", at + linear.stem + ".bias", static_cast<std::size_t>(linear.rows) * sizeof(float));
       }
     }
-    for (const char* norm : {"input_norm", "post_norm"}) plan.add("weights", at + norm + ".weight", hidden * 2);
+    for (const std::string& norm : hidden_norms(config)) plan.add("weights", at + norm + ".weight", hidden * 2);
     if (config.qk_norm) {
       for (const char* norm : {"attn.q_norm", "attn.k_norm"}) {
         plan.add("weights", at + norm + ".weight", static_cast<std::size_t>(config.head_dim) * 2);
@@ -278,8 +285,9 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "residual_bf16", tokens * hidden * 2);
   plan.add("workspace", "normed", tokens * hidden * 2);
   plan.add("workspace", "delta", tokens * hidden * 2);
-  plan.add("workspace", "qkv",
-           std::max(tokens * 2, static_cast<std::size_t>(std::max(kMaxBatch, verified)) * sizeof(float)) * qkv);
+  const auto decoded = static_cast<std::size_t>(std::max(kMaxBatch, verified));
+  if (config.output_norms) plan.add("workspace", "delta_f32", decoded * hidden * sizeof(float));
+  plan.add("workspace", "qkv", std::max(tokens * 2, decoded * sizeof(float)) * qkv);
   plan.add("workspace", "q", tokens * q * 2);
   plan.add("workspace", "attended", tokens * q * 2);
   plan.add("workspace", "gate_up", tokens * 2 * intermediate * 2);

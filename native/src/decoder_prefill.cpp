@@ -157,6 +157,7 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   }
   kernels::ResidualNormArgs residual;
   residual.delta = delta;
+  residual.delta_gain = layer.attn_out_norm;
   residual.scales = scales(layer.o);
   residual.bias = products ? layer.o.bias : nullptr;
   residual.residual = arena_.get<float>("residual");
@@ -179,16 +180,18 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
     swiglu.out_scales = x_scales;
     swiglu.num_tokens = count;
     swiglu.width = config_.intermediate_size;
+    swiglu.activation = config_.activation;
     pdl = product_async(layer.gate_up, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"));
     kernels::swiglu_async(swiglu, stream, pdl);
     pdl = product_async(layer.down, Linear::kDown, activated, delta);
   } else {
     pdl = pdl_;
-    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, Epilogue::swiglu, index,
+    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, gate_epilogue(config_), index,
                     Linear::kGateUp, adapter);
     gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16, index, Linear::kDown, adapter);
   }
   const bool last = index + 1 == config_.num_layers;
+  residual.delta_gain = layer.mlp_out_norm;
   residual.scales = scales(layer.down);
   residual.bias = products ? layer.down.bias : nullptr;
   residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;

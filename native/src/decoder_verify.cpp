@@ -132,7 +132,7 @@ void Decoder::record_exact_chain_attention_async(int layer, int count, bool pdl)
 void Decoder::decode_product_async(kernels::GemvArgs args, bool pdl) {
   const auto cols = static_cast<std::size_t>(args.weight.cols);
   const auto width =
-      static_cast<std::size_t>(args.epilogue == kernels::Epilogue::swiglu ? args.weight.rows / 2 : args.weight.rows);
+      static_cast<std::size_t>(kernels::has_pairs(args.epilogue) ? args.weight.rows / 2 : args.weight.rows);
   for (int left = args.num_tokens; left > 0; left -= kernels::kMaxGemvTokens) {
     args.num_tokens = std::min(left, kernels::kMaxGemvTokens);
     if (args.lora.linears != nullptr) {

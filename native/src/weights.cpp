@@ -53,6 +53,10 @@ Weights::Weights(const Arena& arena, const DecoderConfig& config) : arena_(arena
     }
     layer.input_norm = arena.get<__nv_bfloat16>(at + "input_norm.weight");
     layer.post_norm = arena.get<__nv_bfloat16>(at + "post_norm.weight");
+    if (config.output_norms) {
+      layer.attn_out_norm = arena.get<__nv_bfloat16>(at + "attn.out_norm.weight");
+      layer.mlp_out_norm = arena.get<__nv_bfloat16>(at + "mlp.out_norm.weight");
+    }
     layer.rope.cos = arena.get<float>(config.rope(index) + ".cos");
     layer.rope.sin = arena.get<float>(config.rope(index) + ".sin");
     layer.rope.norm_eps = config.rms_norm_eps;
@@ -206,8 +210,7 @@ std::vector<std::string> Weights::missing() const {
       if (config_.has_bias(linear.stem)) expected.push_back(at + linear.stem + ".bias");
       for (std::string& name : input_maps(at + linear.stem)) expected.push_back(std::move(name));
     }
-    expected.push_back(at + "input_norm.weight");
-    expected.push_back(at + "post_norm.weight");
+    for (const std::string& norm : hidden_norms(config_)) expected.push_back(at + norm + ".weight");
     if (config_.qk_norm) {
       expected.push_back(at + "attn.q_norm.weight");
       expected.push_back(at + "attn.k_norm.weight");

@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _configs() -> dict[str, Callable[[], Any]]:
+    import tiny
     import transformers
 
     common = {
@@ -51,6 +52,14 @@ def _configs() -> dict[str, Callable[[], Any]]:
             **common, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ),
         "gpu_qwen3": lambda: transformers.Qwen3Config(**common, head_dim=128),
+        "gpu_gemma3": lambda: transformers.Gemma3TextConfig(
+            **{**common, "num_key_value_heads": 1}, head_dim=256, sliding_window=16, query_pre_attn_scalar=200,
+            rope_parameters=tiny._GEMMA3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "gpu_gemma3_64": lambda: transformers.Gemma3TextConfig(
+            **common, head_dim=64, sliding_window=19, layer_types=["full_attention"] + ["sliding_attention"] * 2,
+            final_logit_softcapping=2.0,
+        ),
     }
 
 
@@ -72,6 +81,8 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
                 for name, parameter in model.named_parameters():
                     # About 1 / sqrt(hidden_size): larger ones amplify every rounding from layer to layer.
                     parameter.mul_(1.0 if "norm" in name else 0.5)
+                    if "norm" in name and kind.startswith("gpu_gemma3"):
+                        parameter.sub_(1.0)  # its gains are 1 + w
             model.save_pretrained(path)
             tiny.save_tokenizer(path)
             made[kind] = model, path

@@ -19,8 +19,12 @@ from edgellm_ros.executors import SequenceStep, create_executor
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 
-# Every head_dim, bias, norm, window; layers without rope; stacked projections and rope of half a head.
-KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_smollm3", "gpu_phi3")
+# Every head_dim, bias, norm, window; layers without rope; stacked projections and rope of half a head; GELU, norms on
+# outputs, and two ropes.
+KINDS = (
+    "gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_smollm3", "gpu_phi3", "gpu_gemma3",
+    "gpu_gemma3_64",
+)  # fmt: skip
 RNG = np.random.default_rng(11)
 OpenCuda = Callable[..., CudaExecutor]
 
@@ -77,10 +81,13 @@ def test_quantised_logits_are_onnx_runtimes(
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
-def test_short_steps_through_the_decode_kernels_agree_with_products(weights: str, open_cuda: OpenCuda) -> None:
+@pytest.mark.parametrize("kind", ["gpu_qwen3", "gpu_gemma3"])
+def test_short_steps_through_the_decode_kernels_agree_with_products(
+    kind: str, weights: str, open_cuda: OpenCuda
+) -> None:
     ids = prompt(40)
-    exact = open_cuda("gpu_qwen3", weights).step([step(0, ids[:30], 0), step(1, ids[:9], 0, 5)]).copy()
-    fast = open_cuda("gpu_qwen3", weights, decode_batching="fast")
+    exact = open_cuda(kind, weights).step([step(0, ids[:30], 0), step(1, ids[:9], 0, 5)]).copy()
+    fast = open_cuda(kind, weights, decode_batching="fast")
     assert relative_error(fast.step([step(0, ids[:30], 0), step(1, ids[:9], 0, 5)]), exact) < 0.03
 
 
@@ -95,10 +102,11 @@ def greedy_by_steps(executor: CudaExecutor, slot: int, position: int, token: int
 
 @pytest.mark.parametrize("batching", ["exact", "fast"])
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["gpu_qwen3", "gpu_gemma3"])
 def test_tokens_fed_back_on_the_device_are_those_of_single_steps(
-    weights: str, batching: str, open_cuda: OpenCuda
+    kind: str, weights: str, batching: str, open_cuda: OpenCuda
 ) -> None:
-    executor = open_cuda("gpu_qwen3", weights, max_slots=8, decode_batching=batching)
+    executor = open_cuda(kind, weights, max_slots=8, decode_batching=batching)
     lengths = [3, 40, 17, 64, 9, 30, 2, 50]
     for slot, length in enumerate(lengths):
         executor.step([step(slot, prompt(length), 0)])
@@ -245,7 +253,7 @@ def test_a_model_that_the_kernels_cannot_run_falls_back_by_name(
     with caplog.at_level(logging.INFO):
         executor = create_executor(tiny_bundle("qwen3"), EngineConfig())
     assert executor.info.name == "onnxruntime"
-    assert "head_dim is 32; the kernels take 64, 80, 96 and 128" in caplog.text
+    assert "head_dim is 32; the kernels take 64, 80, 96, 128 and 256" in caplog.text
     executor.close()
 
 

@@ -126,9 +126,14 @@ def test_every_token_is_where_the_hosts_draw_falls(feature: str, batch: int, ope
         member.check(executor)
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
-def test_mixed_requests_in_one_run_get_the_tokens_that_each_gets_alone(weights: str, open_cuda: OpenCuda) -> None:
-    executor = open_cuda("gpu_llama", weights, max_slots=8)
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("gpu_llama", "fp16"), ("gpu_llama", "int8"), ("gpu_llama", "int4"), ("gpu_gemma3", "fp16"), ("gpu_gemma3", "int4")],
+)
+def test_mixed_requests_in_one_run_get_the_tokens_that_each_gets_alone(
+    kind: str, weights: str, open_cuda: OpenCuda
+) -> None:
+    executor = open_cuda(kind, weights, max_slots=8)
     names = list(FEATURES)
     for chosen in (names[:8], names[4:12]):
         params = [SamplingParams(seed=7 + i, **FEATURES[name]) for i, name in enumerate(chosen)]

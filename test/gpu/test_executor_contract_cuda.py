@@ -37,7 +37,8 @@ __all__ = [
 
 @pytest.fixture(
     scope="module",
-    params=[(model, weights) for model in ("gpu_qwen3", "smollm2") for weights in ("fp16", "int8", "int4")],
+    params=[(model, weights) for model in ("gpu_qwen3", "smollm2") for weights in ("fp16", "int8", "int4")]
+    + [("gpu_gemma3", "fp16")],
     ids="-".join,
 )
 def executor(

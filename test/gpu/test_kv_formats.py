@@ -17,7 +17,8 @@ from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 
-KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3")  # every head_dim, bias, norm, window
+# Every head_dim, bias, norm, window; GELU and norms on outputs.
+KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
 # Relative error of logits. Beside what bf16 activations cost (3e-2), E4M3 rounds each key and value by up to 1/16.
 TOLERANCE = {"bf16": 0.03, "fp16": 0.03, "fp8": 0.12}
 BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}

@@ -102,7 +102,9 @@ def assert_is_merged(executor: CudaExecutor, model: Any, path: Path) -> None:
     assert relative_error(prefilled_and_decoded(executor, ids, 60, 0), plain) < 0.03
 
 
-@pytest.mark.parametrize("kind", ["gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3"]
+)
 @pytest.mark.parametrize("batching", ["exact", "fast"])
 def test_an_adapter_of_all_projections_is_the_merged_model(
     kind: str, batching: str, open_lora: OpenLora, gpu_model: Model, tmp_path: Path

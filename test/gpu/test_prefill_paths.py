@@ -18,7 +18,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
 
-KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3")
+KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
 RNG = np.random.default_rng(5)
 
 
@@ -89,15 +89,16 @@ def test_fp8_prefill_is_as_close_to_hugging_face_as_its_activations_allow(
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["gpu_qwen3", "gpu_gemma3"])
 def test_a_prompts_bits_do_not_depend_on_how_it_is_cut(
-    weights: str, open_fp8: Callable[..., CudaExecutor], open_cuda: Callable[..., CudaExecutor]
+    kind: str, weights: str, open_fp8: Callable[..., CudaExecutor], open_cuda: Callable[..., CudaExecutor]
 ) -> None:
     ids = RNG.integers(5, 300, 200).astype(np.int32)
 
     def open_one(chunk: int) -> CudaExecutor:
         if weights == "fp8":
-            return open_fp8("gpu_qwen3", prefill_chunk=chunk)
-        return open_cuda("gpu_qwen3", weights, prefill_chunk=chunk)
+            return open_fp8(kind, prefill_chunk=chunk)
+        return open_cuda(kind, weights, prefill_chunk=chunk)
 
     executor = open_one(256)
     whole = executor.step([step(0, ids, 0, 200)]).copy()

@@ -30,7 +30,10 @@ PLAIN = SamplingParams(temperature=0.8, top_k=20, seed=2)
 
 @pytest.mark.parametrize(
     ("kind", "weights", "kv_cache"),
-    [("gpu_llama", "int4", "bf16"), ("gpu_qwen3", "fp16", "fp8"), ("gpu_mistral", "int8", "fp16")],
+    [
+        ("gpu_llama", "int4", "bf16"), ("gpu_qwen3", "fp16", "fp8"), ("gpu_mistral", "int8", "fp16"),
+        ("gpu_gemma3", "int4", "bf16"), ("gpu_gemma3", "fp16", "fp8"),
+    ],
 )
 def test_every_path_once(
     kind: str, weights: str, kv_cache: str, gpu_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch

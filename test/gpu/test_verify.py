@@ -12,7 +12,8 @@ from edgellm_ros import native
 from edgellm_ros.executors.cuda import CudaExecutor
 
 OpenCuda = Callable[..., CudaExecutor]
-KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3")  # every head_dim, bias, norm, window
+# Every head_dim, bias, norm, window; GELU and norms on outputs.
+KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
 TREES = {
     "binary": [-1, 0, 0, 1, 1, 2, 2],
     "star": [-1, 0, 0, 0, 0],

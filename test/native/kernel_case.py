@@ -52,6 +52,12 @@ def random_bf16(*shape: int, scale: float = 1.0) -> Any:
     return (torch.randn(shape, device="cuda") * scale).to(torch.bfloat16)
 
 
+def activate(name: str, gate: Any) -> Any:
+    """What edgellm's Activation of this name makes of an MLP's gate."""
+    functional = torch.nn.functional
+    return functional.silu(gate) if name == "silu" else functional.gelu(gate, approximate="tanh")
+
+
 def make_weight(form: str, rows: int, cols: int, group: int = 64, gate_up: bool = False) -> Weight:
     """A random weight of `form`, repacked for the kernels where that is needed."""
     fmt = getattr(NATIVE.WeightFormat, form)

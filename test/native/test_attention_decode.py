@@ -98,7 +98,7 @@ def check(
     assert_untouched(out)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12])
 @pytest.mark.parametrize("splits", [8, 1, 4, 64])
 def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, group: int, splits: int) -> None:
@@ -106,7 +106,7 @@ def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, group: int, 
         check(head_dim, 2 * group, 2, [position], splits)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("form", ["fp16", "fp8"])
 def test_every_cache_format_is_read_as_it_was_written(head_dim: int, group: int, form: str) -> None:
@@ -119,7 +119,7 @@ def test_every_cache_format_is_read_as_it_was_written(head_dim: int, group: int,
 @pytest.mark.parametrize("splits", [8, 16, 64])
 @pytest.mark.parametrize("form", FORMATS)
 def test_long_contexts(form: str, splits: int, cluster: int) -> None:
-    for head_dim, heads, kv_heads in ((128, 8, 2), (64, 9, 3)):
+    for head_dim, heads, kv_heads in ((128, 8, 2), (64, 9, 3), (256, 4, 1)):
         check(head_dim, heads, kv_heads, [4999, 19_999], splits, form=form, capacity=LONG, cluster=cluster)
         # Many weights of about the same size: what is wrong with each adds up, and the output is small.
         check(
@@ -132,6 +132,7 @@ def test_sequences_of_different_lengths_and_free_places_share_a_batch(splits: in
     check(64, 9, 3, [988, 0, -1, 130, 18, 511, 512, 1030], splits)
     check(128, 32, 8, [1030, -1, 7, 255, 256, 257, 98, 3], splits)
     check(80, 4, 2, [-1, -1, 300], splits)
+    check(256, 4, 1, [700, 0, -1, 15, 16, 64, 511, 1030], splits)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -139,9 +140,10 @@ def test_sequences_of_different_lengths_and_free_places_share_a_batch(splits: in
 @pytest.mark.parametrize("window", [1, 15, 16, 19, 256, 4096])
 def test_a_window_hides_what_lies_before_it(window: int, splits: int, form: str) -> None:
     check(128, 8, 2, [0, 18, 255, 256, 988], splits, window, form=form)
+    check(256, 8, 2, [0, 18, 255, 256, 988], splits, window, form=form)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("splits", [8, 2])
 def test_head_norms_come_before_the_rotation(head_dim: int, splits: int) -> None:
     check(head_dim, 16, 8, [0, 99, 700], splits, normed=True)
@@ -164,7 +166,7 @@ def test_keys_and_values_beyond_the_format_become_its_largest(form: str, limit: 
 
 def test_what_is_not_in_the_slot_yet_is_never_read() -> None:
     """NaN behind the new token, and in its own row, which the call writes."""
-    for form, head_dim in (("bf16", 128), ("fp16", 64), ("fp8", 80)):
+    for form, head_dim in (("bf16", 128), ("fp16", 64), ("fp8", 80), ("bf16", 256), ("fp8", 256)):
         for position in (0, 15, 16, 77, 300):
             kv = make_cache(form, 1, 2, 2, CAPACITY, head_dim)
             kv[:, :, :, position:] = 0x7F if form == "fp8" else float("nan")
@@ -180,20 +182,21 @@ def test_what_is_not_in_the_slot_yet_is_never_read() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("most", "cluster"), [(8, 0), (16, 0), (16, 1), (64, 0), (64, 8)])
+@pytest.mark.parametrize("head_dim", [64, 256])
 def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_a_larger_slot(
-    form: str, most: int, cluster: int
+    head_dim: int, form: str, most: int, cluster: int
 ) -> None:
     lengths = [500, 3, 77, 1000, 1700, 2999, 1023, 1024]
-    kv = make_cache(form, 8, 2, 2, 3000, 64)
-    larger = torch.zeros_like(make_cache(form, 8, 2, 2, 5000, 64))
+    kv = make_cache(form, 8, 2, 2, 3000, head_dim)
+    larger = torch.zeros_like(make_cache(form, 8, 2, 2, 5000, head_dim))
     larger[:, :, :, :3000] = kv
-    cos, sin = tables(64, 5000)
-    qkv = torch.randn((8, 12 * 64), device="cuda")
+    cos, sin = tables(head_dim, 5000)
+    qkv = torch.randn((8, 12 * head_dim), device="cuda")
     slots, positions = (torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([2, 0, 3, 1, 7, 5, 6, 4], lengths))
-    workspace = make_workspace(8, 8, 64)
+    workspace = make_workspace(8, 8, head_dim)
 
     def run(rows: slice, cache: Any, launched: int) -> Any:
-        out = torch.empty((len(slots[rows]), 512), dtype=torch.bfloat16, device="cuda")
+        out = torch.empty((len(slots[rows]), 8 * head_dim), dtype=torch.bfloat16, device="cuda")
         K.decode_attention(
             qkv[rows], cache, slots[rows], positions[rows], cos, sin, out, 8, 0.125, most_splits=most,
             launched_splits=launched, cluster=cluster, workspace=workspace, stream=stream(),
@@ -214,9 +217,10 @@ def test_splits_follow_from_the_length_alone_and_fill_the_gpu() -> None:
     assert [K.decode_attention_most_splits(kv_heads, 132) for kv_heads in (32, 8, 4, 2, 1)] == [8, 16, 32, 64, 64]
 
 
-def test_positions_that_the_predecessor_advances_under_way_are_not_the_ones_prefetched_for() -> None:
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_positions_that_the_predecessor_advances_under_way_are_not_the_ones_prefetched_for(head_dim: int) -> None:
     """With pdl the kernel starts while `greedy` still runs, and may prefetch for the position before."""
-    start, head_dim, ints = 5, 128, dict(device="cuda", dtype=torch.int32)
+    start, ints = 5, dict(device="cuda", dtype=torch.int32)
     cos, sin = tables(head_dim)
     kv = make_cache("bf16", 2, 2, 2, CAPACITY, head_dim)
     qkv = torch.randn((2, 12 * head_dim), device="cuda")

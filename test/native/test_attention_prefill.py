@@ -11,7 +11,7 @@ from test_attention_decode import CAPACITY, EPS, reference, rotate, tables
 pytestmark = needs_gpu
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("tokens", AWKWARD)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("as_f32", [False, True])
@@ -55,7 +55,7 @@ def test_rope_rotates_queries_and_writes_keys_and_values(
     assert_untouched(q_out)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_rope_applies_a_products_scales_before_the_bias(head_dim: int) -> None:
     heads, kv_heads, tokens = 6, 2, 19
     cos, sin = tables(head_dim)
@@ -109,7 +109,7 @@ def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, i
     assert_untouched(out)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 2), (14, 2)])
 def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, heads: int, kv_heads: int) -> None:
     for tokens in AWKWARD:
@@ -124,10 +124,11 @@ def test_sequences_of_different_lengths_share_a_call() -> None:
 
 @pytest.mark.parametrize("window", [1, 19, 64, 200])
 def test_a_window_hides_what_lies_before_it(window: int) -> None:
-    check(64, 8, 2, [(0, 300), (500, 99)], window)
+    for head_dim in (64, 256):
+        check(head_dim, 8, 2, [(0, 300), (500, 99)], window)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int) -> None:
     check(head_dim, 8, 2, [(0, 99), (300, 70)], fp8=True)
 
@@ -143,7 +144,7 @@ def attend(q: Any, kv: Any, position: int) -> Any:
     return out
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, fp8: bool) -> None:
     """The whole fills a large GPU with large blocks, the pieces do not."""
@@ -157,7 +158,7 @@ def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, fp8: bool) -> N
         assert torch.equal(attend(q[first:last].clone(), kv, first), whole[first:last]), first
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("window", [0, 300])
 def test_large_blocks_agree_with_fp64(head_dim: int, window: int) -> None:
     heads, kv_heads, position, tokens = 64, 16, 70, 1099

@@ -139,7 +139,7 @@ def attend(q: Any, seen: Any, head_dim: int) -> Any:
     return torch.einsum("hp,hpd->hd", weights, values)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_every_head_dim_and_group_with_random_trees(head_dim: int, group: int) -> None:
     for seed, (prefix, count) in enumerate([(0, 1), (1, 2), (19, 5), (63, 3), (64, 16), (98, 33), (250, 64), (988, 7)]):
@@ -151,10 +151,11 @@ def test_every_head_dim_and_group_with_random_trees(head_dim: int, group: int) -
 def test_chains_and_stars(shape: Any, count: int) -> None:
     for prefix in (0, 37, 320):
         Case(64, 8, 2, [(prefix, shape(count))]).check()
+        Case(256, 4, 1, [(prefix, shape(count))]).check()
 
 
 @pytest.mark.parametrize("splits", [0, 1, 2, 5, 16])
-@pytest.mark.parametrize(("head_dim", "fp8"), [(64, False), (128, False), (128, True)])
+@pytest.mark.parametrize(("head_dim", "fp8"), [(64, False), (128, False), (128, True), (256, False), (256, True)])
 def test_a_long_prefix_is_split_over_clusters(head_dim: int, fp8: bool, splits: int) -> None:
     Case(head_dim, 8, 2, [(4100, random_tree(13, 1))], fp8=fp8).check(splits)
     Case(head_dim, 8, 2, [(3001, random_tree(64, 2))], fp8=fp8).check(splits)
@@ -166,36 +167,45 @@ def test_sequences_of_different_lengths_and_free_places_share_a_call(splits: int
     sequences = [(500, random_tree(9, 1)), (-1, chain(4)), (0, star(3)), (4000, random_tree(40, 2)), (63, chain(1))]
     Case(64, 9, 3, sequences).check(splits)
     Case(128, 8, 2, sequences[::-1]).check(splits)
+    Case(256, 4, 1, sequences).check(splits)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_as_many_sequences_as_a_call_takes_do_not_share_counters(head_dim: int) -> None:
+    counts = [1 + i % 3 for i in range(63)] + [64]
+    Case(head_dim, 4, 1, [(2100 + i, random_tree(n, i)) for i, n in enumerate(counts)]).check(2)
 
 
 @pytest.mark.parametrize("window", [1, 5, 19, 64, 300])
 def test_a_window_hides_what_lies_before_it_along_the_path(window: int) -> None:
     Case(64, 8, 2, [(0, chain(30)), (500, random_tree(33, 3)), (130, chain(64))], window).check()
     Case(96, 4, 2, [(4000, random_tree(16, 4))], window).check(2)
+    Case(256, 4, 1, [(0, chain(30)), (500, random_tree(33, 3)), (4000, random_tree(16, 4))], window).check(2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_head_norms_come_before_the_rotation(head_dim: int) -> None:
     Case(head_dim, 16, 8, [(99, random_tree(11, 5)), (700, chain(6))], normed=True).check()
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("count", [4, 31])
 def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int, count: int) -> None:
     Case(head_dim, 8, 2, [(0, random_tree(count, 6)), (777, random_tree(count, 7))], fp8=True).check()
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_chain_is_the_causal_attention_of_prefill(fp8: bool) -> None:
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_chain_is_the_causal_attention_of_prefill(head_dim: int, fp8: bool) -> None:
     """Against the other kernel: the same keys in the cache, and outputs that differ by rounding alone."""
-    case = Case(128, 8, 2, [(300, chain(21))], fp8=fp8)
+    case = Case(head_dim, 8, 2, [(300, chain(21))], fp8=fp8)
     other = case.kv.clone()
     out = case.run()
-    q, prefilled = poisoned(21, 8 * 128, dtype=torch.bfloat16), poisoned(21, 8 * 128, dtype=torch.bfloat16)
+    q, prefilled = (poisoned(21, 8 * head_dim, dtype=torch.bfloat16) for _ in range(2))
     K.rope_kv_write(
         case.qkv.view(21, -1), other, ints([1] * 21), ints(range(300, 321)), *case.tables, q, 8, stream=stream()
     )
-    K.prefill_attention(q, other, ints([0, 21]), ints([1]), ints([300]), prefilled, 21, 128**-0.5, stream=stream())
+    K.prefill_attention(q, other, ints([0, 21]), ints([1]), ints([300]), prefilled, 21, head_dim**-0.5, stream=stream())
     assert torch.equal(case.plain()[1, :, :, :321].nan_to_num(), other_plain(other, fp8)[1, :, :, :321].nan_to_num())
     assert torch.allclose(out.double(), prefilled.double(), rtol=2**-6, atol=4e-3)
 
@@ -223,7 +233,7 @@ def test_tokens_of_a_call_that_fills_the_slot_fit_and_more_are_left_alone() -> N
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_an_accepted_path_moves_together_in_every_layer(dtype: str, head_dim: int) -> None:
     layers, slots, kv_heads, capacity = 3, 4, 3, 99
     cache = torch.randint(0, 255, (layers, slots, 2, kv_heads, capacity, head_dim), device="cuda").to(

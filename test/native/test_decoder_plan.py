@@ -23,9 +23,15 @@ QWEN3_4B = {
     "num_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_heads": 32, "num_kv_heads": 8,
     "head_dim": 128, "vocab_size": 151936, "tied_head": True, "qk_norm": True,
 }  # fmt: skip
-MODELS = {"llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B, "qwen3-4b": QWEN3_4B}
+GEMMA3_1B = {
+    "num_layers": 26, "hidden_size": 1152, "intermediate_size": 6912, "num_heads": 4, "num_kv_heads": 1,
+    "head_dim": 256, "vocab_size": 262144, "tied_head": True, "qk_norm": True, "output_norms": True,
+}  # fmt: skip
+MODELS = {"llama-1b": LLAMA_1B, "llama-8b": LLAMA_8B, "qwen3-4b": QWEN3_4B, "gemma3-1b": GEMMA3_1B}
 # As the models' cards publish them.
-PARAMETERS = {"llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "qwen3-4b": 4_022_468_096}
+PARAMETERS = {
+    "llama-1b": 1_235_814_400, "llama-8b": 8_030_261_248, "qwen3-4b": 4_022_468_096, "gemma3-1b": 999_885_952,
+}  # fmt: skip
 CONTEXT = 4096
 
 
@@ -84,7 +90,7 @@ def test_the_total_is_the_sum_of_the_purposes() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"head_dim": 72}, "head_dim is 72; the kernels take 64, 80, 96 and 128"),
+        ({"head_dim": 72}, "head_dim is 72; the kernels take 64, 80, 96, 128 and 256"),
         ({"num_kv_heads": 5}, "32 heads do not divide into 5 groups"),
         ({"hidden_size": 2040}, "a layer is 2040 wide; the kernels take multiples of 16"),
         ({"sliding_windows": [16]}, "sliding_windows has 1 entries; it must have one for each of the 16 layers, or none"),
@@ -152,6 +158,15 @@ def test_a_layers_format_that_the_kernels_lack_is_refused_by_name(
     config.formats = {stem: (getattr(NATIVE.WeightFormat, name), group) for stem, (name, group) in formats.items()}
     with pytest.raises(ValueError, match=message):
         config.check()
+
+
+def test_norms_on_outputs_are_planned_with_the_sums_that_they_read() -> None:
+    plain, normed = (NATIVE.plan_memory(settings({**GEMMA3_1B, "output_norms": on})) for on in (False, True))
+    gain = -(-1152 * 2 // 256) * 256
+    assert normed["weights"] - plain["weights"] == 26 * 2 * gain
+    assert normed["workspace"] - plain["workspace"] == 16 * 1152 * 4  # fp32, of as many tokens as a draft may have
+    off = [NATIVE.plan_memory(settings({**GEMMA3_1B, "output_norms": on}, max_verify_tokens=0)) for on in (False, True)]
+    assert off[1]["workspace"] - off[0]["workspace"] == 8 * 1152 * 4
 
 
 def test_a_second_rope_and_a_cut_head_are_planned() -> None:

@@ -9,6 +9,7 @@ from kernel_case import (
     AWKWARD,
     K,
     Weight,
+    activate,
     assert_untouched,
     make_weight,
     needs_gpu,
@@ -81,7 +82,11 @@ def test_bias_and_residual_are_added_and_the_copy_is_the_sum(form: str, tokens: 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_swiglu_pairs_each_gate_row_with_its_up_row(form: str, tokens: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_swiglu_and_geglu_pair_each_gate_row_with_its_up_row(
+    activation: str, form: str, tokens: int, with_bias: bool
+) -> None:
+    epilogue = K.Epilogue.swiglu if activation == "silu" else K.Epilogue.geglu
     for half in AWKWARD:
         weight = make_weight(form, 2 * half, 576, gate_up=True)
         x, gain = random_bf16(tokens, 576), random_bf16(576)
@@ -89,11 +94,11 @@ def test_swiglu_pairs_each_gate_row_with_its_up_row(form: str, tokens: int, with
         _, y = reference(weight, x, gain)
         y = y + bias.double() if with_bias else y
         gate, up = y[:, :half], y[:, half:]
-        wanted = gate * torch.sigmoid(gate) * up
+        wanted = activate(activation, gate) * up
         for tile in range(num_tiles(weight, tokens)):
             out = poisoned(tokens, half, dtype=torch.bfloat16)
             K.gemv(
-                weight.view, x, out, K.Epilogue.swiglu, gain=gain, norm_eps=EPS, bias=bias, tile=tile, stream=stream()
+                weight.view, x, out, epilogue, gain=gain, norm_eps=EPS, bias=bias, tile=tile, stream=stream()
             )  # fmt: skip
             assert torch.allclose(out.double(), wanted, rtol=4e-2, atol=2e-2), (half, tile)
             assert_untouched(out)

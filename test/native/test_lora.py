@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kernel_case import K, assert_untouched, make_weight, needs_gpu, poisoned, random_bf16, stream, torch
+from kernel_case import K, activate, assert_untouched, make_weight, needs_gpu, poisoned, random_bf16, stream, torch
 from test_gemv import EPS, FORMATS, allowed, num_tiles, reference
 
 pytestmark = needs_gpu
@@ -102,7 +102,9 @@ def test_every_tile_adds_each_tokens_adapter(form: str, tokens: int, cols: int, 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 5, 8])
-def test_swiglu_adds_to_gate_and_up_rows_of_an_interleaved_weight(form: str, tokens: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_swiglu_adds_to_gate_and_up_rows_of_an_interleaved_weight(activation: str, form: str, tokens: int) -> None:
+    epilogue = K.Epilogue.swiglu if activation == "silu" else K.Epilogue.geglu
     ids = TOKENS[tokens]
     for half in (1, 19, 99, 989):
         adapters, weight = Adapters((half, half), 576), make_weight(form, 2 * half, 576, gate_up=True)
@@ -110,15 +112,14 @@ def test_swiglu_adds_to_gate_and_up_rows_of_an_interleaved_weight(form: str, tok
         seen, y = reference(weight, x, gain)
         y = y + bias.double() + adapters.delta(seen, ids)
         gate, up = y[:, :half], y[:, half:]
-        wanted = gate * torch.sigmoid(gate) * up
+        wanted = activate(activation, gate) * up
         limit = 2e-2 * (gate.abs() + up.abs() + 1) + 1e-2 * wanted.abs()  # of 1 to 2e-2 in gate and up
         view = adapters.view(ids)
         K.lora_down(view, x, gain=gain, norm_eps=EPS, stream=stream())
         for tile in range(num_tiles(weight, tokens)):
             out = poisoned(tokens, half, dtype=torch.bfloat16)
             K.gemv(
-                weight.view, x, out, K.Epilogue.swiglu, gain=gain, norm_eps=EPS, bias=bias, tile=tile, stream=stream(),
-                lora=view,
+                weight.view, x, out, epilogue, gain=gain, norm_eps=EPS, bias=bias, tile=tile, stream=stream(), lora=view,
             )  # fmt: skip
             assert bool(((out.double() - wanted).abs() <= limit).all()), (half, tile)
             assert_untouched(out)

@@ -28,7 +28,10 @@ struct DecoderConfig {
   float rms_norm_eps = 1e-5F;
   float embed_scale = 1.0F;
   float attention_scale = 0.0F;  // of attention scores; 0: head_dim^-0.5
+  float logit_softcap = 0.0F;    // logits become cap * tanh(logits / cap); 0: no cap
+  kernels::Activation activation = kernels::Activation::silu;
   bool qk_norm = false;
+  bool output_norms = false;         // of what attention and the MLP add to the residual
   bool tied_head = false;            // the head is the embedding table itself
   std::vector<int> sliding_windows;  // one a layer, 0 is none; empty when no layer has one
   // Stem of each layer's tables, STEM.cos and STEM.sin (num_positions, head_dim / 2); empty: "rope" in all layers.
@@ -93,6 +96,9 @@ std::vector<LinearShape> layer_linears(const DecoderConfig& config);
 
 // Whether a layer's input is a norm's output, whose gain is then in the order of the input too.
 bool follows_norm(const std::string& stem);
+
+// Stems, without the layer, of a layer's norms that are as wide as the residual.
+std::vector<std::string> hidden_norms(const DecoderConfig& config);
 
 // Rows of a quantised weight that are dequantised at once for prefill.
 int dequantised_rows(int rows, int cols);

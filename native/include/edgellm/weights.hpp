@@ -25,8 +25,10 @@ struct LayerWeights {
   LinearView o;
   LinearView gate_up;
   LinearView down;
-  const __nv_bfloat16* input_norm = nullptr;  // (hidden)
-  const __nv_bfloat16* post_norm = nullptr;   // (hidden)
+  const __nv_bfloat16* input_norm = nullptr;     // (hidden)
+  const __nv_bfloat16* post_norm = nullptr;      // (hidden)
+  const __nv_bfloat16* attn_out_norm = nullptr;  // (hidden), or null: none
+  const __nv_bfloat16* mlp_out_norm = nullptr;   // (hidden), or null: none
   kernels::RopeTables rope;
 };
 

@@ -12,15 +12,17 @@ void rms_norm_async(const float* x,             // (num_tokens, hidden)
                     __nv_bfloat16* out,  // (num_tokens, hidden)
                     cudaStream_t stream, bool pdl);
 
-// residual += delta (+ bias), residual_bf16 = its copy, and, unless gain is null, normed = rms_norm(residual): the step
-// from one matrix product to the next. `hidden` is a multiple of 8.
+// residual += delta (+ bias), or with delta_gain rms_norm(delta + bias); residual_bf16 = its copy, and, unless gain is
+// null, normed = rms_norm(residual): the step from one matrix product to the next. `hidden` is a multiple of 8.
 struct ResidualNormArgs {
-  const __nv_bfloat16* delta = nullptr;    // (num_tokens, hidden)
-  ProductScales scales;                    // of delta
-  const float* bias = nullptr;             // (hidden), or null
-  float* residual = nullptr;               // (num_tokens, hidden)
-  __nv_bfloat16* residual_bf16 = nullptr;  // (num_tokens, hidden), or null
-  const __nv_bfloat16* gain = nullptr;     // (hidden), or null
+  const __nv_bfloat16* delta = nullptr;       // (num_tokens, hidden), or null: then delta_f32
+  const float* delta_f32 = nullptr;           // (num_tokens, hidden), with delta_gain only
+  ProductScales scales;                       // of delta
+  const float* bias = nullptr;                // (hidden), or null
+  const __nv_bfloat16* delta_gain = nullptr;  // (hidden) of the norm of what is added, or null: none
+  float* residual = nullptr;                  // (num_tokens, hidden)
+  __nv_bfloat16* residual_bf16 = nullptr;     // (num_tokens, hidden), or null
+  const __nv_bfloat16* gain = nullptr;        // (hidden), or null
   float eps = 1e-6f;
   __nv_bfloat16* normed = nullptr;     // (num_tokens, hidden), or null: then normed_fp8
   std::uint8_t* normed_fp8 = nullptr;  // (num_tokens, hidden) E4M3
@@ -30,7 +32,7 @@ struct ResidualNormArgs {
 };
 void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool pdl);
 
-// out[t, i] = silu(gate_up[t, i]) * gate_up[t, width + i]. `width` is a multiple of 8.
+// out[t, i] = activation(gate_up[t, i]) * gate_up[t, width + i]. `width` is a multiple of 8.
 struct SwigluArgs {
   const __nv_bfloat16* gate_up = nullptr;  // (num_tokens, 2 * width)
   ProductScales scales;                    // of gate_up
@@ -40,9 +42,13 @@ struct SwigluArgs {
   float* out_scales = nullptr;             // (num_tokens), of out_fp8; may be scales.rows
   int num_tokens = 0;
   int width = 0;  // at most kMaxFp8Width for out_fp8
+  Activation activation = Activation::silu;
 };
 constexpr int kMaxFp8Width = 40960;  // a row lies in shared memory until its scale is known
 void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl);
+
+// x = cap * tanh(x / cap), of `count` numbers: what keeps a model's logits within -cap and cap.
+void soft_cap_async(float* x, std::size_t count, float cap, cudaStream_t stream, bool pdl);
 
 // out[i] = x[rows[i]]; a negative row gives zeros. `hidden` is a multiple of 8.
 void gather_rows_async(const __nv_bfloat16* x, const int32_t* rows, int num_rows, int hidden, __nv_bfloat16* out,

@@ -12,9 +12,13 @@ enum class Epilogue : int {
   store_f32 = 0,   // out_f32 = y
   store_bf16 = 1,  // out_bf16 = y
   residual = 2,    // out_f32 += y, out_bf16 = its copy
-  swiglu = 3,      // out_bf16 (num_tokens, rows / 2) = silu(y[:rows / 2]) * y[rows / 2:]; int4: packed with gate_up
-  logits = 4,      // out_f32 = y, and block_max: one packed maximum a token and block of rows
+  logits = 3,      // out_f32 = y, and block_max: one packed maximum a token and block of rows
+  swiglu = 4,      // out_bf16 (num_tokens, rows / 2) = silu(y[:rows / 2]) * y[rows / 2:]; int4: packed with gate_up
+  geglu = 5,       // the same with gelu_tanh
 };
+
+// Whether a gate row and the up row that goes with it make one output.
+constexpr bool has_pairs(Epilogue epilogue) { return epilogue >= Epilogue::swiglu; }
 
 struct GemvArgs {
   WeightView weight;                    // (rows, cols)

@@ -14,7 +14,7 @@ struct KvCompactArgs {
   int num_slots = 0;
   int num_kv_heads = 0;
   int capacity = 0;
-  int head_dim = 0;                    // 64, 80, 96 or 128
+  int head_dim = 0;                    // 64, 80, 96, 128 or 256
   const int32_t* slots = nullptr;      // (num_sequences), distinct
   const int32_t* positions = nullptr;  // (num_sequences) P. < 0: a free place, left alone
   const int32_t* paths = nullptr;      // (num_sequences, max_nodes), ascending; P + path must lie in the slot

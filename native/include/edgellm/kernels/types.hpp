@@ -39,13 +39,16 @@ enum class KvFormat : int { bf16 = 0, fp8 = 1, fp16 = 2 };
 
 constexpr std::size_t kv_element_bytes(KvFormat format) { return format == KvFormat::fp8 ? 1 : 2; }
 
+// Of the MLP's gate. gelu_tanh is GELU by its tanh approximation (https://arxiv.org/abs/1606.08415, section 2).
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
 // One layer's part of the cache [layers, slots, 2, kv_heads, capacity, head_dim].
 struct KvLayer {
   void* data = nullptr;  // (slots, 2, kv_heads, capacity, head_dim)
   KvFormat format = KvFormat::bf16;
   int num_kv_heads = 0;
   int capacity = 0;  // tokens a slot holds
-  int head_dim = 0;  // 64, 80, 96 or 128
+  int head_dim = 0;  // 64, 80, 96, 128 or 256
 };
 
 // The factors that a product of E4M3 numbers left out: y[t, i] stands for y[t, i] * rows[t] * columns[i]. Both are null
@@ -55,7 +58,7 @@ struct ProductScales {
   const float* columns = nullptr;  // (out_features), of the weight's rows
 };
 
-// Rotary tables and the optional RMSNorm of each query and key head (Qwen3).
+// Rotary tables and the optional RMSNorm of each query and key head (Qwen3, Gemma 3).
 struct RopeTables {
   const float* cos = nullptr;             // (max_context, head_dim / 2)
   const float* sin = nullptr;             // (max_context, head_dim / 2)

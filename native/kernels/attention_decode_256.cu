@@ -1,0 +1,8 @@
+// Decode attention for head_dim 256.
+#include "attention_decode.cuh"
+
+namespace edgellm::kernels {
+
+template void launch_for_head_dim<256>(const DecodeAttentionArgs&, const DecodeAttentionParams&, cudaStream_t, bool);
+
+}  // namespace edgellm::kernels
