@@ -7,38 +7,14 @@
 #include <string>
 #include <vector>
 
-#include "bind_run.hpp"
 #include "bindings.hpp"
 #include "edgellm/decoder.hpp"
+#include "host_array.hpp"
 
 namespace py = pybind11;
 
 namespace edgellm {
 namespace {
-
-using Ints = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-
-std::span<const std::int32_t> span_of(const Ints& array) {
-  return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-HostTensor host_tensor(const std::string& name, const py::array& array) {
-  if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument(name + " is not contiguous");
-  const std::vector<std::int64_t> dims(array.shape(), array.shape() + array.ndim());
-  HostTensor host;
-  host.data = array.data();
-  host.dtype = dtype_from_name(py::str(array.dtype().attr("name")));
-  host.shape = Shape(std::span<const std::int64_t>(dims));
-  return host;
-}
-
-py::dict plan_to_dict(const MemoryPlan& plan) {
-  py::dict report;
-  for (const auto& [group, num_bytes] : plan.groups()) report[py::str(group)] = num_bytes;
-  report["graphs"] = kGraphBytes;
-  report["total"] = plan.total() + kGraphBytes;
-  return report;
-}
 
 void load_linear(Decoder& decoder, const std::string& stem, const py::array& weight, const py::object& scale) {
   const HostTensor host = host_tensor(stem + ".weight", weight);
@@ -59,23 +35,6 @@ void load_adapter(Decoder& decoder, int index,
   }
   const py::gil_scoped_release release;
   decoder.load_adapter(index, adapter);
-}
-
-// batch: (slot, token_ids, position, num_logits, adapter) a sequence. The rows live in the decoder until its next step.
-py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, int, int, int>>& batch) {
-  auto& decoder = self.cast<Decoder&>();
-  std::vector<SequenceStep> steps;
-  steps.reserve(batch.size());
-  for (const auto& [slot, token_ids, position, num_logits, adapter] : batch) {
-    steps.push_back({slot, span_of(token_ids), position, num_logits, adapter});
-  }
-  int rows = 0;
-  {
-    const py::gil_scoped_release release;
-    rows = decoder.step(steps);
-  }
-  const py::ssize_t vocab = decoder.config().num_rows();
-  return py::array_t<float>({py::ssize_t{rows}, vocab}, decoder.logits(), self);
 }
 
 void bind_config(py::module_& module) {
@@ -144,11 +103,9 @@ void bind_decoder(py::module_& module) {
   module.def(
       "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
       "Bytes of device memory by purpose, and their total; takes none.");
-  py::class_<Decoder> decoder(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.");
-  bind_run(module, decoder);
-  decoder.def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("config", [](const Decoder& self) { return self.config(); })
-      .def_property_readonly("plan", [](const Decoder& decoder) { return plan_to_dict(decoder.plan()); })
+  bind_token_loop(module);
+  py::class_<Decoder, TokenLoop>(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.")
+      .def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("products_reason", &Decoder::products_reason)
       .def_property_readonly("has_fp8_products", &Decoder::has_fp8_products)
       .def("load_linear", &load_linear, py::arg("stem"), py::arg("weight"), py::arg("scale") = py::none())
@@ -179,7 +136,6 @@ void bind_decoder(py::module_& module) {
       .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
       .def("load_adapter", &load_adapter, py::arg("index"), py::arg("tensors"))
       .def("unload_adapter", &Decoder::unload_adapter, py::arg("index"), py::call_guard<py::gil_scoped_release>())
-      .def("step", &step, py::arg("batch"))
       .def(
           "verify_tree",
           [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
@@ -203,35 +159,8 @@ void bind_decoder(py::module_& module) {
       .def("time_verify", &Decoder::time_verify, py::arg("slot"), py::arg("position"), py::arg("num_tokens"),
            py::arg("num_steps"), "Milliseconds on the device of each verification of a chain, without copying logits.",
            py::call_guard<py::gil_scoped_release>())
-      .def("copy_prefix", &Decoder::copy_prefix, py::arg("source"), py::arg("target"), py::arg("length"),
-           py::call_guard<py::gil_scoped_release>())
-      .def(
-          "save_prefix",
-          [](Decoder& decoder, int slot, int length) {
-            const std::size_t size = static_cast<std::size_t>(length) * decoder.config().kv_bytes_per_token();
-            py::array_t<std::uint8_t> data(static_cast<py::ssize_t>(size));
-            auto* host = reinterpret_cast<std::byte*>(data.mutable_data());
-            const py::gil_scoped_release release;
-            decoder.save_prefix(slot, length, host);
-            return data;
-          },
-          py::arg("slot"), py::arg("length"))
-      .def(
-          "load_prefix",
-          [](Decoder& decoder, int slot, const py::array_t<std::uint8_t, py::array::c_style>& data, int length) {
-            const std::size_t size = static_cast<std::size_t>(length) * decoder.config().kv_bytes_per_token();
-            if (static_cast<std::size_t>(data.nbytes()) != size) {
-              throw std::invalid_argument("a prefix of " + std::to_string(length) + " tokens has " +
-                                          std::to_string(size) + " bytes, not " + std::to_string(data.nbytes()));
-            }
-            const auto* host = reinterpret_cast<const std::byte*>(data.data());
-            const py::gil_scoped_release release;
-            decoder.load_prefix(slot, length, host);
-          },
-          py::arg("slot"), py::arg("data"), py::arg("length"))
       .def("num_tiles", &Decoder::num_tiles, py::arg("product"), py::arg("batch") = 1)
-      .def("set_tile", &Decoder::set_tile, py::arg("product"), py::arg("batch"), py::arg("tile"))
-      .def("use_graphs", &Decoder::use_graphs, py::arg("use"));
+      .def("set_tile", &Decoder::set_tile, py::arg("product"), py::arg("batch"), py::arg("tile"));
 }
 
 }  // namespace edgellm

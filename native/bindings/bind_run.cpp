@@ -44,7 +44,7 @@ SamplingRow sampling_row(std::uint64_t seed, float temperature, int top_k, float
 // (slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter)
 using SequenceTuple = std::tuple<int, int, std::int32_t, SamplingRow, Ints, Ints, Ints, Floats, int>;
 
-void start_run(Decoder& decoder, const std::vector<SequenceTuple>& sequences) {
+void start_run(TokenLoop& decoder, const std::vector<SequenceTuple>& sequences) {
   std::vector<RunSequence> run;
   run.reserve(sequences.size());
   for (const auto& [slot, position, token, row, prompt, answer, bias_ids, bias_values, adapter] : sequences) {
@@ -62,7 +62,7 @@ py::tuple logprobs_tuple(const kernels::TokenLogprobs& found) {
   return py::make_tuple(found.logprob, top);
 }
 
-py::tuple read_run_step(Decoder& decoder) {
+py::tuple read_run_step(TokenLoop& decoder) {
   RunStep step;
   {
     const py::gil_scoped_release release;
@@ -88,7 +88,7 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 
 }  // namespace
 
-void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
+void bind_run(py::module_& module, py::class_<TokenLoop>& loop) {
   module.attr("MAX_BATCH") = kMaxBatch;
   module.attr("MAX_BIAS") = kMaxBias;
   module.attr("MAX_TOP_LOGPROBS") = kernels::kMaxTopLogprobs;
@@ -97,21 +97,20 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
            py::arg("top_p") = 1.0F, py::arg("min_p") = 0.0F, py::arg("draw_index") = 0,
            py::arg("repetition_penalty") = 1.0F, py::arg("presence_penalty") = 0.0F,
            py::arg("frequency_penalty") = 0.0F, py::arg("num_top") = -1, py::arg("use_mask") = false);
-  decoder
-      .def("start_run", &start_run, py::arg("sequences"),
+  loop.def("start_run", &start_run, py::arg("sequences"),
            "(slot, position, token_id, row, prompt_ids, answer_ids, bias_ids, bias_values, adapter) a sequence; with a "
            "cut head all ids but token_id are rows of the head.")
-      .def("launch_run_step_async", &Decoder::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
+      .def("launch_run_step_async", &TokenLoop::launch_run_step_async, py::call_guard<py::gil_scoped_release>())
       .def("read_run_step", &read_run_step,
            "(tokens, logprobs), one a sequence: a token is -1 where the logits were not finite; logprobs are None or "
            "(logprob, [(token id, logprob), ...]).")
       .def(
           "set_run_mask_async",
-          [](Decoder& self, int index, const Words& words) { self.set_run_mask_async(index, span_of(words)); },
+          [](TokenLoop& self, int index, const Words& words) { self.set_run_mask_async(index, span_of(words)); },
           py::arg("index"), py::arg("words"), "(rows of the head + 31) // 32 words uint32; a bit set allows a token.")
       .def(
           "decode_tokens",
-          [](Decoder& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
+          [](TokenLoop& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
              const std::vector<SamplingRow>& rows, const Ints& adapters) {
             std::vector<std::int32_t> tokens;
             {
@@ -126,7 +125,7 @@ void bind_run(py::module_& module, py::class_<Decoder>& decoder) {
           "(num_steps, batch) tokens, each fed to the next step on the device; greedy without sampling rows.")
       .def(
           "time_run",
-          [](Decoder& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
+          [](TokenLoop& self, const Ints& slots, const Ints& positions, const Ints& token_ids, int num_steps,
              const std::vector<SamplingRow>& rows, const Ints& adapters) {
             const py::gil_scoped_release release;
             return self.time_run(span_of(slots), span_of(positions), span_of(token_ids), num_steps, rows,

@@ -9,6 +9,7 @@ void bind_decoder(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_tensor(pybind11::module_& module);
+void bind_token_loop(pybind11::module_& module);
 void bind_trt(pybind11::module_& module);
 
 // What bind_kernels lists.

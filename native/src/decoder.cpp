@@ -28,38 +28,21 @@ int device_attribute(cudaDeviceAttr attribute) {
 }  // namespace
 
 Decoder::Decoder(DecoderConfig config)
-    : config_(std::move(config)),
+    : TokenLoop(config, plan_memory(config)),
       num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
-      pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),
       most_splits_(kernels::decode_attention_most_splits(config_.num_kv_heads, num_sms_)),
       longest_splits_(kernels::decode_attention_splits(config_.capacity, most_splits_)),
-      arena_(plan_memory(config_)),
       weights_(arena_, config_),
       cache_(arena_.get<std::byte>("kv"), config_),
       adapters_(arena_, config_) {
-  // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
-  host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
-                               static_cast<std::size_t>(4 * (config_.num_slots + kMaxBatch))) *
-                                  sizeof(std::int32_t) +
-                              4 * sizeof(VerifyInputs));
-  host_history_ = PinnedBuffer(static_cast<std::size_t>(kHistoryLength * kMaxBatch) * sizeof(std::int32_t));
-  reserve_sampling();
-  reserve_logits(std::max({config_.num_slots, kMaxLogitRows, config_.max_verify_tokens}));
-  for (int i = 0; i < kHistoryLength; ++i) run_events_.emplace_back();
-
   prepare_products();
   // The attention kernel's counters must start at zero; the cache, so that unwritten positions are finite.
   EDGELLM_CUDA_TRY(
       cudaMemsetAsync(arena_.get<std::byte>("attention"), 0, arena_.plan().size("attention"), stream_.get()));
-  EDGELLM_CUDA_TRY(
-      cudaMemsetAsync(arena_.get<std::byte>("decode_inputs"), 0, arena_.plan().size("decode_inputs"), stream_.get()));
-  EDGELLM_CUDA_TRY(
-      cudaMemsetAsync(arena_.get<std::byte>("step_counts"), 0, arena_.plan().size("step_counts"), stream_.get()));
   if (config_.max_verify_tokens > 0) {
     EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>("tree_attention"), 0, arena_.plan().size("tree_attention"),
                                      stream_.get()));
   }
-  clear_sampling_async();
   cache_.clear_async(stream_.get());
   stream_.wait();
 }
@@ -224,27 +207,20 @@ void Decoder::record_step_async(const StepKey& key) {
   record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
   if (tail == StepTail::kLogits || verify) return;
 
-  kernels::DecodeState state;
-  state.token_ids = tokens;
-  state.positions = tokens + kMaxBatch;
-  state.history = host_history_.device_as<std::int32_t>();
-  state.step_counts = arena_.get<std::int32_t>("step_counts");
-  state.history_length = kHistoryLength;
-  state.row_tokens = weights_.vocab_map();
-  if (tail == StepTail::kGreedy) {
-    kernels::GreedyArgs greedy;
-    greedy.block_max = arena_.get<unsigned long long>("block_max");
-    greedy.num_blocks = num_head_blocks(batch);
-    greedy.batch = batch;
-    greedy.state = state;
-    greedy.table = &weights_.embedding();
-    greedy.embed_scale = config_.embed_scale;
-    greedy.residual = residual;
-    greedy.residual_bf16 = residual_bf16;
-    kernels::greedy_async(greedy, stream, pdl);
+  if (tail != StepTail::kGreedy) {
+    record_sampling_async(key, pdl);
     return;
   }
-  record_sampling_async(batch, tail == StepTail::kSampleEverything, state, pdl);
+  kernels::GreedyArgs greedy;
+  greedy.block_max = arena_.get<unsigned long long>("block_max");
+  greedy.num_blocks = num_head_blocks(batch);
+  greedy.batch = batch;
+  greedy.state = decode_state();
+  greedy.table = &weights_.embedding();
+  greedy.embed_scale = config_.embed_scale;
+  greedy.residual = residual;
+  greedy.residual_bf16 = residual_bf16;
+  kernels::greedy_async(greedy, stream, pdl);
 }
 
 GemvArgs Decoder::head_args(int num_rows, bool with_maximum) const {
@@ -275,130 +251,33 @@ int Decoder::splits_for(int length) const {
   return splits <= kernels::kMinDecodeSplits ? splits : longest_splits_;
 }
 
-const Graph& Decoder::graph(const StepKey& key) {
-  Graph& graph = graphs_[key];
-  if (!graph) graph = Graph(stream_.get(), [&] { record_step_async(key); });
-  return graph;
-}
-
-void Decoder::run_step_async(const StepKey& key) {
-  if (use_graphs_) {
-    graph(key).launch(stream_.get());
-  } else {
-    record_step_async(key);
-  }
-}
-
-int Decoder::step(std::span<const SequenceStep> batch) {
-  return guarded([&] {
-    int num_rows = 0;
-    std::vector<int> first_rows;
-    std::vector<int> singles;
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-      const SequenceStep& item = batch[i];
-      const auto length = static_cast<int>(item.token_ids.size());
-      if (length < 1 || item.slot < 0 || item.slot >= config_.num_slots || item.position < 0 ||
-          item.position + length > config_.capacity || item.num_logits < 0 || item.num_logits > length) {
-        throw std::invalid_argument("a step does not fit its slot");
-      }
-      adapters_.check(item.adapter);
-      first_rows.push_back(num_rows);
-      num_rows += item.num_logits;
-      if (length == 1) singles.push_back(static_cast<int>(i));
-    }
-    if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
-    run_limit_ = run_launched_;                     // and cannot go on without them
-    reserve_logits(num_rows);
-    inputs_used_ = 0;
-    for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {
-      const std::size_t count = std::min(singles.size() - start, std::size_t{kMaxBatch});
-      decode_async(batch, std::span(singles).subspan(start, count), first_rows);
-    }
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-      if (verifies(batch[i])) {
-        verify_async(batch[i].slot, batch[i].position, batch[i].token_ids, {}, first_rows[i], batch[i].adapter);
-      } else if (batch[i].token_ids.size() > 1) {
-        prefill_async(batch[i], first_rows[i]);
-      }
-    }
-    stream_.wait();
-    return num_rows;
-  });
-}
-
-void Decoder::decode_async(std::span<const SequenceStep> batch, std::span<const int> members,
-                           std::span<const int> rows) {
-  std::int32_t* inputs = take_inputs(3 * kMaxBatch);
-  int longest = 0;
-  for (std::size_t i = 0; i < members.size(); ++i) {
-    const SequenceStep& item = batch[static_cast<std::size_t>(members[i])];
-    inputs[i] = item.token_ids[0];
-    inputs[kMaxBatch + i] = item.position;
-    inputs[2 * kMaxBatch + i] = item.slot;
-    longest = std::max(longest, item.position + 1);
-  }
-  EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("decode_inputs"), inputs,
-                                   3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
-  std::array<std::int32_t, kMaxBatch> adapters{};
-  for (std::size_t i = 0; i < members.size(); ++i) adapters[i] = batch[static_cast<std::size_t>(members[i])].adapter;
+StepKey Decoder::arrange_async(std::span<const std::int32_t> slots, std::span<const std::int32_t> adapters) {
   const unsigned adapted = adapted_linears(adapters);
   if (adapted != 0) upload_adapters_async(adapters);
-  run_step_async({static_cast<int>(members.size()), StepTail::kLogits, adapted, splits_for(longest)});
-  const auto vocab = static_cast<std::size_t>(config_.num_rows());
-  // Rows that lie together on both sides, the usual case, are one copy.
-  for (std::size_t i = 0; i < members.size();) {
-    const auto first = static_cast<std::size_t>(members[i]);
-    std::size_t count = 0;
-    while (i + count < members.size()) {
-      const auto index = static_cast<std::size_t>(members[i + count]);
-      if (batch[index].num_logits == 0 || rows[index] != rows[first] + static_cast<int>(count)) break;
-      ++count;
-    }
-    if (count > 0) {
-      EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(rows[first]) * vocab,
-                                       arena_.get<float>("logits") + i * vocab, count * vocab * sizeof(float),
-                                       cudaMemcpyDeviceToHost, stream_.get()));
-    }
-    i += std::max<std::size_t>(count, 1);
+  StepKey key;
+  key.batch = static_cast<int>(slots.size());
+  key.adapted = adapted;
+  return key;
+}
+
+void Decoder::several_async(const SequenceStep& item, int first_row) {
+  if (verifies(item)) {
+    verify_async(item.slot, item.position, item.token_ids, {}, first_row, item.adapter);
+  } else {
+    prefill_async(item, first_row);
   }
 }
 
-std::int32_t* Decoder::take_inputs(std::size_t count) {
-  if ((inputs_used_ + count) * sizeof(std::int32_t) > host_inputs_.size()) {
-    stream_.wait();  // copies from the start of the buffer may still be under way
-    inputs_used_ = 0;
-  }
-  std::int32_t* inputs = host_inputs_.as<std::int32_t>() + inputs_used_;
-  inputs_used_ += count;
-  return inputs;
+void Decoder::copy_prefix_async(int source, int target, int length) {
+  cache_.copy_prefix_async(source, target, length, stream_.get());
 }
 
-void Decoder::reserve_logits(int num_rows) {
-  if (num_rows <= num_logit_rows_) return;
-  host_logits_ =
-      PinnedBuffer(static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
-  num_logit_rows_ = num_rows;
+void Decoder::save_prefix_async(int slot, int length, std::byte* host) {
+  cache_.save_prefix_async(slot, length, host, stream_.get());
 }
 
-void Decoder::copy_prefix(int source, int target, int length) {
-  guarded([&] {
-    cache_.copy_prefix_async(source, target, length, stream_.get());
-    stream_.wait();
-  });
-}
-
-void Decoder::save_prefix(int slot, int length, std::byte* host) {
-  guarded([&] {
-    cache_.save_prefix_async(slot, length, host, stream_.get());
-    stream_.wait();
-  });
-}
-
-void Decoder::load_prefix(int slot, int length, const std::byte* host) {
-  guarded([&] {
-    cache_.load_prefix_async(slot, length, host, stream_.get());
-    stream_.wait();
-  });
+void Decoder::load_prefix_async(int slot, int length, const std::byte* host) {
+  cache_.load_prefix_async(slot, length, host, stream_.get());
 }
 
 GemvArgs Decoder::product_args(const std::string& product, int batch) const {

@@ -238,11 +238,28 @@ int dequantised_rows(int rows, int cols) {
   return std::min((even + 127) / 128 * 128, rows);
 }
 
+void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows) {
+  const auto hidden = static_cast<std::size_t>(config.hidden_size);
+  const auto vocab = static_cast<std::size_t>(config.num_rows());  // of the logits
+  plan.add("workspace", "residual", num_tokens * hidden * sizeof(float));
+  plan.add("workspace", "residual_bf16", num_tokens * hidden * 2);
+  plan.add("workspace", "decode_inputs", std::size_t{3} * kMaxBatch * sizeof(std::int32_t));
+  plan.add("workspace", "step_counts", std::size_t{kMaxBatch} * sizeof(std::int32_t));
+  plan.add("logits", "logits", num_rows * vocab * sizeof(float));
+  plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
+  plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * sizeof(kernels::SamplingRow));
+  plan.add("logits", "token_counts", std::size_t{kMaxBatch} * vocab * sizeof(std::uint32_t));
+  plan.add("logits", "token_mask", std::size_t{kMaxBatch} * ((vocab + 31) / 32) * sizeof(std::uint32_t));
+  plan.add("logits", "bias_ids", std::size_t{kMaxBatch} * kMaxBias * sizeof(std::int32_t));
+  plan.add("logits", "bias_values", std::size_t{kMaxBatch} * kMaxBias * sizeof(float));
+  plan.add("logits", "seen_ids",
+           std::size_t{kMaxBatch} * static_cast<std::size_t>(config.capacity) * sizeof(std::int32_t));
+}
+
 MemoryPlan plan_memory(const DecoderConfig& config) {
   config.check();
   MemoryPlan plan;
   const auto hidden = static_cast<std::size_t>(config.hidden_size);
-  const auto vocab = static_cast<std::size_t>(config.num_rows());  // of the logits
   plan_linear(plan, "embed", config.vocab_size, config.hidden_size, config.format_of("embed"));
   if (!config.tied_head) plan_linear(plan, "head", config.num_rows(), config.hidden_size, config.format_of("head"));
   if (config.head_rows > 0) {
@@ -281,8 +298,6 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   const auto intermediate = static_cast<std::size_t>(config.intermediate_size);
   const auto qkv = static_cast<std::size_t>(config.qkv_width());
   const auto q = static_cast<std::size_t>(config.q_width());
-  plan.add("workspace", "residual", tokens * hidden * sizeof(float));
-  plan.add("workspace", "residual_bf16", tokens * hidden * 2);
   plan.add("workspace", "normed", tokens * hidden * 2);
   plan.add("workspace", "delta", tokens * hidden * 2);
   const auto decoded = static_cast<std::size_t>(std::max(kMaxBatch, verified));
@@ -297,8 +312,6 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   }
   plan.add("workspace", "gathered", std::size_t{kMaxLogitRows} * hidden * 2);
   plan.add("workspace", "prefill_inputs", (3 * tokens + 4 + kMaxLogitRows) * sizeof(std::int32_t));
-  plan.add("workspace", "decode_inputs", std::size_t{3} * kMaxBatch * sizeof(std::int32_t));
-  plan.add("workspace", "step_counts", std::size_t{kMaxBatch} * sizeof(std::int32_t));
   plan.add("workspace", "attention",
            kernels::decode_attention_workspace_bytes(kMaxBatch, config.num_heads, config.head_dim));
   if (verified > 0) {
@@ -316,18 +329,10 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
     plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));
     plan.add("workspace", "x_scales", tokens * sizeof(float));
   }
-  plan.add("logits", "logits", static_cast<std::size_t>(std::max(kMaxLogitRows, verified)) * vocab * sizeof(float));
-  plan.add("logits", "scores", std::size_t{kMaxBatch} * vocab * sizeof(float));
+  plan_token_loop(plan, config, tokens, static_cast<std::size_t>(std::max(kMaxLogitRows, verified)));
   plan.add("logits", "block_max",
            std::size_t{kMaxBatch} * static_cast<std::size_t>(kernels::gemv_max_blocks(config.num_rows())) *
                sizeof(unsigned long long));
-  plan.add("logits", "sampling_rows", std::size_t{kMaxBatch} * sizeof(kernels::SamplingRow));
-  plan.add("logits", "token_counts", std::size_t{kMaxBatch} * vocab * sizeof(std::uint32_t));
-  plan.add("logits", "token_mask", std::size_t{kMaxBatch} * ((vocab + 31) / 32) * sizeof(std::uint32_t));
-  plan.add("logits", "bias_ids", std::size_t{kMaxBatch} * kMaxBias * sizeof(std::int32_t));
-  plan.add("logits", "bias_values", std::size_t{kMaxBatch} * kMaxBias * sizeof(float));
-  plan.add("logits", "seen_ids",
-           std::size_t{kMaxBatch} * static_cast<std::size_t>(config.capacity) * sizeof(std::int32_t));
   plan_adapters(plan, config);
   return plan;
 }

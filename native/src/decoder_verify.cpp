@@ -192,8 +192,7 @@ int Decoder::verify_tree(int slot, int position, std::span<const std::int32_t> t
   }
   adapters_.check(adapter);
   return guarded([&] {
-    if (run_read_ < run_launched_) stream_.wait();  // a run under way may not have read its inputs yet
-    run_limit_ = run_launched_;                     // and cannot go on without them
+    end_run();
     inputs_used_ = 0;
     verify_async(slot, position, token_ids, parents, 0, adapter);
     stream_.wait();
@@ -217,7 +216,7 @@ void Decoder::accept_path(int slot, int position, std::span<const std::int32_t> 
   }
   if (!moves) return;
   guarded([&] {
-    if (run_read_ < run_launched_) stream_.wait();
+    wait_for_run();
     inputs_used_ = 0;
     VerifyInputs path{};
     std::copy(nodes.begin(), nodes.end(), path.token_ids);

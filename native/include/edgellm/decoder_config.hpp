@@ -103,6 +103,9 @@ std::vector<std::string> hidden_norms(const DecoderConfig& config);
 // Rows of a quantised weight that are dequantised at once for prefill.
 int dequantised_rows(int rows, int cols);
 
+// What TokenLoop uses: inputs, residual stream of `num_tokens`, `num_rows` rows of logits, and what sampling reads.
+void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows);
+
 // Names: stored tensor names for weights; "kv", and the names that decoder.cpp uses for its buffers.
 MemoryPlan plan_memory(const DecoderConfig& config);
 

@@ -5,8 +5,7 @@
 #include <string>
 
 #include "edgellm/cuda_try.hpp"
-#include "edgellm/decoder.hpp"
-#include "guarded.hpp"
+#include "edgellm/token_loop.hpp"
 
 namespace edgellm {
 namespace {
@@ -30,7 +29,7 @@ std::size_t mask_words(int vocab) { return (static_cast<std::size_t>(vocab) + 31
 
 }  // namespace
 
-StepTail Decoder::sampling_class(std::span<const RunSequence> sequences) const {
+StepTail TokenLoop::sampling_class(std::span<const RunSequence> sequences) const {
   bool greedy = true;
   bool everything = false;
   for (const RunSequence& sequence : sequences) {
@@ -58,7 +57,7 @@ StepTail Decoder::sampling_class(std::span<const RunSequence> sequences) const {
   return greedy ? StepTail::kGreedy : StepTail::kSample;
 }
 
-void Decoder::upload_sampling_async(std::span<const RunSequence> sequences, StepTail tail) {
+void TokenLoop::upload_sampling_async(std::span<const RunSequence> sequences, StepTail tail) {
   cudaStream_t stream = stream_.get();
   const bool everything = tail == StepTail::kSampleEverything;
   auto* rows = host_sampling_rows_.as<SamplingRow>();
@@ -105,7 +104,7 @@ void Decoder::upload_sampling_async(std::span<const RunSequence> sequences, Step
   }
 }
 
-void Decoder::set_run_mask_async(int index, std::span<const std::uint32_t> words) {
+void TokenLoop::set_run_mask_async(int index, std::span<const std::uint32_t> words) {
   const std::size_t size = mask_words(config_.num_rows());
   if (index < 0 || index >= run_key_.batch || run_rows_[static_cast<std::size_t>(index)].use_mask == 0) {
     throw std::invalid_argument("sequence " + std::to_string(index) + " of the run was not started with a mask");
@@ -126,7 +125,7 @@ void Decoder::set_run_mask_async(int index, std::span<const std::uint32_t> words
   });
 }
 
-void Decoder::reserve_sampling() {
+void TokenLoop::reserve_sampling() {
   const auto batch = std::size_t{kMaxBatch};
   const auto seen_length = static_cast<std::size_t>(config_.capacity);
   host_sampling_rows_ = PinnedBuffer(batch * sizeof(SamplingRow));
@@ -136,7 +135,7 @@ void Decoder::reserve_sampling() {
   host_logprobs_ = PinnedBuffer(batch * kHistoryLength * sizeof(kernels::TokenLogprobs));
 }
 
-void Decoder::clear_sampling_async() {
+void TokenLoop::clear_sampling_async() {
   for (const char* name : {"sampling_rows", "token_counts", "token_mask", "bias_ids", "bias_values", "seen_ids"}) {
     EDGELLM_CUDA_TRY(cudaMemsetAsync(arena_.get<std::byte>(name), 0, arena_.plan().size(name), stream_.get()));
   }
@@ -145,12 +144,24 @@ void Decoder::clear_sampling_async() {
                               stream_.get(), false);
 }
 
-void Decoder::record_sampling_async(int batch, bool everything, const kernels::DecodeState& state, bool pdl) {
+kernels::DecodeState TokenLoop::decode_state() const {
+  auto* tokens = arena_.get<std::int32_t>("decode_inputs");  // then positions, then slots
+  kernels::DecodeState state;
+  state.token_ids = tokens;
+  state.positions = tokens + kMaxBatch;
+  state.history = host_history_.device_as<std::int32_t>();
+  state.step_counts = arena_.get<std::int32_t>("step_counts");
+  state.history_length = kHistoryLength;
+  state.row_tokens = row_tokens();
+  return state;
+}
+
+void TokenLoop::record_sampling_async(const StepKey& key, bool pdl) {
   kernels::SamplingArgs sampling;
-  sampling.logits = arena_.get<float>("logits");
+  sampling.logits = step_logits(key);
   sampling.scores = arena_.get<float>("scores");
   sampling.rows = arena_.get<SamplingRow>("sampling_rows");
-  if (everything) {
+  if (key.tail == StepTail::kSampleEverything) {
     sampling.counts = arena_.get<std::uint32_t>("token_counts");
     sampling.bias_ids = arena_.get<std::int32_t>("bias_ids");
     sampling.bias_values = arena_.get<float>("bias_values");
@@ -158,10 +169,10 @@ void Decoder::record_sampling_async(int batch, bool everything, const kernels::D
     sampling.token_mask = arena_.get<std::uint32_t>("token_mask");
     sampling.logprobs = host_logprobs_.device_as<kernels::TokenLogprobs>();
   }
-  sampling.batch = batch;
+  sampling.batch = key.batch;
   sampling.vocab = config_.num_rows();
-  sampling.state = state;
-  sampling.table = &weights_.embedding();
+  sampling.state = decode_state();
+  sampling.table = &embedding();
   sampling.embed_scale = config_.embed_scale;
   sampling.residual = arena_.get<float>("residual");
   sampling.residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");

@@ -4,9 +4,8 @@
 #include <stdexcept>
 
 #include "edgellm/cuda_try.hpp"
-#include "edgellm/decoder.hpp"
 #include "edgellm/kernels/embedding.hpp"
-#include "guarded.hpp"
+#include "edgellm/token_loop.hpp"
 
 namespace edgellm {
 namespace {
@@ -35,7 +34,7 @@ std::vector<RunSequence> run_sequences(std::span<const std::int32_t> slots, std:
 
 }  // namespace
 
-void Decoder::start_run(std::span<const RunSequence> sequences) {
+void TokenLoop::start_run(std::span<const RunSequence> sequences) {
   const std::size_t batch = sequences.size();
   if (batch < 1 || batch > kMaxBatch) {
     throw std::invalid_argument("a run takes 1 to " + std::to_string(kMaxBatch) + " sequences, not " +
@@ -52,7 +51,8 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
   const StepTail tail = sampling_class(sequences);  // checks the rest
   std::array<std::int32_t, kMaxBatch> adapters{};
   for (std::size_t i = 0; i < batch; ++i) adapters[i] = sequences[i].adapter;
-  const unsigned adapted = adapted_linears(adapters);
+  for (const std::int32_t adapter : adapters) check_adapter(adapter);
+  StepKey key;
   guarded([&] {
     cudaStream_t stream = stream_.get();
     stream_.wait();  // the pinned inputs of an earlier run may still be read
@@ -67,21 +67,22 @@ void Decoder::start_run(std::span<const RunSequence> sequences) {
     auto* device_inputs = arena_.get<std::int32_t>("decode_inputs");
     EDGELLM_CUDA_TRY(
         cudaMemcpyAsync(device_inputs, inputs, 3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
-    if (adapted != 0) upload_adapters_async(adapters);
+    key = arrange_async(std::span(inputs + 2 * kMaxBatch, batch), adapters);
     EDGELLM_CUDA_TRY(
         cudaMemsetAsync(arena_.get<std::int32_t>("step_counts"), 0, kMaxBatch * sizeof(std::int32_t), stream));
     if (tail != StepTail::kGreedy) upload_sampling_async(sequences, tail);
-    kernels::embedding_async(weights_.embedding(), device_inputs, static_cast<int>(batch), config_.embed_scale,
+    kernels::embedding_async(embedding(), device_inputs, static_cast<int>(batch), config_.embed_scale,
                              arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream, false);
   });
   for (std::size_t i = 0; i < batch; ++i) run_rows_[i] = sequences[i].row;
-  run_key_ = {static_cast<int>(batch), tail, adapted};
+  run_key_ = key;
+  run_key_.tail = tail;
   run_limit_ = limit;
   run_launched_ = 0;
   run_read_ = 0;
 }
 
-void Decoder::launch_run_step_async() {
+void TokenLoop::launch_run_step_async() {
   if (run_launched_ >= run_limit_) {
     throw std::invalid_argument("a slot of the run is full, or a step outside the run has ended it; start another");
   }
@@ -95,7 +96,7 @@ void Decoder::launch_run_step_async() {
   ++run_launched_;
 }
 
-RunStep Decoder::read_run_step() {
+RunStep TokenLoop::read_run_step() {
   if (run_read_ >= run_launched_) throw std::logic_error("no step of the run is under way");
   const auto index = static_cast<std::size_t>(run_read_ % kHistoryLength);
   guarded([&] { run_events_[index].wait(); });
@@ -114,11 +115,11 @@ RunStep Decoder::read_run_step() {
   return step;
 }
 
-std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> slots,
-                                                 std::span<const std::int32_t> positions,
-                                                 std::span<const std::int32_t> token_ids, int num_steps,
-                                                 std::span<const kernels::SamplingRow> rows,
-                                                 std::span<const std::int32_t> adapters) {
+std::vector<std::int32_t> TokenLoop::decode_tokens(std::span<const std::int32_t> slots,
+                                                   std::span<const std::int32_t> positions,
+                                                   std::span<const std::int32_t> token_ids, int num_steps,
+                                                   std::span<const kernels::SamplingRow> rows,
+                                                   std::span<const std::int32_t> adapters) {
   start_run(run_sequences(slots, positions, token_ids, rows, adapters));
   std::vector<std::int32_t> tokens;
   tokens.reserve(static_cast<std::size_t>(std::max(num_steps, 0)) * slots.size());
@@ -131,10 +132,10 @@ std::vector<std::int32_t> Decoder::decode_tokens(std::span<const std::int32_t> s
   return tokens;
 }
 
-std::vector<float> Decoder::time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
-                                     std::span<const std::int32_t> token_ids, int num_steps,
-                                     std::span<const kernels::SamplingRow> rows,
-                                     std::span<const std::int32_t> adapters) {
+std::vector<float> TokenLoop::time_run(std::span<const std::int32_t> slots, std::span<const std::int32_t> positions,
+                                       std::span<const std::int32_t> token_ids, int num_steps,
+                                       std::span<const kernels::SamplingRow> rows,
+                                       std::span<const std::int32_t> adapters) {
   start_run(run_sequences(slots, positions, token_ids, rows, adapters));
   std::vector<float> times;
   guarded([&] {
