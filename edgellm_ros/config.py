@@ -139,6 +139,11 @@ class BuildOptions:
         "auto", "fp16, or bf16 for models whose numbers exceed fp16; auto is what the model needs",
         choices=("auto", "fp16", "bf16"),
     )  # fmt: skip
+    dialect: str = setting(
+        "auto", "standard: of decoder.onnx; plugin: of decoder.plugin.onnx, with this project's plugins; auto takes "
+        "plugin for TensorRT before 10.15, which has no attention over a cache",
+        choices=("auto", "standard", "plugin"),
+    )  # fmt: skip
     memory_limit: int = setting(0, "scratch memory the engine may take; 0 is the builder's own limit", minimum=0,
                                 unit="MiB")  # fmt: skip
 

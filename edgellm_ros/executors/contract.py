@@ -53,7 +53,8 @@ def decoder_contract(
     """Every input and output of `decoder.onnx`; with `lora`, of `decoder.lora.onnx`.
 
     activations: their dtype where it is not the graph's own (an engine in bfloat16). capacity: the cache's, where it is
-    fixed, as an engine needs it; 0 leaves it open. dialect: one of DIALECTS.
+    fixed, as an engine needs it; 0 leaves it open. dialect: one of DIALECTS,
+    or auto as reports of older engines have it, which is standard.
     """
     dtype = activations or graph.activation_dtype
     found = [

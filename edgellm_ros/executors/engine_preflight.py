@@ -149,7 +149,7 @@ def binding_faults(
     options = engine.options
     contract = decoder_contract(
         manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context or 0,
-        activations=activation_dtype(options, manifest.graph),
+        activations=activation_dtype(options, manifest.graph), dialect=options.dialect,
     )  # fmt: skip
     inputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if b.is_input}
     outputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if not b.is_input}

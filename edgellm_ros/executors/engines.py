@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import DECODER, DECODER_LORA, WEIGHTS, Bundle, GraphSpec, hash_file
+from edgellm_ros.bundle import (
+    DECODER,
+    DECODER_LORA,
+    DECODER_PLUGIN,
+    DECODER_PLUGIN_LORA,
+    WEIGHTS,
+    Bundle,
+    GraphSpec,
+    hash_file,
+)
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import BundleError, ToolchainError
 
@@ -75,22 +84,25 @@ def activation_dtype(options: BuildOptions, graph: GraphSpec) -> str:
     return "bfloat16" if options.activations == "bf16" else graph.activation_dtype
 
 
-def graph_file(lora: bool) -> str:
+def graph_file(lora: bool, dialect: str = "standard") -> str:
     """The decoder that an engine with or without adapters is made from."""
+    if dialect == "plugin":
+        return DECODER_PLUGIN_LORA if lora else DECODER_PLUGIN
     return DECODER_LORA if lora else DECODER
 
 
-def source_hashes(bundle: Bundle, lora: bool) -> dict[str, str]:
+def source_hashes(bundle: Bundle, lora: bool, dialect: str = "standard") -> dict[str, str]:
     """sha256 of the files that an engine is made from; empty for one that the bundle lacks."""
     files = bundle.manifest.files
-    return {name: files[name].sha256 if name in files else "" for name in (graph_file(lora), WEIGHTS)}
+    return {name: files[name].sha256 if name in files else "" for name in (graph_file(lora, dialect), WEIGHTS)}
 
 
 def is_of(engine: Engine, bundle: Bundle) -> bool:
     """Whether an engine was built from the bundle's files as they are."""
     options = engine.report.get("options")
-    lora = bool(options.get("lora")) if isinstance(options, dict) else False
-    return bool(engine.report.get("sources") == source_hashes(bundle, lora))
+    known = options if isinstance(options, dict) else {}
+    wanted = source_hashes(bundle, bool(known.get("lora")), str(known.get("dialect", "standard")))
+    return bool(engine.report.get("sources") == wanted)
 
 
 def read_engine(path: Path) -> Engine:
@@ -129,4 +141,5 @@ def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:
         if getattr(wanted, field) != getattr(BuildOptions(), field):
             parts.append(f"--{field.replace('_', '-')} {getattr(wanted, field)}")
     parts += ["--lora"] if wanted.lora else []
+    parts += ["--dialect plugin"] if wanted.dialect == "plugin" else []
     return " ".join(parts)

@@ -334,15 +334,15 @@ def test_tensorrts_own_path_keeps_a_timing_cache_beside_the_engines(
             return config
 
     module = types.ModuleType("tensorrt")
-    module.__dict__.update({**vars(rtx), "Builder": Config, "__version__": "10.9"})
+    module.__dict__.update({**vars(rtx), "Builder": Config, "__version__": "10.15"})
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(targets, "current_target", lambda: "sm89")
     bundle = copy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX's: its cache does nothing
         engine, fresh = build_engine(bundle, "current", QUICK, builder="tensorrt")
-        cache = bundle.path / ENGINES / "timing-10.9-sm89.cache"
-        assert fresh and engine.key.startswith("tensorrt-10.9-sm89") and cache.stat().st_size > 0
+        cache = bundle.path / ENGINES / "timing-10.15-sm89.cache"
+        assert fresh and engine.key.startswith("tensorrt-10.15-sm89") and cache.stat().st_size > 0
         cache.write_bytes(b"of another version")
         assert build_engine(bundle, "current", QUICK, builder="tensorrt", force=True)[1]
     assert cache.read_bytes() != b"of another version"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgellm_ros.trt_plugins import DOMAIN
+
 _DTYPE_ATTRIBUTES = ("to", "output_dtype")  # of Cast, and of DequantizeLinear
 
 
@@ -33,9 +35,14 @@ def to_bfloat16(model: Any) -> None:
         for attribute in node.attribute:
             if attribute.name in _DTYPE_ATTRIBUTES and attribute.i == half:
                 attribute.i = wide
+        if node.domain == DOMAIN:
+            continue  # a plugin's scales stay fp16
         for place, name in enumerate(node.input):
             node.input[place] = stored.get(name, name)
-    casts = [helper.make_node("Cast", [old], [new], name=f"{new}/Cast", to=wide) for old, new in stored.items()]
+    used = {name for node in graph.node for name in node.input}
+    casts = [
+        helper.make_node("Cast", [old], [new], name=f"{new}/Cast", to=wide) for old, new in stored.items() if new in used
+    ]
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

@@ -28,12 +28,13 @@ from edgellm_ros.executors import engines
 from edgellm_ros.executors.contract import decoder_contract, lora_ranks
 from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, Engine
 from edgellm_ros.toolchain.build import report as reports
-from edgellm_ros.toolchain.build import targets, timing
+from edgellm_ros.toolchain.build import plugins, targets, timing
 from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
 from edgellm_ros.toolchain.build.check import check_network
 from edgellm_ros.toolchain.build.kernels import check_kernels, kernel_counts
 from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
 from edgellm_ros.config import BuildOptions
+from edgellm_ros.trt_plugins import DOMAIN
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 _REMEDIES = (
@@ -58,6 +59,8 @@ def build_engine(
     targets.check_formats(bundle, target)
     options = (options or BuildOptions()).resolved(bundle)
     flavour, trt = targets.load_builder(builder, target, here)
+    dialect = targets.choose_dialect(options.dialect, flavour, trt.__version__, bundle, options.lora)
+    options = dataclasses.replace(options, dialect=dialect)
     final = bundle.path / ENGINES / reports.engine_key(flavour, trt.__version__, target, options)
     if final.exists() and not force:
         engine = engines.read_engine(final)
@@ -106,7 +109,7 @@ def _build(
     assert options.max_context is not None, "options are resolved"
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    name = engines.graph_file(options.lora)
+    name = engines.graph_file(options.lora, options.dialect)
     graph = targets.load_graph(bundle, name, options.max_context)
     if options.activations == "bf16":
         to_bfloat16(graph)
@@ -115,19 +118,26 @@ def _build(
     maker = trt.Builder(logger)
     network = maker.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     started = time.monotonic()
-    _parse(trt, network, logger, graph, bundle.file(name), log)
+    with contextlib.ExitStack() as stack:
+        path = bundle.file(name)
+        if options.dialect == "plugin":
+            plugins.load_plugins(trt)
+            path = stack.enter_context(plugins.packed_weights(bundle, graph, output.parent)) / name
+        _parse(trt, network, logger, graph, path, log)
     parsed = time.monotonic()
     warnings = [text for level, text in log if level == "WARNING"]
     table = check_network(network, graph, bundle.manifest, options, warnings)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
     model, names = bundle.manifest.model, bundle.manifest.graph
-    contract = decoder_contract(model, names, lora=options.lora)
+    contract = decoder_contract(model, names, lora=options.lora, dialect=options.dialect)
     profiles = profile_ranges(inputs, contract, options, lora_ranks(model, names) if options.lora else {})
     config = maker.create_builder_config()
     add_profiles(maker, config, profiles)
     config.clear_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.memory_limit:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit << 20)
+    if options.dialect == "plugin":  # a cache that is read and written is one tensor
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if flavour == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
@@ -143,7 +153,8 @@ def _build(
     output.write_bytes(serialized)
     entry = hash_file(output)
     kernels = kernel_counts(serialized)
-    check_kernels(kernels, model.num_layers * len(profiles))
+    if options.dialect != "plugin":
+        check_kernels(kernels, model.num_layers * len(profiles))
     if cache is not None:
         timing.save(cache, output.parent.parent, trt.__version__, target)
     activation = [int(n) for _, text in log for n in re.findall(r"Total Activation Memory: (\d+)", text)]
@@ -157,7 +168,7 @@ def _build(
         "peak_memory_bytes": _peak_memory(),
         "activation_memory_bytes": activation,  # of the engine on the GPU, for each profile
         "engine": {"size": entry.size, "sha256": entry.sha256},
-        "sources": engines.source_hashes(bundle, options.lora),
+        "sources": engines.source_hashes(bundle, options.lora, options.dialect),
         "network": table,
         "kernels": kernels,  # of TensorRT-RTX's engines, which hold their source; defined once a layer and profile
         "warnings": warnings,
@@ -168,7 +179,7 @@ def _build(
 def _parse(trt: Any, network: Any, logger: Any, graph: Any, path: Path, log: list[tuple[str, str]]) -> None:
     parser = trt.OnnxParser(network, logger)
     for node in graph.graph.node:
-        if not parser.supports_operator(node.op_type):
+        if node.domain != DOMAIN and not parser.supports_operator(node.op_type):
             raise ToolchainError(f"the builder {trt.__version__} has no operator {node.op_type} ({_place(node.name)}); "
                                  "use a newer TensorRT, or export for this one")  # fmt: skip
     if not parser.parse(graph.SerializeToString(), str(path)):

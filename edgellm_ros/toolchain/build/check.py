@@ -10,6 +10,7 @@ from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.contract import decoder_contract, tensor_faults
 from edgellm_ros.executors.engines import activation_dtype
+from edgellm_ros.trt_plugins import DOMAIN
 
 _DTYPES = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64"}
 
@@ -24,7 +25,7 @@ def check_network(
     """
     faults = [*_tensors(network, manifest, options), *(w for w in warnings if "unused input" in w.lower())]
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    faults += _attention(layers, graph, manifest)
+    faults += (_plugins if options.dialect == "plugin" else _attention)(layers, graph, manifest)
     kinds = Counter(_kind(layer.type) for layer in layers)
     operators = Counter(node.op_type for node in graph.graph.node)
     if kinds["DEQUANTIZE"] != operators["DequantizeLinear"]:
@@ -46,7 +47,7 @@ def _tensors(network: Any, manifest: Manifest, options: BuildOptions) -> list[st
     assert options.max_context is not None, "options are resolved"
     wanted = decoder_contract(
         manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context,
-        activations=activation_dtype(options, manifest.graph),
+        activations=activation_dtype(options, manifest.graph), dialect=options.dialect,
     )  # fmt: skip
     found_in = [network.get_input(i) for i in range(network.num_inputs)]
     found_out = [network.get_output(i) for i in range(network.num_outputs)]
@@ -85,6 +86,21 @@ def _attention(layers: list[Any], graph: Any, manifest: Manifest) -> list[str]:
             source, target = past.format(layer=index), present.format(layer=index)
             if updates.get(target) != source:
                 faults.append(f"{target} is not a KV_CACHE_UPDATE of {source} (it is made from {updates.get(target)})")
+    return faults
+
+
+def _plugins(layers: list[Any], graph: Any, manifest: Manifest) -> list[str]:
+    found = {layer.get_output(0).name: layer for layer in layers if _kind(layer.type) == "PLUGIN_V3"}
+    wanted = [node for node in graph.graph.node if node.domain == DOMAIN]
+    faults = [f"{node.name} did not become a plugin" for node in wanted if node.output[0] not in found]
+    if len(found) > len(wanted):
+        faults.append(f"{len(found)} plugins for {len(wanted)} operators of {DOMAIN}")
+    names = manifest.graph
+    caches = {layer.get_output(1).name: layer.get_input(1).name for layer in found.values() if layer.num_outputs == 2}
+    for index in range(manifest.model.num_layers):
+        source, target = names.past_kv.format(layer=index), names.present_kv.format(layer=index)
+        if caches.get(target) != source:
+            faults.append(f"{target} is not an attention plugin's cache {source} (it is {caches.get(target)})")
     return faults
 
 

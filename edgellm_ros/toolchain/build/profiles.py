@@ -60,7 +60,7 @@ def _range(name: str, shape: Shape, role: str, options: BuildOptions, length: Sh
         rows = [(b,) for b in batches]
     elif role == "logit_indices":
         rows = [(1,), (batch,), (batch * verify,)]
-    elif role in ("past_key", "past_value"):
+    elif role in ("past_key", "past_value", "past_kv"):
         rows = [(b, *shape[1:]) for b in batches]
     elif -1 not in shape:
         rows = [shape] * 3

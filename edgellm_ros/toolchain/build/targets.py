@@ -10,9 +10,12 @@ from typing import Any
 from edgellm_ros.bundle import WEIGHTS, Bundle
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.config import BUILD_TARGETS
+from edgellm_ros.executors.engines import graph_file
+from edgellm_ros.trt_plugins import DOMAIN
 
 # By what each architecture is said to have; only int4, failing on sm75 and building on sm80, was tried.
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
+ATTENTION_SINCE = (10, 15)  # of TensorRT: layers for attention, rope and updates of a KV cache, all three
 MAX_OPSET = 24  # of our graphs, which built; what a builder's own limit is was not tried
 
 
@@ -61,6 +64,24 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
     return "tensorrt_rtx", trt
 
 
+def choose_dialect(asked: str, flavour: str, version: str, bundle: Bundle, lora: bool) -> str:
+    """standard or plugin, by what this builder has; raises ToolchainError for what it lacks, or the bundle does."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    attends = flavour == "tensorrt_rtx" or numbers >= ATTENTION_SINCE
+    since = ".".join(map(str, ATTENTION_SINCE))
+    dialect = ("standard" if attends else "plugin") if asked == "auto" else asked
+    if dialect == "standard" and not attends:
+        raise ToolchainError(f"TensorRT {version} has no attention over a cache, TensorRT {since} has; leave "
+                             "--dialect standard out")  # fmt: skip
+    if dialect == "plugin" and flavour == "tensorrt_rtx":
+        raise ToolchainError("TensorRT-RTX takes no plugins; build on the robot with its TensorRT, or without --dialect plugin")
+    name = graph_file(lora, dialect)
+    if dialect == "plugin" and not bundle.has(name):
+        why = "" if attends else f"; TensorRT {version} has no attention over a cache of its own ({since} has)"
+        raise ToolchainError(f"{bundle.path} has no {name}{why}; export the model again with --dialect plugin")
+    return dialect
+
+
 def check_formats(bundle: Bundle, target: str) -> None:
     """Raise ToolchainError for a weight format that `target` cannot compute with."""
     quant = bundle.manifest.quantization
@@ -103,6 +124,8 @@ def load_graph(bundle: Bundle, name: str, capacity: int) -> Any:
 
     model = onnx.load(str(bundle.file(name)), load_external_data=False)
     for opset in model.opset_import:
+        if opset.domain == DOMAIN:
+            continue
         if opset.domain not in ("", "ai.onnx"):
             raise ToolchainError(f"{name} uses operators of {opset.domain}, which TensorRT has not; export again")
         if opset.version > MAX_OPSET:
