@@ -64,6 +64,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
 
     monkeypatch.setattr(export, "export_bundle", fake)
     options = ["--weights", "int8", "--max-context", "128", "--name", "n", "--force", "--max-lora-rank", "8", "--lm-head", "int8"]
+    options += ["--dialect", "plugin"]
     assert main(["export", "checkpoint", "-o", "out", *options]) == 0
     assert seen == {
         "checkpoint": Path("checkpoint"),
@@ -75,6 +76,7 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         "vocab_map": None,
         "max_lora_rank": 8,
         "lm_head": "int8",
+        "dialect": "plugin",
         "accept": None,
     }
     assert "tiny [bold] robot" in capsys.readouterr().out
