@@ -146,7 +146,7 @@ def test_input_and_kv_scales_are_the_largest_values_that_the_original_computes_o
     assert len([name for name in stored if name.endswith(".k_scale")]) == 3
 
 
-@pytest.mark.parametrize(("lm_head", "algorithm"), [("fp8", "FP8"), ("int4", "W4A16_AWQ"), ("nvfp4", "NVFP4_AWQ")])
+@pytest.mark.parametrize(("lm_head", "algorithm"), [("fp8", "FP8"), ("int4", "W4A16_AWQ"), ("nvfp4", "W4A16_NVFP4")])
 def test_a_tied_head_becomes_one_of_its_own_and_the_embedding_stays(
     quantised: Callable[..., Quantized], lm_head: str, algorithm: str
 ) -> None:

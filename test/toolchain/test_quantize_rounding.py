@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgellm_ros.toolchain.quantize.rounding import choose_scales, round_columns, round_layers
+from edgellm_ros.toolchain.quantize.products import parts_of, read_inputs
+from edgellm_ros.toolchain.quantize.rounding import Corrections, choose_scales, round_columns
+from edgellm_ros.toolchain.quantize.scaling import choose_factor
 
 GROUP = 16
 
@@ -20,7 +22,7 @@ def _case(num_out: int, num_in: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _plain_gptq(weight: np.ndarray, scale: np.ndarray, product: np.ndarray) -> np.ndarray:
     """Optimal brain quantisation in a fixed order: after each column the inverse of what is left is computed anew."""
-    hessian = product / np.diagonal(product).mean() + 0.01 * np.eye(len(product))
+    hessian = product / np.diagonal(product).mean() + 0.05 * np.eye(len(product))
     left = list(np.argsort(-np.diagonal(hessian)))
     work, rounded = weight.copy(), np.zeros_like(weight)
     while left:
@@ -38,7 +40,8 @@ def test_columns_are_rounded_as_the_paper_says() -> None:
     product = inputs.T @ inputs
     scale = np.abs(weight).reshape(5, -1, GROUP).max(-1) / 7
     expected = _plain_gptq(weight, np.repeat(scale, GROUP, 1), product)
-    found = round_columns(torch.from_numpy(weight), torch.from_numpy(scale), torch.from_numpy(product))
+    corrections = Corrections.of(torch.from_numpy(product))
+    found = round_columns(torch.from_numpy(weight), torch.from_numpy(scale), corrections)
     assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
@@ -53,31 +56,84 @@ def test_scales_are_the_best_of_those_tried_for_the_output() -> None:
             assert found[row, group] == pytest.approx(tried[int(np.argmin(lost))])
 
 
+def _nearest(weight: np.ndarray) -> np.ndarray:
+    step = np.repeat(np.abs(weight).reshape(len(weight), -1, GROUP).max(-1) / 7, GROUP, 1)
+    rounded: np.ndarray = np.clip(np.round(weight / step), -8, 7) * step
+    return rounded
+
+
+def _rounded(weight: np.ndarray, product: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and weights, as quantising a layer finds them."""
+    scale = choose_scales(torch.from_numpy(weight).float(), product, GROUP)
+    found = round_columns(torch.from_numpy(weight).float(), scale, Corrections.of(product))
+    return scale.numpy(), found.double().numpy()
+
+
 def test_a_layers_output_changes_less_than_with_rounding_to_nearest_and_every_weight_is_a_multiple() -> None:
     weight, inputs = _case(24, 64)
-    layer = torch.nn.Linear(64, 24, bias=False)
-    layer.weight.data = torch.from_numpy(weight).float()
-    text = torch.from_numpy(inputs).float()
-    (_, scale), = round_layers({layer: None}, GROUP, lambda: layer(text))  # fmt: skip
-    found = layer.weight.detach().double().numpy()
-    codes = found / np.repeat(scale.numpy(), GROUP, 1)
+    product = torch.from_numpy(inputs.T @ inputs).float()
+    scale, found = _rounded(weight, product)
+    codes = found / np.repeat(scale, GROUP, 1)
     assert np.abs(codes - codes.round()).max() < 1e-4 and codes.min() > -8.1 and codes.max() < 7.1
-    step = np.repeat(np.abs(weight).reshape(24, -1, GROUP).max(-1) / 7, GROUP, 1)
-    nearest = np.clip(np.round(weight / step), -8, 7) * step
-    lost, before = (np.square(inputs @ (rounded - weight).T).sum() for rounded in (found, nearest))
+    lost, before = (np.square(inputs @ (rounded - weight).T).sum() for rounded in (found, _nearest(weight)))
     assert lost < 0.6 * before, (lost, before)
 
 
-def test_a_factor_of_the_input_counts_as_part_of_it() -> None:
-    weight, inputs = _case(8, 32)
+def test_layers_that_read_one_tensor_share_its_product_and_every_token_counts_the_same() -> None:
+    _, inputs = _case(1, 32)
+    layers = [torch.nn.Linear(32, size, bias=False) for size in (4, 8, 6)]
+    text = torch.from_numpy(inputs).float()
+
+    def forward() -> None:
+        for part in text.split(50):
+            other = part * 2 + 1
+            for layer in (layers[0], layers[1]):
+                layer(part)
+            layers[2](other)
+
+    first, second = read_inputs(layers, forward)
+    assert first.layers == layers[:2] and second.layers == layers[2:]
+    for found, rows in ((first, inputs), (second, inputs * 2 + 1)):
+        rows = rows / np.sqrt(np.square(rows).mean(1, keepdims=True))
+        np.testing.assert_allclose(found.product.numpy(), rows.T @ rows, rtol=1e-4, atol=1e-3)
+    assert list(parts_of(layers)) == [layers]
+
+
+def test_weights_that_were_multiplied_by_a_factor_are_corrected_as_if_it_were_part_of_the_input() -> None:
+    _, inputs = _case(8, 32)
     factor = np.random.default_rng(1).lognormal(0, 1, 32)
-    layers = [torch.nn.Linear(32, 8, bias=False) for _ in range(2)]
-    for layer in layers:
-        layer.weight.data = torch.from_numpy(weight).float()
-    sizes = np.sqrt(np.square(inputs).mean(1, keepdims=True))  # tokens are scaled to one size before the factor
-    first = torch.from_numpy(inputs / sizes).float()
-    second = first * torch.from_numpy(factor).float()
-    list(round_layers({layers[0]: torch.from_numpy(factor)}, GROUP, lambda: layers[0](first)))
-    scale = choose_scales(torch.from_numpy(weight).float(), second.T @ second, GROUP)
-    expected = round_columns(torch.from_numpy(weight).float(), scale, second.T @ second)
-    assert float((layers[0].weight.detach() - expected).abs().max()) < 1e-4
+    hessian = inputs.T @ inputs / np.square(inputs).sum(0).mean() + 0.05 * np.eye(32)
+    corrections = Corrections.of(torch.from_numpy(inputs.T @ inputs)).scaled(torch.from_numpy(factor))
+    upper, order = corrections.upper.numpy(), corrections.order.numpy()
+    scaled = (hessian / np.outer(factor, factor))[np.ix_(order, order)]
+    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(scaled), rtol=1e-6)
+
+
+def test_a_factor_is_only_taken_where_the_rounded_layer_loses_less_with_it() -> None:
+    """Weights that four bits hold exactly are best left alone; where a few features are all that is read, they are not."""
+    random = np.random.default_rng(3)
+    exact = random.integers(-7, 8, (32, 64)) * 0.1
+    exact[:, ::GROUP] = 0.7
+    _, inputs = _case(1, 64)
+    product = torch.from_numpy(inputs.T @ inputs).float()
+    kept = choose_factor([torch.from_numpy(exact).float()], product, Corrections.of(product), GROUP)
+    assert torch.equal(kept, torch.ones(64))
+    weight, inputs = random.normal(size=(32, 64)), random.normal(size=(400, 64))
+    inputs[:, 5::GROUP] *= 30
+    product = torch.from_numpy(inputs.T @ inputs).float()
+    factor = choose_factor([torch.from_numpy(weight).float()], product, Corrections.of(product), GROUP).double().numpy()
+    assert factor[5::GROUP].min() > 2 * np.delete(factor, np.s_[5::GROUP]).max()
+    scaled = product / torch.from_numpy(np.outer(factor, factor)).float()
+    with_it = _rounded(weight * factor, scaled)[1] / factor
+    without = _rounded(weight, product)[1]
+    lost, before = (np.square(inputs @ (rounded - weight).T).sum() for rounded in (with_it, without))
+    assert lost < 0.7 * before, (lost, before)
+
+
+def test_query_heads_that_share_a_value_get_one_factor() -> None:
+    _, inputs = _case(1, 64)
+    inputs[:, 5] *= 100
+    product = torch.from_numpy(inputs.T @ inputs).float()
+    weight = torch.from_numpy(np.random.default_rng(4).normal(size=(16, 64))).float()
+    factor = choose_factor([weight], product, Corrections.of(product), GROUP, (2, 2, 16)).view(2, 2, 16)
+    assert torch.equal(factor[:, 0], factor[:, 1]) and factor[0, :, 5].min() > factor[1].max()

@@ -19,12 +19,14 @@ with warnings.catch_warnings():
     from modelopt.torch.export import export_hf_checkpoint, quant_utils
     from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
     from modelopt.torch.quantization.conversion import set_quantizer_by_cfg_context
-    from modelopt.torch.quantization.model_calib import max_calibrate
+    from modelopt.torch.quantization.model_calib import apply_pre_quant_scale_and_smooth, max_calibrate
     from modelopt.torch.quantization.nn import SequentialQuantizer
 
 from edgellm_ros.config import RECIPE_GROUPS, Recipe
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.quantize.rounding import HIGHEST, round_layers
+from edgellm_ros.toolchain.quantize.products import SharedInput, parts_of, read_inputs
+from edgellm_ros.toolchain.quantize.rounding import HIGHEST, Corrections, choose_scales, round_columns
+from edgellm_ros.toolchain.quantize.scaling import choose_factor
 
 Forward = Callable[[Any], None]
 _log = logging.getLogger(__name__)
@@ -48,14 +50,21 @@ def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward
     group_size: what int4 weights get, as `common_group` chose it. Input scales that AWQ or SmoothQuant found are then
     folded into the layer before, so that no operator remains for them.
     """
+    rounded = recipe.weights == "int4" or recipe.lm_head == "int4"
+    measured = recipe.activations != "none" or recipe.kv_cache != "none" or recipe.lm_head == "fp8"
     with _quietly():
-        model = mtq.quantize(model, _configuration(recipe, group_size), forward if recipe.takes_calibration else None)
+        later = rounded and recipe.method != "smoothquant"  # nothing but weights is looked at before they have changed
+        first = forward if recipe.takes_calibration and not later else None
+        model = mtq.quantize(model, _configuration(recipe, group_size), first)
+        known: list[SharedInput] = []
+        if recipe.method == "awq":
+            known = _scale_inputs(model, group_size, forward)
         if recipe.method in ("awq", "smoothquant"):
             _fold_input_scales(model)
-            if recipe.activations != "none":
-                max_calibrate(model, forward)  # scales that were averaged have changed what the layers read
-        if group_size:
-            _round_int4(model, group_size, forward)
+        if measured and (recipe.method != "max" or rounded):
+            max_calibrate(model, forward)  # of what the layers read after folding
+        if rounded:
+            _round_int4(model, group_size, forward, known)
     return model
 
 
@@ -103,7 +112,7 @@ def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
 def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
     """ModelOpt's quantisation configuration; later rules win."""
     config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[recipe.weights, recipe.activations]))
-    if recipe.method == "gptq":  # which rounds after ModelOpt has set the scales up
+    if recipe.method in ("awq", "gptq"):  # which are carried out after ModelOpt has set its quantisers up
         config["algorithm"] = "max"
     rules = config["quant_cfg"]
     for rule in rules:
@@ -159,23 +168,73 @@ def _fold_input_scales(model: Any) -> None:
             quant_utils.fuse_prequant_layernorm(norm, linears)
 
 
-def _round_int4(model: Any, group_size: int, forward: Forward) -> None:
-    """Round int4 weights by what they do to the calibration text, and give ModelOpt the scales; see rounding.py."""
+def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedInput]:
+    """Let int4 layers multiply what they read by AWQ's factors, and divide their weights; see scaling.py.
+
+    Returns XᵀX of what the layers read now, where all of it fits into memory at once.
+    """
+    layers, parts = _int4_quantizers(model), 0
+    known: list[SharedInput] = []
+    heads = _shared_values(model)
+    for part in parts_of(layers):
+        parts += 1
+        known = read_inputs(part, lambda: _read(model, forward))
+        for shared in known:
+            weights = [layer.weight.detach() for layer in shared.layers]
+            corrections = Corrections.of(shared.product)
+            factor = choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
+            shared.product /= torch.outer(factor, factor)
+            for layer in shared.layers:
+                apply_pre_quant_scale_and_smooth(layer, 1 / factor)
+    return known if parts == 1 else []
+
+
+def _shared_values(model: Any) -> dict[Any, tuple[int, int, int]]:
+    """The layers behind attention whose query heads share values: (key-value heads, heads that share one, features)."""
+    found = {}
+    for module in model.modules():
+        if hasattr(module, "v_proj") and hasattr(module, "o_proj"):
+            size = module.head_dim
+            num_values, num_read = module.v_proj.out_features // size, module.o_proj.in_features // size
+            found[module.o_proj] = (num_values, num_read // num_values, size)
+    return found
+
+
+def _round_int4(model: Any, group_size: int, forward: Forward, known: list[SharedInput]) -> None:
+    """Round int4 weights by what they do to the calibration text, and give ModelOpt the scales; see rounding.py.
+
+    known: XᵀX of all layers; where it is empty the text is read.
+    """
+    quantizers = _int4_quantizers(model)
+    for part in [list(quantizers)] if known else parts_of(quantizers):
+        for shared in known or read_inputs(part, lambda: _read(model, forward)):
+            left = getattr(shared.layers[0].input_quantizer, "_pre_quant_scale", None)  # that was not folded away
+            if left is not None and not known:
+                shared.product *= torch.outer(left.float(), left.float())
+            corrections = Corrections.of(shared.product)
+            for layer in shared.layers:
+                weight = layer.weight.detach().float()
+                scale = choose_scales(weight, shared.product, group_size)
+                layer.weight.data = round_columns(weight, scale, corrections).to(layer.weight.dtype)
+                largest = quantizers[layer]._amax
+                largest.copy_((scale * HIGHEST).reshape(largest.shape))
+
+
+def _int4_quantizers(model: Any) -> dict[Any, Any]:
+    """The linear layers whose weights become int4, and their quantisers."""
     quantizers = {}
     for module in model.modules():
         found = getattr(module, "weight_quantizer", None)
         found = found[0] if isinstance(found, SequentialQuantizer) else found  # W4A8: int4, then FP8
         if found is not None and found.is_enabled and found.num_bits == 4:
             quantizers[module] = found
+    return quantizers
 
-    def read() -> None:
-        with set_quantizer_by_cfg_context(model, [{"quantizer_name": "*", "enable": False}]):
-            forward(model)
 
-    factors = {layer: getattr(layer.input_quantizer, "_pre_quant_scale", None) for layer in quantizers}
-    for layer, scale in round_layers(factors, group_size, read):
-        largest = quantizers[layer]._amax
-        largest.copy_((scale * HIGHEST).reshape(largest.shape))
+def _read(model: Any, forward: Forward) -> None:
+    """Let the model read the calibration text with weights and activations as they are."""
+    with set_quantizer_by_cfg_context(model, [{"quantizer_name": "*", "enable": False}]):
+        forward(model)
 
 
 @contextlib.contextmanager
