@@ -281,7 +281,7 @@ def test_what_a_run_cannot_draw_is_said(open_cuda: OpenCuda) -> None:
     assert run.can_sample(SamplingParams(logprobs=20, logit_bias={i: 0.5 for i in range(300)}))
     assert not run.can_sample(SamplingParams(logit_bias=many))
     member = Member(0, prompt(5), SamplingParams(seed=1, logit_bias={VOCAB: 1.0}))
-    with pytest.raises(ValueError, match="logit_bias has token id 320; the model's are 0 to 319"):
+    with pytest.raises(ValueError, match="logit_bias has token 320; the head's rows are 0 to 319"):
         begin(executor, [member])
     member = Member(0, np.array([1, VOCAB], np.int32), SamplingParams(seed=1, presence_penalty=1.0))
     with pytest.raises(ValueError, match="the prompt has token id 320"):

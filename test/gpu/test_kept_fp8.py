@@ -26,7 +26,10 @@ def test_stored_fp8_computes_what_its_dequantised_weights_compute(
     ids = np.random.default_rng(3).integers(5, 300, 60).astype(np.int32)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
+        rounded = model.to(torch.bfloat16)(torch.from_numpy(ids[None].astype(np.int64))).logits[0].float().numpy()
     executor = CudaExecutor(bundle, EngineConfig(max_slots=1, fp8_prefill=False))
     got = executor.step([SequenceStep(0, ids, 0, len(ids))]).copy()
     executor.close()
-    assert np.linalg.norm(got - expected) / np.linalg.norm(expected - expected.mean(-1, keepdims=True)) < 0.03
+    size = np.linalg.norm(expected - expected.mean(-1, keepdims=True))
+    by_transformers = np.linalg.norm(rounded - expected) / size  # these weights amplify every rounding
+    assert np.linalg.norm(got - expected) / size < max(0.03, 1.5 * by_transformers)
