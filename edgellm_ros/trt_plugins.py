@@ -9,7 +9,7 @@ from edgellm_ros.errors import UnsupportedError
 DOMAIN, VERSION = "edgellm", "1"  # of the operators in ONNX, and as TensorRT's registry has them
 ATTENTION, INT4_GEMM, INT8_GEMM = "EdgeLLMAttention", "EdgeLLMInt4Gemm", "EdgeLLMInt8Gemm"
 LIBRARY = "libedgellm_plugins.so"
-HEAD_DIMS = (64, 80, 96, 128)  # that the attention has kernels for
+HEAD_DIMS = (64, 80, 96, 128, 256)  # that the attention has kernels for
 GROUPS = (16, 32, 64, 128)  # input features that may share a scale
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the native module on a machine with a GPU, test it there, and measure; the table at the end is the result.
 #   tools/gpu_check.sh [build|test|sanitize|bench|kernels|figures ...]     build, test and bench when nothing is named
-# The double of libnvinfer is built too where NvInfer.h is: in TENSORRT_ROOT, or in a kernel-lens wheel that PYTHONPATH has.
+# The double of libnvinfer, and the plugins with their test driver, are built too where NvInfer.h is: in TENSORRT_ROOT, or
+# in a kernel-lens wheel that PYTHONPATH has.
 # EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS (default --torch) and PYTEST_ARGS change what runs; TOTAL_S (470)
 # bounds all parts together, so that a run ends with its table before whoever lent the machine ends it.
 set -uo pipefail
@@ -29,7 +30,7 @@ run() { # NAME SECONDS COMMAND...: run it, keep its output, note how it went
 }
 
 if [ "${1:-}" = build-only ]; then
-  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" -DEDGELLM_NVINFER_DOUBLE=ON \
+  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" -DEDGELLM_NVINFER_DOUBLE=ON -DEDGELLM_TEST_DRIVERS=ON \
     -DPython3_EXECUTABLE="$($python -c 'import sys; print(sys.executable)')" && cmake --build build/native
   exit
 fi

@@ -16,7 +16,7 @@ using nvinfer1::PluginTensorDesc;
 
 namespace {
 
-constexpr std::array<std::int32_t, 4> kHeadDims = {64, 80, 96, 128};
+constexpr std::array<std::int32_t, 5> kHeadDims = {64, 80, 96, 128, 256};
 
 void check_setting(const char* name, bool valid, std::int32_t value, const char* allowed) {
   if (!valid) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; allowed: " + allowed);
@@ -51,7 +51,7 @@ std::vector<Field<AttentionSettings>> AttentionPlugin::fields() {
 AttentionPlugin::AttentionPlugin(const AttentionSettings& settings) : PluginBase(settings) {
   const AttentionSettings& s = settings_;
   check_setting("head_dim", std::find(kHeadDims.begin(), kHeadDims.end(), s.head_dim) != kHeadDims.end(), s.head_dim,
-                "64, 80, 96, 128");
+                "64, 80, 96, 128, 256");
   check_setting("num_kv_heads", s.num_kv_heads > 0, s.num_kv_heads, "1 and more");
   check_setting("num_heads", s.num_heads > 0 && s.num_heads % s.num_kv_heads == 0, s.num_heads,
                 "multiples of num_kv_heads");
@@ -229,12 +229,8 @@ std::int32_t AttentionPlugin::enqueue(const PluginTensorDesc* in, const PluginTe
       }
     } else if (tree) {
       kernels::TreeAttentionArgs args;
-      args.qkv = w.qkv;
       args.kv = kv;
       args.rope = rope;
-      args.depths = w.depths;
-      args.masks = static_cast<const std::uint64_t*>(inputs[num_inputs() - 1]);
-      args.out = out;
       args.max_tokens = prepare.tokens_each;
       args.num_heads = s.num_heads;
       args.window = s.window;
@@ -244,6 +240,10 @@ std::int32_t AttentionPlugin::enqueue(const PluginTensorDesc* in, const PluginTe
         args.starts = w.starts + 2 * b;
         args.slots = w.slots + b;
         args.positions = w.positions + b;
+        args.qkv = w.qkv + b * each * width;
+        args.depths = w.depths + b * each;
+        args.masks = static_cast<const std::uint64_t*>(inputs[num_inputs() - 1]) + b * each;
+        args.out = out + b * each * q_width;
         kernels::tree_attention_async(args, stream, false);
       }
     } else {
@@ -259,9 +259,7 @@ std::int32_t AttentionPlugin::enqueue(const PluginTensorDesc* in, const PluginTe
       write.num_heads = s.num_heads;
       kernels::rope_kv_write_async(write, stream, false);
       kernels::PrefillAttentionArgs args;
-      args.q = w.queries;
       args.kv = kv;
-      args.out = out;
       args.max_tokens = prepare.tokens_each;
       args.num_heads = s.num_heads;
       args.window = s.window;
@@ -270,6 +268,8 @@ std::int32_t AttentionPlugin::enqueue(const PluginTensorDesc* in, const PluginTe
         args.starts = w.starts + 2 * b;
         args.slots = w.slots + b;
         args.positions = w.positions + b;
+        args.q = w.queries + b * each * q_width;
+        args.out = out + b * each * q_width;
         kernels::prefill_attention_async(args, stream, false);
       }
     }

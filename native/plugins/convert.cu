@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs p) 
   if (tid == 0) {
     p.slots[b] = b;
     p.positions[b] = count > 0 ? static_cast<int>(write) : -1;
-    p.starts[2 * b] = static_cast<int>(first);
-    p.starts[2 * b + 1] = static_cast<int>(first) + count;
+    p.starts[2 * b] = 0;
+    p.starts[2 * b + 1] = count;
   }
   if (b != 0) return;
   for (int i = tid; i < p.num_counters; i += kThreads) p.counters[i] = 0;

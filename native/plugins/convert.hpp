@@ -31,7 +31,7 @@ struct PrepareArgs {
 
   std::int32_t* slots = nullptr;            // (batch)
   std::int32_t* positions = nullptr;        // (batch) of the first token; -1: none
-  std::int32_t* starts = nullptr;           // (batch, 2) first row, and the one after the last
+  std::int32_t* starts = nullptr;           // (batch, 2) 0, and how many rows the sequence has
   std::int32_t* token_slots = nullptr;      // (batch * tokens_each)
   std::int32_t* token_positions = nullptr;  // (batch * tokens_each) in the cache; -1: left out
   std::int32_t* depths = nullptr;           // (batch * tokens_each) position id less write index

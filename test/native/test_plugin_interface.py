@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("EdgeLLMAttention", {"head_dim": 72}, "head_dim is 72; allowed: 64, 80, 96, 128"),
+        ("EdgeLLMAttention", {"head_dim": 72}, "head_dim is 72; allowed: 64, 80, 96, 128, 256"),
         ("EdgeLLMAttention", {"num_heads": 10}, "num_heads is 10; allowed: multiples of num_kv_heads"),
         ("EdgeLLMAttention", {"num_kv_heads": 0}, "num_kv_heads is 0"),
         ("EdgeLLMAttention", {"scale": 0.0}, "scale is 0.0"),

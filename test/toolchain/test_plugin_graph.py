@@ -162,7 +162,7 @@ def test_without_the_option_there_is_no_such_file(tiny_bundle: TinyBundle) -> No
 @pytest.mark.parametrize(
     ("kind", "weights", "message"),
     [
-        ("llama", "int4", "has head_dim 16; the plugin has kernels for 64, 80, 96, 128"),
+        ("llama", "int4", "has head_dim 16; the plugin has kernels for 64, 80, 96, 128, 256"),
         ("phi3_partial", "int4", "head_dim|turns 16 of a head's"),
     ],
 )
