@@ -72,7 +72,7 @@ def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> 
     largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES
     in_layers = {form.format for stem, form in formats.items() if stem.startswith("layers.")}
-    if in_layers & {"int8", "int4"}:
+    if in_layers - {"bf16", "fp8"}:
         workspace += min(_DEQUANTISED_BYTES, largest)
         if largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
             workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES

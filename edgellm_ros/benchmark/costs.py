@@ -15,7 +15,7 @@ _BYTES_PER_WEIGHT = {  # nvfp4 becomes int8 on a CPU, which holds twice its numb
     "onnxruntime": {"fp32": 4.0, "fp16": 4.0, "fp8": 4.0, "nvfp4": 1.0, **_INTEGERS},
 }
 _BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0}
-_BYTES_PER_OFFSET = 4.0
+_BYTES_PER_OFFSET = {"cuda": 2.0, "onnxruntime": 4.0}
 
 
 def layer_weights(model: ModelSpec) -> int:
@@ -38,7 +38,7 @@ def decode_bytes(model: ModelSpec, quant: QuantSpec, executor: str = "cuda") -> 
     per_weight, per_scale = _BYTES_PER_WEIGHT[executor], _BYTES_PER_SCALE[executor]
 
     def size(count: int, form: LinearFormat) -> float:
-        grouped = per_scale + (_BYTES_PER_OFFSET if form.offset else 0.0)
+        grouped = 4.0 if form.scheme == "fp8" else per_scale + (_BYTES_PER_OFFSET[executor] if form.offset else 0.0)
         return count * (per_weight[form.scheme] + (grouped / form.group_size if form.group_size else 0.0))
 
     inner = model.intermediate_size

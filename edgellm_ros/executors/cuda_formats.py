@@ -3,9 +3,9 @@
 A format with kernels is kept. One without is widened when it is loaded, to the smallest that holds its numbers:
 
 - int4 with zero points becomes int8, which holds value less zero point exactly;
-- nvfp4 becomes int8 in groups of 16, which holds twice its numbers; the product of its two scales is rounded to fp16,
-  by 2^-11 of it at most;
-- fp8 in blocks, weights with other offsets, groups under 16, and floats become bf16, rounded by 2^-9 at most.
+- int4 with other offsets becomes int8 with an offset for each group, which is rounded to fp16, by 2^-11 of it at most;
+- nvfp4 becomes int8 in groups of 16, which holds twice its numbers; the product of its two scales is rounded likewise;
+- groups that the kernels do not have, and floats, become bf16, rounded by 2^-9 at most.
 
 Factors and orders of a layer's input go into the layers before it where that changes no number, are done on the device
 by a kernel of their own elsewhere (cuda_inputs.py), and go into the columns of what is bf16 anyway.
@@ -13,6 +13,7 @@ by a kernel of their own elsewhere (cuda_inputs.py), and go into the columns of 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ GROUPED = ("int4", "int8")
 FLOATS = ("fp16", "fp32")
 LARGEST_GROUP = 128  # of the kernels; larger ones have their scales repeated
 SMALLEST_GROUP = 16
+SMALLEST_BLOCK = 64  # of fp8
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class NativeFormat:
 
     @property
     def stored(self) -> LinearFormat:
-        """The stored format that has these bytes."""
-        return LinearFormat({"bf16": "fp16"}.get(self.format, self.format), self.group)
+        """The stored format that has these numbers; but for offsets, which it has in fp32, it has these bytes too."""
+        scheme = {"bf16": "fp16", "int8_offset": "int8", "fp8_blocks": "fp8"}.get(self.format, self.format)
+        return LinearFormat(scheme, self.group, offset=self.format == "int8_offset")
 
 
 def native_format(stem: str, form: LinearFormat, model: ModelSpec) -> NativeFormat:
@@ -57,18 +60,23 @@ def _format_of_numbers(stem: str, form: LinearFormat) -> NativeFormat:
     scheme, group = form.scheme, min(form.group_size, LARGEST_GROUP)
     if scheme in FLOATS:
         return NativeFormat("bf16")
-    if form.offset and not (scheme == "int4" and form.zero_points):
-        return NativeFormat("bf16", reason="offsets that are no small zero points")
-    if scheme == "fp8" and form.group_size:
-        return NativeFormat("bf16", reason="a scale for each block of a row")
-    if scheme == "fp8":
+    if scheme == "fp8" and not form.group_size:
         return NativeFormat("fp8")
+    if scheme == "fp8":
+        group = math.gcd(form.group_size, LARGEST_GROUP)
+        if group >= SMALLEST_BLOCK and stem != "embed":
+            return NativeFormat("fp8_blocks", group)
+        return NativeFormat("bf16", reason=f"a scale for each {form.group_size} columns")
     if group < SMALLEST_GROUP or form.group_size % group or group & (group - 1):
         return NativeFormat("bf16", reason=f"groups of {form.group_size}")
     if scheme == "nvfp4":
         return NativeFormat("int8", group, "two levels of scales")
-    if form.offset:
+    if form.offset and scheme == "int4" and form.zero_points:
         return NativeFormat("int8", group, "zero points")
+    if form.offset and stem == "embed":
+        return NativeFormat("bf16", reason="offsets that are no small zero points")
+    if form.offset:
+        return NativeFormat("int8_offset", group, "" if scheme == "int8" else "offsets that are no small zero points")
     if scheme == "int4" and stem == "embed":
         return NativeFormat("int8", group, "the embedding lookup")
     return NativeFormat(scheme, group)
@@ -121,15 +129,15 @@ def widenings(model: ModelSpec, quant: QuantSpec) -> list[str]:
             continue
         kind = stem.split(".", 2)[2] if stem.startswith("layers.") else stem
         form, (rows, columns) = quant.format_of(stem), sizes[kind]
-        kinds[kind, form.scheme, found].append(rows * columns * (_bytes(found.stored) - _bytes(form)))
+        kinds[kind, form.scheme, found].append(rows * columns * (_bytes(found.stored, 2.0) - _bytes(form, 4.0)))
     return [
         f"{len(more)} x {kind}: {scheme} with {found.reason} as {found.format}, {sum(more) / 1e6:+.0f} MB"
         for (kind, scheme, found), more in kinds.items()
     ]
 
 
-def _bytes(form: LinearFormat) -> float:
-    """Of a weight."""
+def _bytes(form: LinearFormat, offset: float) -> float:
+    """Of a weight, where an offset has `offset`."""
     weight = {"fp32": 4.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5, "int4": 0.5}[form.scheme]
-    scale = {"nvfp4": 1.0, "fp8": 4.0}.get(form.scheme, 2.0) + (4.0 if form.offset else 0.0)
+    scale = {"nvfp4": 1.0, "fp8": 4.0}.get(form.scheme, 2.0) + (offset if form.offset else 0.0)
     return weight + (scale / form.group_size if form.group_size else 0.0)

@@ -37,16 +37,21 @@ def native_weight(weights: WeightFile, stem: str, form: LinearFormat, model: Mod
     scale: Array = weights[f"{stem}.scale"]
     if native.format == "fp8":
         return values, scale
+    times = form.group_size // native.group
+    if native.format == "fp8_blocks":
+        return values, np.repeat(scale, times, axis=1) if times > 1 else scale
     if form.scheme == "nvfp4":
         product = e4m3(scale) * weights[f"{stem}.global_scale"][:, None] * np.float32(0.5)
         return _TWICE_E2M1[nibbles(values)], half(product, stem)
-    if native.format == "int8" and form.scheme == "int4":
+    if native.format != "int4" and form.scheme == "int4":
         values = _signed(values)
+    if native.format == "int8_offset":
+        pairs = np.stack([scale, half(weights[f"{stem}.offset"], stem)], axis=-1)
+        return values, np.repeat(pairs, times, axis=1) if times > 1 else pairs
     if form.offset:
         zeros = _zero_points(weights[f"{stem}.offset"], scale, stem)
         grouped = values.reshape(*scale.shape, -1)
         values = (grouped + zeros[..., None]).reshape(values.shape)
-    times = form.group_size // native.group
     return values, np.repeat(scale, times, axis=1) if times > 1 else scale
 
 
@@ -56,8 +61,8 @@ def half(scale: FloatArray, stem: str) -> npt.NDArray[np.float16]:
         rounded = scale.astype(np.float16)
     if not np.isfinite(rounded).all():
         raise BundleError(
-            f"{stem} has a scale of {np.abs(scale).max():.3g} with its input's factor; the kernels' are fp16, up to "
-            "65504; export again with --weights int4 or int8"
+            f"{stem} has a scale or offset of {np.abs(scale).max():.3g}, with its input's factor if it has one; the "
+            "kernels' are fp16, up to 65504; export again with --weights int4 or int8"
         )
     return rounded
 

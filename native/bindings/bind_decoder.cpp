@@ -43,7 +43,9 @@ void bind_config(py::module_& module) {
       .value("fp16", kernels::WeightFormat::fp16)
       .value("fp8", kernels::WeightFormat::fp8)
       .value("int8", kernels::WeightFormat::int8)
-      .value("int4", kernels::WeightFormat::int4);
+      .value("int4", kernels::WeightFormat::int4)
+      .value("int8_offset", kernels::WeightFormat::int8_offset)
+      .value("fp8_blocks", kernels::WeightFormat::fp8_blocks);
   py::enum_<kernels::KvFormat>(module, "KvFormat")
       .value("bf16", kernels::KvFormat::bf16)
       .value("fp16", kernels::KvFormat::fp16)

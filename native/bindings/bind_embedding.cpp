@@ -13,7 +13,8 @@ void bind_embedding(py::module_& module) {
       [](const py::tuple& table, const py::object& token_ids, const py::object& residual,
          const py::object& residual_bf16, float scale, std::uintptr_t stream, bool pdl) {
         const kernels::WeightView view = WeightTuple(table).view;
-        if (view.format == kernels::WeightFormat::int4 || view.format == kernels::WeightFormat::fp8) {
+        if (view.format != kernels::WeightFormat::bf16 && view.format != kernels::WeightFormat::fp16 &&
+            view.format != kernels::WeightFormat::int8) {
           throw std::invalid_argument("an embedding table is bf16, fp16 or int8");
         }
         const DeviceArray ids(token_ids, "token_ids");

@@ -40,6 +40,17 @@ struct WeightTuple {
         view.data = required<const std::int8_t>(data, "weight", {rows, cols});
         view.scales = required<const __half>(scales, "scales", {rows, cols / view.group});
         break;
+      case kernels::WeightFormat::int8_offset:
+        check_group();
+        view.data = required<const std::int8_t>(data, "weight", {rows, cols});
+        view.scales = required<const __half>(scales, "scales", {rows, cols / view.group, 2});
+        break;
+      case kernels::WeightFormat::fp8_blocks:
+        check_group();
+        if (view.group < 64) throw std::invalid_argument("fp8_blocks needs groups of 64 or 128");
+        view.data = required<const std::uint8_t>(data, "weight", {rows, cols});
+        view.scales = required<const float>(scales, "scales", {rows, cols / view.group});
+        break;
       case kernels::WeightFormat::int4: {
         check_group();
         const auto data_bytes = static_cast<std::int64_t>(kernels::int4_packed_data_bytes(view.rows, view.cols));

@@ -16,6 +16,10 @@ void launch_gemv_mma<WeightFormat::fp8>(const GemvArgs&, const GemvTile&, cudaSt
 template <>
 void launch_gemv_mma<WeightFormat::int8>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
 template <>
+void launch_gemv_mma<WeightFormat::int8_offset>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
+void launch_gemv_mma<WeightFormat::fp8_blocks>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template <>
 void launch_gemv_mma<WeightFormat::int4>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
 
 namespace {
@@ -26,7 +30,9 @@ struct Choice {
   GemvTile tile;
 };
 
-bool is_8bit(const WeightView& w) { return w.format == WeightFormat::fp8 || w.format == WeightFormat::int8; }
+bool is_8bit(const WeightView& w) {
+  return w.format != WeightFormat::bf16 && w.format != WeightFormat::fp16 && w.format != WeightFormat::int4;
+}
 
 int chunks_of(const WeightView& w) { return w.cols / (is_8bit(w) ? 16 : 8); }
 
@@ -190,6 +196,10 @@ void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl) {
       return launch_gemv<WeightFormat::fp8>(args, choice, stream, pdl);
     case WeightFormat::int8:
       return launch_gemv<WeightFormat::int8>(args, choice, stream, pdl);
+    case WeightFormat::int8_offset:
+      return launch_gemv<WeightFormat::int8_offset>(args, choice, stream, pdl);
+    case WeightFormat::fp8_blocks:
+      return launch_gemv<WeightFormat::fp8_blocks>(args, choice, stream, pdl);
     case WeightFormat::int4:
       if (choice.family == Family::int4) return launch_gemv_int4(args, choice.tile, stream, pdl);
       return launch_gemv_mma<WeightFormat::int4>(args, choice.tile, stream, pdl);

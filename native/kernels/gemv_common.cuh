@@ -73,6 +73,8 @@ struct RowConstants {
     if (p.bias) bias = __ldg(p.bias + row);
     if constexpr (F == WeightFormat::fp8) {
       scale = __ldg(static_cast<const float*>(p.scales) + row) * (1.0f / kFp8ToFp16);
+    } else if constexpr (F == WeightFormat::fp8_blocks) {
+      scale = 1.0f / kFp8ToFp16;
     }
   }
   __device__ __forceinline__ float apply(float sum) const { return fmaf(sum, scale, bias); }

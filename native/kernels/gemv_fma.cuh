@@ -24,7 +24,7 @@ __device__ __forceinline__ void unpack_weights(const uint4& v, float* out) {  //
       const float2 two = unpack_fp16(words[i]);
       out[2 * i] = two.x, out[2 * i + 1] = two.y;
     }
-  } else if constexpr (F == WeightFormat::fp8) {
+  } else if constexpr (F == WeightFormat::fp8 || F == WeightFormat::fp8_blocks) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const float2 two = unpack_fp16(fp8x2_to_fp16x2(words[i / 2] >> (16 * (i & 1))));
@@ -43,13 +43,28 @@ __device__ __forceinline__ void unpack_weights(const uint4& v, float* out) {  //
   }
 }
 
+// What a group of weights has, and none: a scale; a scale and an offset.
+template <WeightFormat F>
+__device__ __forceinline__ auto no_scale() {
+  if constexpr (F == WeightFormat::int8_offset) {
+    return bits_as<__half2>(0u);
+  } else if constexpr (F == WeightFormat::fp8_blocks) {
+    return 0.0f;
+  } else {
+    return __ushort_as_half(0);
+  }
+}
+template <WeightFormat F>
+using GroupScale = decltype(no_scale<F>());
+
 // What the kernels for one and for several tokens share, so that both give a token the same bits: a thread's chunks
 // are c * blockDim.x + threadIdx.x, summed in the order of c; then lanes by halves, then warps in their order.
 template <WeightFormat F, int C, int R>
 struct WeightRows {
-  static constexpr bool has_groups = F == WeightFormat::int8;
+  static constexpr bool has_groups =
+      F == WeightFormat::int8 || F == WeightFormat::int8_offset || F == WeightFormat::fp8_blocks;
   uint4 w[R][C];
-  __half scale[has_groups ? R : 1][has_groups ? C : 1];
+  GroupScale<F> scale[has_groups ? R : 1][has_groups ? C : 1];
 
   __device__ __forceinline__ void load(const GemvParams& p, int chunks) {
     const uint4* weights = static_cast<const uint4*>(p.data);
@@ -72,8 +87,8 @@ struct WeightRows {
 #pragma unroll
         for (int r = 0; r < R; r++) {
           const std::size_t row = block_row<R>(p, blockIdx.x, r);
-          scale[r][c] = chunk < chunks ? __ldg(static_cast<const __half*>(p.scales) + row * num_groups + group)
-                                       : __ushort_as_half(0);
+          scale[r][c] = chunk < chunks ? __ldg(static_cast<const GroupScale<F>*>(p.scales) + row * num_groups + group)
+                                       : no_scale<F>();
         }
       }
     }
@@ -113,12 +128,21 @@ __device__ __forceinline__ void unpack_x(const uint4* x, const uint4* gain, floa
 }
 
 template <WeightFormat F>
-__device__ __forceinline__ void add_products(const float* ws, const float* xs, __half scale, float& sum) {
-  if constexpr (F == WeightFormat::int8) {
+__device__ __forceinline__ void add_products(const float* ws, const float* xs, GroupScale<F> scale, float& sum) {
+  if constexpr (WeightRows<F, 1, 1>::has_groups) {
     float dot = 0.0f;
 #pragma unroll
     for (int j = 0; j < kChunk<F>; j++) dot = fmaf(ws[j], xs[j], dot);
-    sum = fmaf(__half2float(scale), dot, sum);
+    if constexpr (F == WeightFormat::int8_offset) {
+      float total = 0.0f;  // the same for all rows
+#pragma unroll
+      for (int j = 0; j < kChunk<F>; j++) total += xs[j];
+      sum = fmaf(__low2float(scale), dot, fmaf(__high2float(scale), total, sum));
+    } else if constexpr (F == WeightFormat::fp8_blocks) {
+      sum = fmaf(scale, dot, sum);
+    } else {
+      sum = fmaf(__half2float(scale), dot, sum);
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < kChunk<F>; j++) sum = fmaf(ws[j], xs[j], sum);

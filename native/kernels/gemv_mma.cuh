@@ -19,6 +19,11 @@ template <WeightFormat F>
 struct MmaFormat {
   static constexpr bool is_bf16 = F == WeightFormat::bf16 || F == WeightFormat::int4;  // else fp16 products
   static constexpr bool is_16bit = F == WeightFormat::bf16 || F == WeightFormat::fp16;
+  static constexpr bool is_fp8 = F == WeightFormat::fp8 || F == WeightFormat::fp8_blocks;
+  // A group's products are summed before they are scaled; else weights are, if at all.
+  static constexpr bool sums_groups = F == WeightFormat::int4 || F == WeightFormat::fp8_blocks;
+  // A word for both rows of a lane (int4: a group), or one each.
+  static constexpr bool has_wide_scales = F == WeightFormat::int8_offset || F == WeightFormat::fp8_blocks;
   // 16-byte loads of a lane for a tile of 16 rows and 64 input features.
   static constexpr int loads = is_16bit ? 4 : F == WeightFormat::int4 ? 1 : 2;
 };
@@ -30,11 +35,18 @@ __device__ __forceinline__ uint32_t int4x2_to_bf16x2(uint32_t word, int j) {
   return bits_as<uint32_t>(__hsub2(bits_as<bf16x2>(magic), bits_as<bf16x2>(0x43084308u)));  // 136
 }
 
+// Two fp16 times the low half of `scale`, plus the high one.
+__device__ __forceinline__ uint32_t scale_and_offset(uint32_t two, uint32_t scale) {
+  const half2 both = bits_as<half2>(scale);
+  return bits_as<uint32_t>(__hfma2(bits_as<half2>(two), __low2half2(both), __high2half2(both)));
+}
+
 // A tile's weights for 64 input features, as loaded, of one lane.
 template <WeightFormat F, int kGroupsPerBlock>
 struct MmaWeights {
   uint4 w[MmaFormat<F>::loads];
-  uint32_t scale[F == WeightFormat::int4 ? kGroupsPerBlock : 1];  // fp16 of rows g and g + 8
+  // fp16 of rows g and g + 8, or a word of each
+  uint32_t scale[F == WeightFormat::int4 ? kGroupsPerBlock : MmaFormat<F>::has_wide_scales ? 2 : 1];
 
   __device__ __forceinline__ void load(const GemvParams& p, int tile, int block, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -74,6 +86,15 @@ struct MmaWeights {
             __halves2half2(__ldg(scales + low * num_groups + group), __ldg(scales + high * num_groups + group)));
       }
     }
+    if constexpr (MmaFormat<F>::has_wide_scales) {
+      const uint32_t* scales = static_cast<const uint32_t*>(p.scales);
+      const int num_groups = p.cols >> p.group_shift, group = column >> p.group_shift;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const std::size_t row = block_row<kMmaRows>(p, tile, g + 8 * i);
+        scale[i] = inside ? __ldg(scales + row * num_groups + group) : 0;
+      }
+    }
   }
 
   // The fragment of step s (16 of the 64 input features).
@@ -88,9 +109,15 @@ struct MmaWeights {
       a[2] = s & 1 ? low.w : low.y, a[3] = s & 1 ? high.w : high.y;
     } else {
       const uint32_t lows[4] = {w[0].x, w[0].y, w[0].z, w[0].w}, highs[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
-      if constexpr (F == WeightFormat::fp8) {
+      if constexpr (MmaFormat<F>::is_fp8) {
         a[0] = fp8x2_to_fp16x2(lows[s]), a[1] = fp8x2_to_fp16x2(highs[s]);
         a[2] = fp8x2_to_fp16x2(lows[s] >> 16), a[3] = fp8x2_to_fp16x2(highs[s] >> 16);
+      } else if constexpr (F == WeightFormat::int8_offset) {
+        const uint32_t low = lows[s] ^ 0x80808080u, high = highs[s] ^ 0x80808080u;
+        a[0] = scale_and_offset(int8x2_to_fp16x2<0>(low), scale[0]);
+        a[1] = scale_and_offset(int8x2_to_fp16x2<0>(high), scale[1]);
+        a[2] = scale_and_offset(int8x2_to_fp16x2<1>(low), scale[0]);
+        a[3] = scale_and_offset(int8x2_to_fp16x2<1>(high), scale[1]);
       } else {
         const uint32_t low = lows[s] ^ 0x80808080u, high = highs[s] ^ 0x80808080u;
         const half2 low_scale = __low2half2(bits_as<half2>(scale[0]));
@@ -207,17 +234,28 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokenTiles == 1 ? 2 : 1) gemv
       }
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
-        if constexpr (F == WeightFormat::int4) {
+        if constexpr (MmaFormat<F>::sums_groups) {
 #pragma unroll
           for (int i = 0; i < kGroupsPerBlock; i++) {
-            const float2 scale = unpack_fp16(ring[d][m].scale[i]);
+            float2 scale;
+            if constexpr (F == WeightFormat::int4) {
+              scale = unpack_fp16(ring[d][m].scale[i]);
+            } else {
+              scale = make_float2(__uint_as_float(ring[d][m].scale[0]), __uint_as_float(ring[d][m].scale[1]));
+            }
             float group_sums[kTokenTiles][4] = {};
 #pragma unroll
             for (int s = i * 4 / kGroupsPerBlock; s < (i + 1) * 4 / kGroupsPerBlock; s++) {
               uint32_t a[4];
               ring[d][m].fragment(s, a);
 #pragma unroll
-              for (int n = 0; n < kTokenTiles; n++) mma_bf16(group_sums[n], a, b[n][2 * s], b[n][2 * s + 1]);
+              for (int n = 0; n < kTokenTiles; n++) {
+                if constexpr (MmaFormat<F>::is_bf16) {
+                  mma_bf16(group_sums[n], a, b[n][2 * s], b[n][2 * s + 1]);
+                } else {
+                  mma_fp16(group_sums[n], a, b[n][2 * s], b[n][2 * s + 1]);
+                }
+              }
             }
 #pragma unroll
             for (int n = 0; n < kTokenTiles; n++) {

@@ -86,9 +86,10 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const WeightView w
       const float2 two = unpack_fp16(words[i]);
       values[2 * i] = two.x, values[2 * i + 1] = two.y;
     }
-  } else if constexpr (F == WeightFormat::fp8) {
+  } else if constexpr (F == WeightFormat::fp8 || F == WeightFormat::fp8_blocks) {
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(w.data) + at));
-    const float scale = static_cast<const float*>(w.scales)[row] * (1.0f / kFp8ToFp16);
+    const std::size_t scale_at = F == WeightFormat::fp8 ? row : at / static_cast<unsigned>(w.group);
+    const float scale = static_cast<const float*>(w.scales)[scale_at] * (1.0f / kFp8ToFp16);
     const uint32_t words[2] = {v.x, v.y};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -96,14 +97,20 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const WeightView w
       values[2 * i] = two.x * scale, values[2 * i + 1] = two.y * scale;
     }
   } else {
-    static_assert(F == WeightFormat::int8);
+    static_assert(F == WeightFormat::int8 || F == WeightFormat::int8_offset);
     const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const int8_t*>(w.data) + at));
     const int group_bits = 31 - __clz(w.group);  // a power of two
-    const float scale = __half2float(static_cast<const __half*>(w.scales)[at >> group_bits]);
+    float scale, offset = 0.0f;
+    if constexpr (F == WeightFormat::int8) {
+      scale = __half2float(static_cast<const __half*>(w.scales)[at >> group_bits]);
+    } else {
+      const float2 both = __half22float2(static_cast<const __half2*>(w.scales)[at >> group_bits]);
+      scale = both.x, offset = both.y;
+    }
     const uint32_t words[2] = {v.x, v.y};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      values[i] = static_cast<float>(static_cast<int8_t>(words[i / 4] >> (8 * (i & 3)))) * scale;
+      values[i] = fmaf(static_cast<float>(static_cast<int8_t>(words[i / 4] >> (8 * (i & 3)))), scale, offset);
     }
   }
   *reinterpret_cast<uint4*>(out + static_cast<std::size_t>(blockIdx.x) * w.cols + column) =
@@ -264,6 +271,10 @@ void dequantize_async(const WeightView& weight, bool gate_up, int first_row, int
       return run(dequantize_kernel<WeightFormat::fp8>);
     case WeightFormat::int8:
       return run(dequantize_kernel<WeightFormat::int8>);
+    case WeightFormat::int8_offset:
+      return run(dequantize_kernel<WeightFormat::int8_offset>);
+    case WeightFormat::fp8_blocks:
+      return run(dequantize_kernel<WeightFormat::fp8_blocks>);
     case WeightFormat::int4:
       return dequantize_int4_async(weight, gate_up, first_row, num_rows, out, stream, pdl);
   }

@@ -106,7 +106,9 @@ GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int n
   args.num_tokens = num_tokens;
   args.norm_eps = config_.rms_norm_eps;
   const auto tile = tiles_.find({product, config_.batch_invariant ? 0 : num_tokens});
-  if (tile != tiles_.end() && tile->second.format == linear.weight.format) args.tile = tile->second.index;
+  const bool alike =
+      tile != tiles_.end() && tile->second.format == linear.weight.format && tile->second.group == linear.weight.group;
+  if (alike) args.tile = tile->second.index;
   args.batch_invariant = config_.batch_invariant;
   return args;
 }
@@ -296,7 +298,8 @@ int Decoder::num_tiles(const std::string& product, int batch) const {
 
 void Decoder::set_tile(const std::string& product, int batch, int tile) {
   if (tile >= num_tiles(product, batch)) throw std::invalid_argument(product + " has no tile " + std::to_string(tile));
-  tiles_[{product, config_.batch_invariant ? 0 : batch}] = {product_args(product, batch).weight.format, tile};
+  const kernels::WeightView weight = product_args(product, batch).weight;
+  tiles_[{product, config_.batch_invariant ? 0 : batch}] = {weight.format, weight.group, tile};
   std::erase_if(graphs_, [&](const auto& entry) { return config_.batch_invariant || entry.first.batch == batch; });
 }
 

@@ -26,7 +26,9 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-bool is_grouped(WeightFormat format) { return format == WeightFormat::int8 || format == WeightFormat::int4; }
+bool is_grouped(WeightFormat format) {
+  return format != WeightFormat::bf16 && format != WeightFormat::fp16 && format != WeightFormat::fp8;
+}
 
 void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, const FormatAndGroup& stored) {
   const auto& [format, group] = stored;
@@ -43,6 +45,11 @@ void plan_linear(MemoryPlan& plan, const std::string& name, int rows, int cols, 
     case WeightFormat::int8:
       plan.add("weights", name + ".weight", count);
       plan.add("weights", name + ".scale", count / static_cast<std::size_t>(group) * 2);
+      break;
+    case WeightFormat::int8_offset:  // two fp16 a group
+    case WeightFormat::fp8_blocks:   // a float
+      plan.add("weights", name + ".weight", count);
+      plan.add("weights", name + ".scale", count / static_cast<std::size_t>(group) * 4);
       break;
     case WeightFormat::int4:
       plan.add("weights", name + ".weight", kernels::int4_packed_data_bytes(rows, cols));
@@ -91,10 +98,12 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = 0;
   for (const LinearShape& linear : layer_linears(config)) {
     const bool fp8 = !config.fp8_prefill && config.any_layer_is(linear.stem, WeightFormat::fp8);
-    const bool integers =
-        config.any_layer_is(linear.stem, WeightFormat::int8) || config.any_layer_is(linear.stem, WeightFormat::int4);
+    bool grouped = false;
+    for (int layer = 0; layer < config.num_layers; ++layer) {
+      grouped = grouped || is_grouped(config.format_of(layer, linear.stem).first);
+    }
     const int part = dequantised_rows(linear.rows, linear.cols);
-    if (part == linear.rows || !(fp8 || integers)) continue;
+    if (part == linear.rows || !(fp8 || grouped)) continue;
     bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
   }
   return bytes;
@@ -181,6 +190,7 @@ void DecoderConfig::check() const {
     const auto& [format, group] = format_of(stem);
     require(!is_grouped(format) || group == 16 || group == 32 || group == 64 || group == 128,
             stem + " is quantised in groups of " + std::to_string(group) + "; the kernels take 16, 32, 64 and 128");
+    require(format != WeightFormat::fp8_blocks || group >= 64, stem + " is fp8 in blocks of less than 64 columns");
     require(format != WeightFormat::int4 || !stem.ends_with("gate_up") || intermediate_size % 8 == 0,
             "int4 needs a multiple of 8 as MLP width");
   }

@@ -100,9 +100,13 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
   const WeightView& view = find(stem);
   const std::size_t count = static_cast<std::size_t>(view.rows) * static_cast<std::size_t>(view.cols);
   const Shape shape{view.rows, view.cols};
-  const bool grouped = view.format == WeightFormat::int8 || view.format == WeightFormat::int4;
-  if (grouped) {
-    if (scale == nullptr) throw std::invalid_argument(stem + " needs its scales");
+  const std::size_t num_groups = view.group > 0 ? count / static_cast<std::size_t>(view.group) : 0;
+  if (view.group > 0 && scale == nullptr) throw std::invalid_argument(stem + " needs its scales");
+  if (view.format == WeightFormat::int8_offset) {
+    expect(stem + ".scale", *scale, DType::kFloat16, Shape{view.rows, view.cols / view.group, 2});
+  } else if (view.format == WeightFormat::fp8_blocks) {
+    expect(stem + ".scale", *scale, DType::kFloat32, Shape{view.rows, view.cols / view.group});
+  } else if (view.group > 0) {
     expect(stem + ".scale", *scale, DType::kFloat16, Shape{view.rows, view.cols / view.group});
   }
   switch (view.format) {
@@ -125,6 +129,12 @@ void Weights::load_linear(const std::string& stem, const HostTensor& weight, con
       expect(stem + ".weight", weight, DType::kInt8, shape);
       copy(writable(view.data), weight.data, count, stream);
       copy(writable(view.scales), scale->data, count / static_cast<std::size_t>(view.group) * 2, stream);
+      break;
+    case WeightFormat::int8_offset:
+    case WeightFormat::fp8_blocks:
+      expect(stem + ".weight", weight, view.format == WeightFormat::fp8_blocks ? DType::kUInt8 : DType::kInt8, shape);
+      copy(writable(view.data), weight.data, count, stream);
+      copy(writable(view.scales), scale->data, num_groups * 4, stream);
       break;
     case WeightFormat::int4: {
       expect(stem + ".weight", weight, DType::kUInt8, Shape{view.rows, view.cols / 2});

@@ -71,6 +71,22 @@ def make_weight(form: str, rows: int, cols: int, group: int = 64, gate_up: bool 
         return Weight(
             (fmt, data.view(torch.uint8), scales, rows, cols, 0), data.float().double() * scales.double()[:, None]
         )
+    if form == "fp8_blocks":  # a row's part of a block
+        if group < 64 or cols % group:
+            pytest.skip("blocks have 64 or 128 columns")
+        scales = dense.view(rows, -1, group).abs().amax(2) / 448
+        wide = scales.repeat_interleave(group, 1)
+        data = (dense / wide).to(torch.float8_e4m3fn)
+        return Weight(
+            (fmt, data.view(torch.uint8), scales, rows, cols, group), data.float().double() * wide.double()
+        )  # fmt: skip
+    if form == "int8_offset":  # 4 bits and their minimum, as GGUF has them, in int8
+        grouped = dense.view(rows, cols // group, group)
+        low, high = grouped.amin(2), grouped.amax(2)
+        pair = torch.stack([(high - low) / 15, low + 8 * (high - low) / 15], 2).to(torch.float16)
+        ints = ((grouped - pair[..., 1:].float()) / pair[..., :1].float().clamp_min(1e-7)).round().clamp(-8, 7)
+        values = (ints.double() * pair[..., :1].double() + pair[..., 1:].double()).view(rows, cols)
+        return Weight((fmt, ints.to(torch.int8).view(rows, cols), pair, rows, cols, group), values)
     limit = 127 if form == "int8" else 7
     grouped = dense.view(rows, cols // group, group)
     scales = (grouped.abs().amax(2) / limit).to(torch.float16)

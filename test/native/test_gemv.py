@@ -20,7 +20,7 @@ from kernel_case import (
 )
 
 pytestmark = needs_gpu
-FORMATS = ["bf16", "fp16", "fp8", "int8", "int4"]
+FORMATS = ["bf16", "fp16", "fp8", "int8", "int4", "int8_offset", "fp8_blocks"]
 EPS = 1e-5
 
 

@@ -8,7 +8,7 @@ from kernel_case import AWKWARD, K, assert_untouched, make_weight, needs_gpu, po
 pytestmark = needs_gpu
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8", "int8", "int4", "int8_offset", "fp8_blocks"])
 @pytest.mark.parametrize("rows", AWKWARD)
 @pytest.mark.parametrize(("cols", "group"), [(16, 16), (96, 32), (576, 64), (1024, 128)])
 def test_dequantised_weights_are_the_stored_ones_in_their_rows_order(

@@ -64,6 +64,14 @@ class Device:
             else:
                 assert values.dtype == np.int8
             dense = values.astype(np.float32) * np.repeat(scale.astype(np.float32), form.group, 1)
+        elif form.format == "int8_offset":
+            assert scale is not None and scale.dtype == np.float16 and scale.shape == (rows, columns // form.group, 2)
+            assert values.dtype == np.int8
+            wide = np.repeat(scale.astype(np.float32), form.group, 1)
+            dense = values * wide[..., 0] + wide[..., 1]
+        elif form.format == "fp8_blocks":
+            assert scale is not None and scale.dtype == np.float32 and scale.shape == (rows, columns // form.group)
+            dense = values.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.repeat(scale, form.group, 1)
         elif form.format == "fp8":
             assert (
                 scale is not None and scale.dtype == np.float32 and scale.shape == (rows,) and values.dtype == np.uint8
@@ -162,7 +170,11 @@ def test_k_quants_that_differ_from_layer_to_layer_do_too(tmp_path: Path, monkeyp
     tiny.save_gguf("wide", tmp_path / "model.gguf", pack=pack)
     device = Device(export_bundle(tmp_path / "model.gguf", tmp_path / "bundle"))
     formats = {stem: form.format for stem, form in device.formats.items()}
-    assert (formats["layers.0.mlp.down"], formats["layers.1.mlp.down"], formats["embed"]) == ("bf16", "int8", "int8")
+    assert (formats["layers.0.mlp.down"], formats["layers.1.mlp.down"], formats["embed"]) == (
+        "int8_offset",
+        "int8",
+        "int8",
+    )
     assert relative_error(device.logits(PROMPT), hf_logits(dequantised(tmp_path / "model.gguf"), PROMPT)) < ROUNDING
 
 

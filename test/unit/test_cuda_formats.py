@@ -21,16 +21,19 @@ CASES = {
     "fp8": ("attn.o", LinearFormat("fp8", activation="fp8"), ("fp8", 0)),
     "nvfp4": ("mlp.down", LinearFormat("nvfp4", 16), ("int8", 16)),
     "zero points": ("mlp.down", LinearFormat("int4", 128, offset=True, zero_points=True), ("int8", 128)),
-    "minima": ("attn.qkv", LinearFormat("int4", 64, offset=True), ("bf16", 0)),
-    "zeros of 8 bit": ("head", LinearFormat("int8", 64, offset=True, zero_points=True), ("bf16", 0)),
+    "minima": ("attn.qkv", LinearFormat("int4", 64, offset=True), ("int8_offset", 64)),
+    "minima of the embedding": ("embed", LinearFormat("int8", 64, offset=True), ("bf16", 0)),
+    "zeros of 8 bit": ("head", LinearFormat("int8", 64, offset=True, zero_points=True), ("int8_offset", 64)),
     "factor before a norm": ("mlp.gate_up", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
     "factor of the head": ("head", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
     "factor after shared heads": ("attn.o", LinearFormat("int4", 64, input_factor=True), ("int4", 64)),
     "order of attention": ("attn.o", LinearFormat("int4", 64, input_order=True), ("int4", 64)),
     "order of the head": ("head", LinearFormat("int4", 64, input_order=True), ("bf16", 0)),
-    "order of minima": ("attn.o", LinearFormat("int4", 64, offset=True, input_order=True), ("bf16", 0)),
+    "order of a small group": ("attn.o", LinearFormat("int8", 8, input_order=True), ("bf16", 0)),
     "order of down": ("mlp.down", LinearFormat("int4", 64, input_order=True), ("int4", 64)),
-    "blocks": ("mlp.down", LinearFormat("fp8", 128), ("bf16", 0)),
+    "blocks": ("mlp.down", LinearFormat("fp8", 128), ("fp8_blocks", 128)),
+    "wide blocks": ("mlp.down", LinearFormat("fp8", 192), ("fp8_blocks", 64)),
+    "narrow blocks": ("mlp.down", LinearFormat("fp8", 32), ("bf16", 0)),
 }
 
 
@@ -70,10 +73,10 @@ def test_what_widening_costs_is_said_with_its_reason() -> None:
     assert widenings(*stored({})) == []
     (line,) = widenings(model, quant)
     weights = model.num_layers * model.hidden_size * model.intermediate_size
-    added = weights * (2 - (0.5 + (2 + 4) / 32)) / 1e6
-    assert line == f"32 x mlp.down: int4 with offsets that are no small zero points as bf16, +{added:.0f} MB"
+    added = weights * (1 + (2 + 2) / 32 - (0.5 + (2 + 4) / 32)) / 1e6
+    assert line == f"32 x mlp.down: int4 with offsets that are no small zero points as int8_offset, +{added:.0f} MB"
     plain = decode_bytes(*stored({"layers.0.attn.o": LinearFormat("fp16")}))
-    assert decode_bytes(model, quant) - plain == pytest.approx(weights * (2 - (0.5 + 2 / 64)), rel=1e-3)
+    assert decode_bytes(model, quant) - plain == pytest.approx(weights * (1 + 4 / 32 - (0.5 + 2 / 64)), rel=1e-3)
     assert as_on_device(model, as_on_device(model, quant)) == as_on_device(model, quant)
 
 

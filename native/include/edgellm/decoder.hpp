@@ -144,6 +144,7 @@ class Decoder final : public TokenLoop {
   // The tile that set_tile chose for a product at a number of tokens (0: at any), of layers stored in this format.
   struct Tile {
     kernels::WeightFormat format = kernels::WeightFormat::bf16;
+    int group = 0;
     int index = -1;
   };
   std::map<std::pair<std::string, int>, Tile> tiles_;

@@ -46,8 +46,9 @@ class Weights {
 
   // Uploads a linear layer's or the embedding's weight by its stored stem ("layers.0.attn.qkv", "embed"), turning it
   // into the format that the configuration names: fp32 and fp16 to bf16 or fp8; int8 and E4M3 bytes stay; int4 is
-  // repacked. scale: (rows, cols / group) fp16 for int8 and int4, (rows) fp32 for E4M3 bytes, else null.
-  // Throws std::invalid_argument for a dtype or shape that is not the plan's. Waits for the stream.
+  // repacked. scale: (rows, cols / group) fp16 for int8 and int4, with a last axis of 2 for int8_offset, (rows) fp32
+  // for E4M3 bytes, (rows, cols / group) for fp8_blocks, else null. Throws std::invalid_argument for a dtype or shape
+  // that is not the plan's. Waits for the stream.
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale, cudaStream_t stream);
   // Uploads a norm's gain, a bias or a rope table (fp32) by its stored name. Waits for the stream.
   void load_vector(const std::string& name, const HostTensor& values, cudaStream_t stream);

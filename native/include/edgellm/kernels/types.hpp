@@ -22,6 +22,9 @@ enum class WeightFormat : int {
   fp8 = 2,   // data E4M3 (rows, cols); scales float (rows)
   int8 = 3,  // data (rows, cols); scales fp16 (rows, cols / group)
   int4 = 4,  // repacked by repack_int4_async, both data and scales
+  // What others' checkpoints have: an offset for each group, which is added to scale x data, and FP8 in blocks.
+  int8_offset = 5,  // data (rows, cols); scales fp16 (rows, cols / group, 2): scale, offset
+  fp8_blocks = 6,   // data E4M3 (rows, cols); scales float (rows, cols / group)
 };
 
 // A linear layer's weight on the device. Pointers are 16-byte aligned; cols is a multiple of 16.
@@ -31,7 +34,7 @@ struct WeightView {
   const void* scales = nullptr;
   int rows = 0;   // output features
   int cols = 0;   // input features
-  int group = 0;  // input features that share a scale: 16, 32, 64 or 128; int8 and int4 only
+  int group = 0;  // input features that share a scale: 16, 32, 64 or 128 (fp8_blocks: 64 or 128); else 0
 };
 
 // fp16 and fp8 (E4M3 without scales) saturate: a key or value beyond 65,504 or 448 becomes that.
