@@ -12,7 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.benchmark.shapes import MAX_CONTEXT, SCHEME_FIELDS, SHAPE_FIELDS
-from edgellm_ros.bundle import TOKENIZER, Bundle, GraphSpec, Manifest, ModelSpec, QuantSpec, TokenSpec
+from edgellm_ros.bundle import (
+    LOCAL_ROPE,
+    ROPE_STEMS,
+    TOKENIZER,
+    Bundle,
+    GraphSpec,
+    Manifest,
+    ModelSpec,
+    QuantSpec,
+    TokenSpec,
+)
 
 SHAPES: dict[str, ModelSpec] = {
     shape: ModelSpec(**{**fields, "name": f"{fields['name']} (random weights)"}, max_context=MAX_CONTEXT)
@@ -41,14 +51,17 @@ class RandomWeights:
             norms = {"input_norm": hidden, "post_norm": hidden}
             if model.qk_norm:
                 norms |= {"attn.q_norm": model.head_dim, "attn.k_norm": model.head_dim}
+            if model.output_norms:
+                norms |= {"attn.out_norm": hidden, "mlp.out_norm": hidden}
             for name, width in norms.items():
                 self._tensors[f"{at}{name}.weight"] = "ones", (width,)
         self._linear("embed", table, quant.embedding, quant.group_size)
         if quant.head_tensor(model) == "head":
             self._linear("head", table, quant.lm_head, quant.group_size)
         self._tensors["final_norm.weight"] = "ones", (hidden,)
-        for name in ("rope.cos", "rope.sin"):
-            self._tensors[name] = name, (model.max_context, model.head_dim // 2)
+        for stem in model.rope_tables().values():
+            for name in (f"{stem}.cos", f"{stem}.sin"):
+                self._tensors[name] = name, (model.max_context, model.head_dim // 2)
 
     def _linear(self, stem: str, shape: tuple[int, int], scheme: str, group: int) -> None:
         rows, cols = shape
@@ -86,8 +99,10 @@ class RandomWeights:
         model = self._model
         if kind.startswith("rope"):
             steps = np.arange(0, 1, 2 / model.head_dim)
-            angles = np.outer(np.arange(model.max_context), 1 / model.rope_theta**steps)
-            table: npt.NDArray[Any] = np.cos(angles) if kind == "rope.cos" else np.sin(angles)
+            is_local = kind.startswith(ROPE_STEMS[LOCAL_ROPE])
+            theta = model.local_rope_theta if is_local else model.rope_theta
+            angles = np.outer(np.arange(model.max_context), 1 / theta**steps)
+            table: npt.NDArray[Any] = np.cos(angles) if kind.endswith(".cos") else np.sin(angles)
             return table.astype(np.float32)
         generator = np.random.default_rng(0)
         schemes = _FLOATS if kind == "floats" else ("int8", "int4")

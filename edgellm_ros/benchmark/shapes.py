@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 MAX_CONTEXT = 32768
+_GEMMA3_1B_LAYERS = ("local",) * 5 + ("global",)  # in turn
 
 # ModelSpec's fields; the name is that of the model whose shape it is.
 SHAPE_FIELDS: dict[str, dict[str, Any]] = {
@@ -55,6 +56,13 @@ SHAPE_FIELDS: dict[str, dict[str, Any]] = {
         "name": "Qwen3-32B", "family": "qwen3", "num_layers": 64, "hidden_size": 5120, "intermediate_size": 25600,
         "num_heads": 64, "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
         "qk_norm": True, "rope_theta": 1e6,
+    },
+    "gemma3-1b": {
+        "name": "Gemma-3-1B", "family": "gemma3", "num_layers": 26, "hidden_size": 1152, "intermediate_size": 6912,
+        "num_heads": 4, "num_kv_heads": 1, "head_dim": 256, "vocab_size": 262144, "rms_norm_eps": 1e-6,
+        "qk_norm": True, "tied_head": True, "activation": "gelu_tanh", "output_norms": True, "embed_scale": 1152**0.5,
+        "rope_theta": 1e6, "local_rope_theta": 1e4, "layer_ropes": (_GEMMA3_1B_LAYERS * 5)[:26],
+        "sliding_windows": tuple(512 if kind == "local" else 0 for kind in _GEMMA3_1B_LAYERS * 5)[:26],
     },
 }  # fmt: skip
 # QuantSpec's fields: layers, group, head, embedding. bf16, int8 and int4 are what export writes; fp8 is made of fp16

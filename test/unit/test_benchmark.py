@@ -32,7 +32,7 @@ from edgellm_ros.tokenizer import Tokenizer
 # Published sizes, in millions of parameters (Hugging Face model cards; norms included, so a little more than matrices).
 PUBLISHED_M = {
     "llama-1b": 1236, "qwen3-4b": 4022, "llama-8b": 8030, "qwen3-0.6b": 596, "qwen3-1.7b": 1721,
-    "llama-3b": 3213, "qwen3-8b": 8191, "qwen3-14b": 14768, "qwen3-32b": 32762,
+    "llama-3b": 3213, "qwen3-8b": 8191, "qwen3-14b": 14768, "qwen3-32b": 32762, "gemma3-1b": 999.9,
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_decode_bytes_are_the_tensors_that_a_step_reads(shape: str, weights: str
     head = bundle.manifest.quantization.head_tensor(bundle.manifest.model)
     read = 0
     for name in tensors.names():
-        matrix = re.fullmatch(r"layers\.\d+\.(?:attn\.(?:qkv|o)|mlp\.\w+)\.(?:weight|scale)", name)
+        matrix = re.fullmatch(r"layers\.\d+\.(?:attn\.(?:qkv|o)|mlp\.(?:gate_up|down))\.(?:weight|scale)", name)
         if matrix or name.startswith(f"{head}."):
             kind, dims = tensors._tensors[name]
             stored = {"int8": 1, "int4": 1, "fp16": 2, "fp8": 1}.get(kind, 2)  # fp8 as the GPU holds it; scales fp16
