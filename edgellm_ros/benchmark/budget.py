@@ -28,6 +28,7 @@ _DEQUANTISED_BYTES = 64 * _MIB  # decoder_config.cpp: kDequantisedBytes
 _CUBLAS_BYTES = 32 * _MIB
 _GRAPH_BYTES = 64 * _MIB
 _BATCH, _LOGIT_ROWS = 8, 16
+_RANK_STEP = 8  # lora.hpp: kLoraAlign
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,26 @@ def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> 
         workspace += 32 * _MIB  # weights on their way to bf16
     if "fp8" in in_layers:
         workspace += tokens * max(hidden, q_width, width)
-    return {
+    parts = {
         "weights": weights,
         "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
         "workspace": workspace,
         "logits": rows * 4 * (_LOGIT_ROWS + 2 * _BATCH) + rows * _BATCH * 4,
         "graphs": _GRAPH_BYTES,
     }
+    if config.max_loras:
+        parts["adapters"] = config.max_loras * adapter_bytes(model, config.max_lora_rank)
+    return parts
+
+
+def adapter_bytes(model: ModelSpec, max_rank: int) -> int:
+    """Bytes of the place for one adapter, whatever it changes: A and B of every linear layer in bf16."""
+    hidden, width = model.hidden_size, model.intermediate_size
+    q_width = model.num_heads * model.head_dim
+    qkv = q_width + 2 * model.num_kv_heads * model.head_dim
+    # rows of A for each that a layer stacks, and B once: q, k and v; o; gate and up; down
+    columns = (3 * hidden + qkv) + (q_width + hidden) + (2 * hidden + 2 * width) + (width + hidden)
+    return 2 * model.num_layers * columns * (-(-max_rank // _RANK_STEP) * _RANK_STEP)
 
 
 def capacity_of(model: ModelSpec, config: EngineConfig) -> int:

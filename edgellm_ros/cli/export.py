@@ -92,6 +92,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.against and not args.verify:
         raise ToolchainError("--against is what --verify compares with; add --verify")
 
+    replaced = _adapters_of(args.output)
     refused: list[Quality] = []
 
     class Refused(ToolchainError):
@@ -128,4 +129,20 @@ def execute(args: argparse.Namespace) -> int:
     if args.verify:
         print_quality(str(bundle.path), bundle.manifest.quality)
     print_bundle(bundle, "just written")
+    if replaced:
+        print(f"note: the bundle that was replaced had the adapters {', '.join(replaced)}, which were packed for its "
+              "weights; pack them again with `edgellm lora pack`", file=sys.stderr)  # fmt: skip
     return 0
+
+
+def _adapters_of(output: Path) -> list[str]:
+    """Names of the adapters packed into a bundle that is there already."""
+    from edgellm_ros.bundle import MANIFEST, Bundle
+    from edgellm_ros.errors import BundleError
+
+    if not (output / MANIFEST).is_file():
+        return []
+    try:
+        return sorted(Bundle.open(output, verify=False).manifest.loras)
+    except BundleError:  # it is damaged or newer, and what it held unknown
+        return []

@@ -23,6 +23,7 @@ examples:
   edgellm plan --shape llama-8b --weights int4 --device orin-nano            4 slots of 4,096 tokens, the defaults
   edgellm plan --shape llama-8b --weights int4 --device orin-nx --max-slots 1 --max-context 8192
   edgellm plan --bundle smollm2 --device orin-nano thor                      side by side
+  edgellm plan --bundle smollm2 --device orin-nano --max-loras 4             with places for adapters of rank 16
   edgellm plan --model qwen3-4b --context 8192 --device agx-orin --json      for a script
 
 Nothing is built, loaded or measured: memory is arithmetic (from the native module's own plan where it is installed),
@@ -37,6 +38,8 @@ _USED = (
     "kv_cache",
     "fp8_prefill",
     "decode_batching",
+    "max_loras",
+    "max_lora_rank",
 )
 _MB = 1e6
 

@@ -319,3 +319,9 @@ def test_the_commands_check_pack_and_merge(
     assert "9 tensors changed" in capsys.readouterr().out
     assert main(["lora", "check", str(tmp_path / "nothing")]) == 2
     assert "is no LoRA adapter" in capsys.readouterr().err
+    export = ["export", str(tmp_path / "source"), "-o", str(bundle.path), "--weights", "fp16", "--force"]
+    assert main(export) == 0
+    assert "had the adapters grasp, which were packed for its weights; pack them again" in capsys.readouterr().err
+    assert not Bundle.open(bundle.path).manifest.loras and not (bundle.path / "lora").exists()
+    assert main(export) == 0
+    assert "adapters" not in capsys.readouterr().err

@@ -32,6 +32,28 @@ def test_the_formula_is_within_five_percent_of_the_native_plan(shape: str, schem
         assert sum(parts.values()) == pytest.approx(plan["total"], rel=0.05)
         assert parts["kv_cache"] == plan["kv_cache"]
         assert parts["weights"] == pytest.approx(plan["weights"], rel=0.01)
+        assert "adapters" not in plan and "adapters" not in parts
+
+
+@pytest.mark.skipif(bool(native.import_module()[1]), reason=native.import_module()[1])
+@pytest.mark.parametrize(("count", "rank"), [(1, 16), (4, 20), (2, 64)])
+def test_places_for_adapters_are_counted_as_the_native_plan_counts_them(count: int, rank: int) -> None:
+    from edgellm_ros.executors.cuda import plan_memory
+
+    config = EngineConfig(max_loras=count, max_lora_rank=rank)
+    plan = plan_memory(RandomBundle("llama-1b", "int4"), config)
+    parts = estimate_parts(SHAPES["llama-1b"], SCHEMES["int4"], config)
+    assert parts["adapters"] == pytest.approx(plan["adapters"], rel=0.02)
+    assert sum(parts.values()) == pytest.approx(plan["total"], rel=0.05)
+
+
+def test_the_command_shows_what_adapters_take(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--shape", "llama-8b", "--device", "thor", "--json", "--formula"]
+    with_them = json.loads(run(capsys, *command, "--max-loras", "2", "--max-lora-rank", "16")[1])[0]
+    without = json.loads(run(capsys, *command)[1])[0]
+    # 8B: rank 16 of every projection is 41.9 million numbers, as PEFT counts them, here with 2 bytes each
+    assert with_them["parts"]["adapters"] == 2 * 2 * 41_943_040
+    assert with_them["needed_bytes"] - without["needed_bytes"] == with_them["parts"]["adapters"]
 
 
 def test_the_cache_of_llama_8b_is_128_kib_a_token() -> None:
