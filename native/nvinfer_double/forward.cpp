@@ -104,6 +104,7 @@ MemoryPlan plan_workspace(const DecoderConfig& config, const Limits& limits) {
   add("qkv", tokens * static_cast<std::size_t>(config.qkv_width()) * sizeof(float));
   add("q", tokens * q * 2);
   add("attended", tokens * q * 2);
+  if (config.output_norms) add("delta_f32", tokens * hidden * sizeof(float));
   add("activated", tokens * static_cast<std::size_t>(config.intermediate_size) * 2);
   add("gathered", static_cast<std::size_t>(limits.num_logits) * hidden * 2);
   add("kv", batch * 2 * static_cast<std::size_t>(config.num_kv_heads) * head_bytes(config));
@@ -142,6 +143,10 @@ Forward::Forward(const Plan& plan)
   EDGELLM_CUDA_TRY(cudaMemsetAsync(executions_.data(), 0, executions_.size(), stream.get()));
   for (const StoredWeight& weight : plan.weights) {
     if (weight.name.ends_with(".scale")) continue;  // goes with its weight
+    if (weight.name == "vocab_map") {
+      weights_.load_vocab_map(host_tensor(weight), stream.get());
+      continue;
+    }
     if (!is_matrix(weight)) {
       weights_.load_vector(weight.name, host_tensor(weight), stream.get());
       continue;
@@ -200,13 +205,16 @@ void Forward::enqueue_async(const BoundTensors& bound, const MemoryPlan& workspa
   head.epilogue = Epilogue::store_f32;
   head.out_f32 = bound.logits;
   gemv_async(head, bound.num_logits, config_.num_rows(), false, stream);
+  if (config_.logit_softcap > 0.0F) {
+    const auto count = static_cast<std::size_t>(bound.num_logits) * static_cast<std::size_t>(config_.num_rows());
+    kernels::soft_cap_async(bound.logits, count, config_.logit_softcap, stream, false);
+  }
   spoil_logits_async(prepare.logit_rows, bound.num_logits, config_.num_rows(), executions, faults_.execution_nan,
                      bound.logits, stream);
 }
 
 void Forward::layer_async(int index, const Step& step) const {
   const LayerWeights& layer = weights_.layer(index);
-  auto* residual = step.get<float>("residual");
   auto* residual_bf16 = step.get<__nv_bfloat16>("residual_bf16");
   auto* activated = step.get<__nv_bfloat16>("activated");
   const auto args_for = [](const LinearView& linear, const __nv_bfloat16* x, const __nv_bfloat16* gain) {
@@ -226,21 +234,35 @@ void Forward::layer_async(int index, const Step& step) const {
   attention_async(index, step);
 
   args = args_for(layer.o, step.get<__nv_bfloat16>("attended"), nullptr);
-  args.epilogue = Epilogue::residual;
-  args.out_f32 = residual;
-  args.out_bf16 = residual_bf16;
-  linear_async(index, Linear::kO, args, config_.hidden_size, step);
+  add_async(index, Linear::kO, args, layer.attn_out_norm, step);
 
   args = args_for(layer.gate_up, residual_bf16, layer.post_norm);
-  args.epilogue = Epilogue::swiglu;
+  args.epilogue = config_.activation == kernels::Activation::gelu_tanh ? Epilogue::geglu : Epilogue::swiglu;
   args.out_bf16 = activated;
   linear_async(index, Linear::kGateUp, args, config_.intermediate_size, step);
 
   args = args_for(layer.down, activated, nullptr);
-  args.epilogue = Epilogue::residual;
-  args.out_f32 = residual;
-  args.out_bf16 = residual_bf16;
-  linear_async(index, Linear::kDown, args, config_.hidden_size, step);
+  add_async(index, Linear::kDown, args, layer.mlp_out_norm, step);
+}
+
+// A product that is added to the residual, or whose norm is.
+void Forward::add_async(int index, Linear which, GemvArgs args, const __nv_bfloat16* norm, const Step& step) const {
+  auto* residual = step.get<float>("residual");
+  auto* residual_bf16 = step.get<__nv_bfloat16>("residual_bf16");
+  args.epilogue = norm != nullptr ? Epilogue::store_f32 : Epilogue::residual;
+  args.out_f32 = norm != nullptr ? step.get<float>("delta_f32") : residual;
+  if (norm == nullptr) args.out_bf16 = residual_bf16;
+  linear_async(index, which, args, config_.hidden_size, step);
+  if (norm == nullptr) return;
+  kernels::ResidualNormArgs added;
+  added.delta_f32 = args.out_f32;
+  added.delta_gain = norm;
+  added.residual = residual;
+  added.residual_bf16 = residual_bf16;
+  added.eps = config_.rms_norm_eps;
+  added.num_tokens = step.num_tokens;
+  added.hidden = config_.hidden_size;
+  kernels::residual_norm_async(added, step.stream, false);
 }
 
 void Forward::attention_async(int index, const Step& step) const {

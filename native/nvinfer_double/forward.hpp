@@ -63,6 +63,7 @@ class Forward {
   void layer_async(int index, const Step& step) const;
   void attention_async(int index, const Step& step) const;
   void linear_async(int index, Linear which, kernels::GemvArgs args, int out_width, const Step& step) const;
+  void add_async(int index, Linear which, kernels::GemvArgs args, const __nv_bfloat16* norm, const Step& step) const;
   void gemv_async(kernels::GemvArgs args, int num_tokens, int out_width, bool adapted, cudaStream_t stream) const;
 
   DecoderConfig config_;

@@ -23,6 +23,8 @@ const std::map<std::string, kernels::WeightFormat, std::less<>> kWeightFormats =
     {"int4", kernels::WeightFormat::int4}};
 const std::map<std::string, kernels::KvFormat, std::less<>> kKvFormats = {{"bf16", kernels::KvFormat::bf16},
                                                                           {"fp16", kernels::KvFormat::fp16}};
+const std::map<std::string, kernels::Activation, std::less<>> kActivations = {
+    {"silu", kernels::Activation::silu}, {"gelu_tanh", kernels::Activation::gelu_tanh}};
 
 template <class Map>
 auto choose(const Map& map, const std::string& name) {
@@ -78,6 +80,9 @@ DecoderConfig read_decoder(const Json& json) {
   for (const auto& [name, target] : numbers) *target = static_cast<int>(json.at(name).integer());
   config.rms_norm_eps = static_cast<float>(json.at("rms_norm_eps").number());
   config.attention_scale = static_cast<float>(json.at("attention_scale").number());
+  config.logit_softcap = static_cast<float>(json.at("logit_softcap").number());
+  config.activation = choose(kActivations, json.at("activation").text());
+  config.output_norms = json.at("output_norms").flag();
   config.qk_norm = json.at("qk_norm").flag();
   config.tied_head = json.at("tied_head").flag();
   config.batch_invariant = json.at("batch_invariant").flag();

@@ -28,6 +28,7 @@ _KV = {"float16": "fp16", "bfloat16": "bf16"}
 _NUMBERS = (
     "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
     "head_rows", "num_positions", "capacity", "rms_norm_eps", "attention_scale", "qk_norm", "tied_head",
+    "logit_softcap", "output_norms",
 )  # fmt: skip
 
 
@@ -45,6 +46,9 @@ class _Recorder:
         if scale is not None:
             self.tensors[f"{stem}.scale"] = np.ascontiguousarray(scale)
 
+    def load_vocab_map(self, token_ids: np.ndarray) -> None:
+        self.tensors["vocab_map"] = np.ascontiguousarray(token_ids, np.int32)
+
 
 def refusal(bundle: Bundle, options: BuildOptions) -> str:
     """What of the bundle the double cannot compute; empty when it can."""
@@ -52,12 +56,7 @@ def refusal(bundle: Bundle, options: BuildOptions) -> str:
     dtype = activation_dtype(options, bundle.manifest.graph)
     found = {
         f"activations in {dtype}": dtype not in _KV,
-        f"the activation {model.activation}": model.activation != "silu",
-        "norms on outputs": model.output_norms,
-        "capped logits": bool(model.logit_softcap),
         "adapters with a rope of part of a head": options.lora and bool(model.rotary_dim),
-        "adapters with reordered or scaled inputs": options.lora
-        and any(form.input_factor or form.input_order for form in bundle.manifest.quantization.formats.values()),
     }
     return ", ".join(name for name, needed in found.items() if needed)
 
@@ -75,10 +74,12 @@ def plan_facts(
     inputs = {tensor.name: tensor.sizes for tensor in contract if tensor.is_input}
     ranks = lora_ranks(model, graph) if options.lora else {}
     settings = cuda._settings(bundle, EngineConfig(max_context=options.max_context or 0, kv_cache=_KV[dtype]))
+    if settings.ordered or settings.factored:
+        raise ValueError("the double has no order or factor of a layer's input")
     recorder = _Recorder()
     cuda._upload(recorder, bundle)
     decoder = {name: getattr(settings, name) for name in _NUMBERS}
-    decoder["kv_format"] = settings.kv_format.name
+    decoder |= {"kv_format": settings.kv_format.name, "activation": settings.activation.name}
     decoder["formats"] = {stem: {"format": form.name, "group": group} for stem, (form, group) in settings.formats.items()}
     decoder |= {name: list(getattr(settings, name)) for name in ("sliding_windows", "layer_ropes", "biases")}
     facts = {
