@@ -128,19 +128,19 @@ def write_double_engine(
     target: str,
     *,
     change: Callable[[dict[str, Any]], None] | None = None,
-    weights_of: Bundle | None = None,
+    spoil: Callable[[dict[str, np.ndarray]], None] | None = None,
     report: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Engine:
     """engines/KEY of a bundle with a double's plan and the report that `edgellm build` would write.
 
-    change: alters the plan's facts, so that they are not what the report says. weights_of: another bundle of the same
-    shape, whose weights the plan gets. report: fields that replace the report's. Resolves `options` itself.
+    change: alters the plan's facts, so that they are not what the report says; spoil, its weights. report: fields that
+    replace the report's. Resolves `options` itself.
     """
     options = options.resolved(bundle)
     facts, tensors = plan_facts(bundle, options, **settings)
-    if weights_of is not None:
-        tensors = plan_facts(weights_of, options, **settings)[1]
+    if spoil is not None:
+        spoil(tensors)
     profiles = [
         {name: [shapes["min"], shapes["opt"], shapes["max"]] for name, shapes in profile.items()}
         for profile in facts["profiles"]
