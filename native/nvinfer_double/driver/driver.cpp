@@ -275,6 +275,7 @@ int main(int count, char** arguments) {
   }
   try {
     Driver driver(arguments[1], arguments[2]);
+    std::fflush(stdout);
     std::string text;
     while (driver.has_engine() && std::getline(std::cin, text)) {
       std::istringstream line(text);
