@@ -92,21 +92,22 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
   return bytes;
 }
 
-// For every second part of what prefill dequantises in parts, so that two are under way; 0 when nothing is cut. An fp8
-// weight that is multiplied as it is has no need of it.
+// For every second part of what prefill dequantises in parts, so that two are under way; 0 when nothing is cut. Where
+// fp8 weights are multiplied as they are, only prompts with an adapter dequantise them, and alone they have none.
 std::size_t side_scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = 0;
+  bool needed = false;
   for (const LinearShape& linear : layer_linears(config)) {
-    const bool fp8 = !config.fp8_prefill && config.any_layer_is(linear.stem, WeightFormat::fp8);
-    bool grouped = false;
-    for (int layer = 0; layer < config.num_layers; ++layer) {
-      grouped = grouped || is_grouped(config.format_of(layer, linear.stem).first);
-    }
     const int part = dequantised_rows(linear.rows, linear.cols);
-    if (part == linear.rows || !(fp8 || grouped)) continue;
-    bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
+    if (part == linear.rows) continue;
+    for (int layer = 0; layer < config.num_layers; ++layer) {
+      const WeightFormat format = config.format_of(layer, linear.stem).first;
+      if (format == WeightFormat::bf16) continue;
+      needed = needed || format != WeightFormat::fp8 || !config.fp8_prefill;
+      bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
+    }
   }
-  return bytes;
+  return needed ? bytes : 0;
 }
 
 }  // namespace

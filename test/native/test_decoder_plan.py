@@ -128,6 +128,15 @@ def test_each_layer_may_have_a_format_and_group_of_its_own() -> None:
     assert more == pytest.approx(count * (2 + 1 + 2 / 16 - 2 * (0.5 + 2 / 64)), rel=1e-4)
 
 
+def test_a_prompts_second_buffer_holds_the_parts_of_every_format_that_is_dequantised() -> None:
+    forms = NATIVE.WeightFormat
+    model = {**LLAMA_8B, "intermediate_size": 11008}  # parts of gate_up are larger than those of down
+    fp8, mixed = (settings(model, layer_format=forms.fp8) for _ in range(2))
+    mixed.formats = {"layers.3.mlp.down": (forms.int8, 64)}
+    more = NATIVE.plan_memory(mixed)["workspace"] - NATIVE.plan_memory(fp8)["workspace"]
+    assert more == 7424 * 4096 * 2 + (32 << 20)
+
+
 def test_the_order_and_factor_of_a_layers_input_are_planned_and_checked() -> None:
     plain, mapped = settings(LLAMA_8B), settings(LLAMA_8B)
     mapped.ordered, mapped.factored = {"layers.3.attn.qkv", "layers.3.attn.o"}, {"layers.3.attn.o"}

@@ -98,4 +98,6 @@ def test_the_native_plan_has_the_devices_bytes_layer_by_layer(case: str) -> None
     stem, form, _ = CASES[case]
     model, quant = stored({stem: form})
     expected = decode_bytes(model, quant) - decode_bytes(*stored({}))
+    if stem == "embed":  # which a step does not read as a whole
+        expected = model.vocab_size * model.hidden_size * (2 - (1 + 2 / 64))
     assert weights({stem: form}) - weights({}) == pytest.approx(expected, rel=0.02, abs=1e6)
