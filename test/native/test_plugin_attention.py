@@ -38,7 +38,7 @@ class Layer:
             self.plugin.attach()
         angles = torch.arange(CAPACITY, dtype=torch.float64)[:, None] * 0.03 ** torch.linspace(0, 1, self.dim // 2)
         self.tables = [torch.cos(angles).float().cuda(), torch.sin(angles).float().cuda()]
-        self.gains = [torch.randn(self.dim).to(torch.bfloat16).float().cuda() + 1 for _ in range(2 * normed)]
+        self.gains = [(torch.randn(self.dim) + 1).to(torch.bfloat16).float().cuda() for _ in range(2 * normed)]
         self.prefixes = list(prefixes)
         kv = torch.randn((len(prefixes), 2, self.kv_heads, CAPACITY, self.dim), device="cuda")
         for b, prefix in enumerate(prefixes):

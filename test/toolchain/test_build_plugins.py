@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_double
-import tiny
-import transformers
+from plugin_bundles import export_64
 from plugin_case import BF16, FLOAT, HALF, INT8, INT64, Plugin, PluginError, Tensor
 from test_plugin_graph import OPS, STEPS
 
@@ -27,7 +26,6 @@ from edgellm_ros.toolchain.build import plugins, targets
 from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
 from edgellm_ros.toolchain.build.builder import build_engine
 from edgellm_ros.toolchain.build.packing import pack_int4, pack_scales
-from edgellm_ros.toolchain.export import export_bundle
 
 SMALL = BuildOptions(max_input=32, max_context=64)
 _NP = {"float16": HALF, "bfloat16": BF16, "float32": FLOAT, "int64": INT64, "int8": INT8}
@@ -36,13 +34,7 @@ _NP = {"float16": HALF, "bfloat16": BF16, "float32": FLOAT, "int64": INT64, "int
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A tiny Qwen3 whose heads the kernels have, in int4, with adapters."""
-    root = tmp_path_factory.mktemp("qwen3-64")
-    tiny.CONFIGS["qwen3_64"] = lambda: transformers.Qwen3Config(**tiny._COMMON, head_dim=64)
-    try:
-        tiny.save_checkpoint("qwen3_64", root / "checkpoint")
-    finally:
-        del tiny.CONFIGS["qwen3_64"]
-    return export_bundle(root / "checkpoint", root / "bundle", weights="int4", dialect="plugin", max_lora_rank=4)
+    return export_64(tmp_path_factory.mktemp("qwen3-64"), "qwen3", "int4", max_lora_rank=4)
 
 
 @pytest.fixture

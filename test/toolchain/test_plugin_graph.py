@@ -38,12 +38,12 @@ def plugin_graph(bundle: Bundle, directory: Path, lora: bool = False) -> Path:
     return path
 
 
-def compare(bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0) -> None:
+def compare(bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0, ops: Any = OPS) -> None:
     """Both graphs over the same steps: logits, and what each wrote to its cache."""
     model, names = bundle.manifest.model, bundle.manifest.graph
     dtype = np.dtype(names.activation_dtype)
     theirs = ort.InferenceSession(str(bundle.file(DECODER_LORA if lora else DECODER)), providers=["CPUExecutionProvider"])
-    ours = ReferenceEvaluator(str(path), new_ops=OPS)
+    ours = ReferenceEvaluator(str(path), new_ops=ops)
     assert ours.input_names[:4] == [i.name for i in theirs.get_inputs()][:4]
     rng = np.random.default_rng(3)
     caches: dict[str, Any] = {
