@@ -50,7 +50,7 @@ Engine::Engine(std::span<const std::byte> blob, const Reporter& reporter, const 
 }
 
 Engine::~Engine() {
-  if (contexts_.count() > 0) reporter_.error("an engine is deleted before its execution contexts");
+  if (contexts_.count() > 0) reporter_.wrong_order("an engine is deleted before its execution contexts");
 }
 
 std::optional<Sizes> Engine::fixed_shape(const Binding& binding, int profile) const {

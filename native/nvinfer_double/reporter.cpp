@@ -1,5 +1,6 @@
 #include "reporter.hpp"
 
+#include <cstdio>
 #include <utility>
 
 namespace edgellm::nvinfer_double {
@@ -17,6 +18,11 @@ bool Reporter::lacks(const char* what) const noexcept {
 
 void Reporter::info(const std::string& message) const noexcept {
   logger_->log(nvinfer1::ILogger::Severity::kINFO, ("nvinfer double: " + message).c_str());
+}
+
+void Reporter::wrong_order(const std::string& message) const noexcept {
+  std::fprintf(stderr, "nvinfer double: %s\n", message.c_str());
+  error(message, nvinfer1::ErrorCode::kINVALID_STATE);
 }
 
 void Reporter::set_recorder(nvinfer1::IErrorRecorder* recorder) noexcept {

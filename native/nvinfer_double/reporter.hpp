@@ -20,6 +20,8 @@ class Reporter {
   // For what the double does not have; returns false.
   bool lacks(const char* what) const noexcept;
   void info(const std::string& message) const noexcept;
+  // An error that is printed to stderr as well: whoever deletes in the wrong order may not read its log any more.
+  void wrong_order(const std::string& message) const noexcept;
 
   nvinfer1::ILogger& logger() const noexcept { return *logger_; }
   nvinfer1::IErrorRecorder* recorder() const noexcept { return recorder_; }

@@ -22,7 +22,7 @@ class Runtime final : public nvinfer1::apiv::VRuntime {
  public:
   explicit Runtime(nvinfer1::ILogger& logger) : reporter_(logger), registry_(reporter_) {}
   ~Runtime() override {
-    if (engines_.count() > 0) reporter_.error("a runtime is deleted before its engines");
+    if (engines_.count() > 0) reporter_.wrong_order("a runtime is deleted before its engines");
   }
   void set_handle(nvinfer1::IRuntime* handle) noexcept { handle_ = handle; }
 

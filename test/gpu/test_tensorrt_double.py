@@ -6,8 +6,9 @@ Nothing here is TensorRT: docs/verified.md lists what the double proves of the c
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def target() -> str:
 
 
 @pytest.fixture(autouse=True)
-def use_the_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """All of them delete contexts before engines, and engines before runtimes."""
     monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
+    yield
+    gc.collect()
+    assert "nvinfer double: " not in capfd.readouterr().err
 
 
 @pytest.fixture

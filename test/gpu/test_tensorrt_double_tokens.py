@@ -7,6 +7,7 @@ must be as likely as the cuda executor's own choice within that.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import subprocess
@@ -46,8 +47,12 @@ def config(executor: str, **settings: Any) -> EngineConfig:
 
 
 @pytest.fixture(autouse=True)
-def use_the_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """All of them delete contexts before engines, and engines before runtimes."""
     monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
+    yield
+    gc.collect()
+    assert "nvinfer double: " not in capfd.readouterr().err
 
 
 @pytest.fixture
