@@ -81,6 +81,11 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         weight, out = (NATIVE.WeightFormat.int8, data, scales, hidden, hidden, 64), empty(hidden, hidden)
         return lambda stream: K.dequantize(weight, False, 0, out, stream=stream)
 
+    def map_input() -> Callable[[int], Any]:
+        x, out, factor = floats(n, hidden), empty(n, hidden), floats(hidden, dtype=f32)
+        order = torch.randperm(hidden, device="cuda").to(torch.int32)
+        return lambda stream: K.map_input(x, out, order, factor, stream=stream)
+
     row = n * hidden
     return {
         "embedding": (row * (2 + 4 + 2), embedding),
@@ -88,6 +93,7 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         "RMSNorm": (row * (4 + 2), rms_norm),
         "residual + RMSNorm": (row * (2 + 4 + 4 + 2), residual_norm),
         "SwiGLU": (n * width * 6, swiglu),
+        "order and factor": (row * 4, map_input),
         "int8 to bf16": (hidden * hidden * 3, dequantize),
     }
 

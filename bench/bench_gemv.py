@@ -21,7 +21,7 @@ SHAPES = {  # rows, cols
     "8b": {"qkv": (6144, 4096), "o": (4096, 4096),
            "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},
 }  # fmt: skip
-FORMATS = ("bf16", "fp16", "fp8", "int8", "int4")
+FORMATS = ("bf16", "fp16", "fp8", "int8", "int4", "int8_offset", "fp8_blocks")
 BYTES_IN_FLIGHT = 1 << 29  # of distinct weights a measurement: ten times the L2
 
 
@@ -34,6 +34,12 @@ def random_weight(form: str, rows: int, cols: int, group: int) -> tuple[tuple[An
     elif form == "fp8":
         data = torch.randint(0, 120, (rows, cols), device="cuda", dtype=torch.uint8)
         scales = torch.ones(rows, device="cuda")
+    elif form == "fp8_blocks":
+        data = torch.randint(0, 120, (rows, cols), device="cuda", dtype=torch.uint8)
+        scales = torch.ones((rows, cols // group), device="cuda")
+    elif form == "int8_offset":
+        data = torch.randint(-127, 128, (rows, cols), device="cuda", dtype=torch.int8)
+        scales = torch.full((rows, cols // group, 2), 0.01, device="cuda", dtype=torch.float16)
     elif form == "int8":
         data = torch.randint(-127, 128, (rows, cols), device="cuda", dtype=torch.int8)
         scales = torch.full((rows, cols // group), 0.01, device="cuda", dtype=torch.float16)
@@ -59,7 +65,7 @@ def main() -> None:
     parser.add_argument("--no-pdl", action="store_true")
     args = parser.parse_args()
     read = print_machine()
-    print("matrix          rows   cols  weights tokens      us     GB/s  share  tile | chosen us  all tiles us")
+    print("matrix          rows   cols     weights tokens      us     GB/s  share  tile | chosen us  all tiles us")
     for shape in args.shape:
         for name, (rows, cols) in SHAPES[shape].items():
             for form in args.weights:
@@ -76,7 +82,7 @@ def main() -> None:
                     rate = num_bytes / times[best] * 1e-3
                     rest = " ".join(f"{t:.2f}" for tile, t in times.items() if tile >= 0)
                     print(
-                        f"{shape} {name:9s} {rows:8d} {cols:6d} {form:>8s} {tokens:6d} {times[best]:8.2f} {rate:8.0f} "
+                        f"{shape} {name:9s} {rows:8d} {cols:6d} {form:>11s} {tokens:6d} {times[best]:8.2f} {rate:8.0f} "
                         f"{rate / read:6.1%} {best:5d} | {times[-1]:8.2f}   {rest}",
                         flush=True,
                     )

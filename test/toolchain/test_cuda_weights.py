@@ -151,6 +151,13 @@ def test_what_the_device_gets_computes_what_the_checkpoint_means(
     assert relative_error(device.logits(PROMPT), hf_logits(model, PROMPT)) < ROUNDING
 
 
+@pytest.mark.parametrize("case", ["modelopt int4_awq", "gptq by activation"])
+def test_norms_on_outputs_stay_apart_from_those_that_take_a_factor(case: str, tmp_path: Path) -> None:
+    model = save(case, tmp_path / "source", "gemma3_scaled")
+    device = Device(export_bundle(tmp_path / "source", tmp_path / "bundle"))
+    assert relative_error(device.logits(PROMPT), hf_logits(model, PROMPT)) < ROUNDING
+
+
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
 def test_a_gguf_file_computes_on_the_device_what_ggml_means(quantisation: str, tmp_path: Path) -> None:
     tiny.save_gguf("llama_tied", tmp_path / "model.gguf", quantisation)
