@@ -141,7 +141,7 @@ def own_heads() -> Any:
 
 
 @pytest.mark.parametrize("case", [*test_quantized_formats.CASES, *MODELOPT])
-@pytest.mark.parametrize("kind", ["qwen3", "llama_own_heads"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama_own_heads", "gemma3_scaled"])
 def test_what_the_device_gets_computes_what_the_checkpoint_means(
     case: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
