@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <array>
 
-#include "../kernels/launch.hpp"
+#include "attention_step.hpp"
 #include "convert.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
-#include "edgellm/kernels/attention_prefill.hpp"
 #include "edgellm/kernels/attention_tree.hpp"
 
 namespace edgellm::plugins {
@@ -160,120 +159,50 @@ std::int32_t AttentionPlugin::enqueue(const PluginTensorDesc* in, const PluginTe
     const std::int64_t batch = in[0].dims.d[0], each = in[0].dims.d[1];
     if (batch == 0 || each == 0) return 0;
     const bool half = in[0].type == DataType::kHALF;
-    const Scratch w = scratch(workspace, batch, each);
-    __nv_bfloat16* out = half ? w.out : static_cast<__nv_bfloat16*>(outputs[0]);
     const bool tree = s.tree && each > 1 && each <= kernels::kMaxTreeTokens;
-    const std::size_t width = static_cast<std::size_t>(s.num_heads + 2 * s.num_kv_heads) * s.head_dim;
+    const Scratch w = scratch(workspace, batch, each);
 
-    PrepareArgs prepare;
-    prepare.position_ids = static_cast<const std::int64_t*>(inputs[2]);
-    prepare.write_indices = static_cast<const std::int64_t*>(inputs[3]);
-    prepare.batch = static_cast<int>(batch);
-    prepare.tokens_each = static_cast<int>(each);
-    prepare.capacity = static_cast<int>(in[1].dims.d[3]);
-    if (s.qk_norm) prepare.q_gain = static_cast<const float*>(inputs[6]);
-    if (s.qk_norm) prepare.k_gain = static_cast<const float*>(inputs[7]);
-    prepare.head_dim = s.head_dim;
-    prepare.out_width = s.num_heads * s.head_dim;
-    prepare.slots = w.slots;
-    prepare.positions = w.positions;
-    prepare.starts = w.starts;
-    prepare.token_slots = w.token_slots;
-    prepare.token_positions = w.token_positions;
-    prepare.depths = w.depths;
-    prepare.gains = w.gains;
-    prepare.out = out;
-    // Without any sequence, a workspace is its counters. They are zeros between calls, but other layers write here too.
-    prepare.counters = static_cast<std::uint32_t*>(w.attention);
-    prepare.num_counters =
-        static_cast<int>((tree ? kernels::tree_attention_workspace_bytes(0, s.num_heads, s.head_dim)
-                               : kernels::decode_attention_workspace_bytes(0, s.num_heads, s.head_dim)) /
-                         sizeof(std::uint32_t));
-    prepare_async(prepare, stream);
+    PrepareArgs lists;
+    lists.position_ids = static_cast<const std::int64_t*>(inputs[2]);
+    lists.write_indices = static_cast<const std::int64_t*>(inputs[3]);
+    lists.batch = static_cast<int>(batch);
+    lists.tokens_each = static_cast<int>(each);
+    lists.capacity = static_cast<int>(in[1].dims.d[3]);
+    lists.q_gain = s.qk_norm ? static_cast<const float*>(inputs[6]) : nullptr;
+    lists.k_gain = s.qk_norm ? static_cast<const float*>(inputs[7]) : nullptr;
+    lists.head_dim = s.head_dim;
+    lists.out_width = s.num_heads * s.head_dim;
+    lists.slots = w.slots;
+    lists.positions = w.positions;
+    lists.starts = w.starts;
+    lists.token_slots = w.token_slots;
+    lists.token_positions = w.token_positions;
+    lists.depths = w.depths;
+    lists.gains = w.gains;
+    lists.out = half ? w.out : static_cast<__nv_bfloat16*>(outputs[0]);
+    // For no sequence, a kernel's workspace is its counters: zeros between calls, but other layers write here too.
+    const std::size_t counters = tree ? kernels::tree_attention_workspace_bytes(0, s.num_heads, s.head_dim)
+                                      : kernels::decode_attention_workspace_bytes(0, s.num_heads, s.head_dim);
+    lists.counters = static_cast<std::uint32_t*>(w.attention);
+    lists.num_counters = static_cast<int>(counters / sizeof(std::uint32_t));
+    prepare_async(lists, stream);
 
-    kernels::KvLayer kv;
-    kv.data = outputs[1];
-    kv.format = kv_format(in[1].type);
-    kv.num_kv_heads = s.num_kv_heads;
-    kv.capacity = prepare.capacity;
-    kv.head_dim = s.head_dim;
-    kernels::RopeTables rope;
-    rope.cos = static_cast<const float*>(inputs[4]);
-    rope.sin = static_cast<const float*>(inputs[5]);
-    rope.q_gain = s.qk_norm ? w.gains : nullptr;
-    rope.k_gain = s.qk_norm ? w.gains + s.head_dim : nullptr;
-    rope.norm_eps = s.norm_eps;
-    const bool as_float = half || tree || each == 1;  // prompts are read in bf16 too
-    const auto type = half ? Activation::fp16 : Activation::bf16;
+    AttentionStep step = {s,         batch,     each,  {},      {},          nullptr, inputs[0],
+                          w.queries, lists.out, lists, nullptr, w.attention, stream};
+    step.kv = {outputs[1], kv_format(in[1].type), s.num_kv_heads, lists.capacity, s.head_dim};
+    step.rope.cos = static_cast<const float*>(inputs[4]);
+    step.rope.sin = static_cast<const float*>(inputs[5]);
+    step.rope.q_gain = s.qk_norm ? w.gains : nullptr;
+    step.rope.k_gain = s.qk_norm ? w.gains + s.head_dim : nullptr;
+    step.rope.norm_eps = s.norm_eps;
+    if (tree) step.masks = static_cast<const std::uint64_t*>(inputs[num_inputs() - 1]);
     const std::size_t tokens = static_cast<std::size_t>(batch) * each;
-    if (as_float) to_float_async(inputs[0], type, w.qkv, tokens * width, stream);
-
-    const std::size_t q_width = static_cast<std::size_t>(s.num_heads) * s.head_dim;
-    if (each == 1) {
-      kernels::DecodeAttentionArgs args;
-      args.kv = kv;
-      args.rope = rope;
-      args.num_heads = s.num_heads;
-      args.window = s.window;
-      args.scale = s.scale;
-      args.workspace = w.attention;
-      args.most_splits = kernels::decode_attention_most_splits(s.num_kv_heads, kernels::device_traits().num_sms);
-      args.launched_splits = kernels::decode_attention_splits(kv.capacity, args.most_splits);
-      for (std::int64_t b = 0; b < batch; b += kernels::kMaxDecodeBatch) {
-        args.qkv = w.qkv + b * width;
-        args.slots = w.slots + b;
-        args.positions = w.positions + b;
-        args.out = out + b * q_width;
-        args.batch = static_cast<int>(std::min<std::int64_t>(batch - b, kernels::kMaxDecodeBatch));
-        kernels::decode_attention_async(args, stream, false);
-      }
-    } else if (tree) {
-      kernels::TreeAttentionArgs args;
-      args.kv = kv;
-      args.rope = rope;
-      args.max_tokens = prepare.tokens_each;
-      args.num_heads = s.num_heads;
-      args.window = s.window;
-      args.scale = s.scale;
-      args.workspace = w.attention;
-      for (std::int64_t b = 0; b < batch; b++) {
-        args.starts = w.starts + 2 * b;
-        args.slots = w.slots + b;
-        args.positions = w.positions + b;
-        args.qkv = w.qkv + b * each * width;
-        args.depths = w.depths + b * each;
-        args.masks = static_cast<const std::uint64_t*>(inputs[num_inputs() - 1]) + b * each;
-        args.out = out + b * each * q_width;
-        kernels::tree_attention_async(args, stream, false);
-      }
-    } else {
-      kernels::RopeKvWriteArgs write;
-      write.qkv = as_float ? static_cast<const void*>(w.qkv) : inputs[0];
-      write.qkv_is_f32 = as_float;
-      write.kv = kv;
-      write.rope = rope;
-      write.slots = w.token_slots;
-      write.positions = w.token_positions;
-      write.q_out = w.queries;
-      write.num_tokens = static_cast<int>(tokens);
-      write.num_heads = s.num_heads;
-      kernels::rope_kv_write_async(write, stream, false);
-      kernels::PrefillAttentionArgs args;
-      args.kv = kv;
-      args.max_tokens = prepare.tokens_each;
-      args.num_heads = s.num_heads;
-      args.window = s.window;
-      args.scale = s.scale;
-      for (std::int64_t b = 0; b < batch; b++) {
-        args.starts = w.starts + 2 * b;
-        args.slots = w.slots + b;
-        args.positions = w.positions + b;
-        args.q = w.queries + b * each * q_width;
-        args.out = out + b * each * q_width;
-        kernels::prefill_attention_async(args, stream, false);
-      }
+    if (half || tree || each == 1) {  // prompts are read in bf16 too
+      to_float_async(inputs[0], half ? Activation::fp16 : Activation::bf16, w.qkv, tokens * step.width(), stream);
+      step.qkv = w.qkv;
     }
-    if (half) to_fp16_async(w.out, outputs[0], tokens * q_width, stream);
+    attention_async(step);
+    if (half) to_fp16_async(w.out, outputs[0], tokens * step.q_width(), stream);
     return 0;
   });
 }
