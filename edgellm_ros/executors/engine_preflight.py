@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgellm_ros import native
+from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle, Manifest
 from edgellm_ros.config import BuildOptions, EngineConfig
-from edgellm_ros.errors import BundleError
+from edgellm_ros.errors import BundleError, UnsupportedError
 from edgellm_ros.executors.contract import decoder_contract, tensor_faults
 from edgellm_ros.executors.engines import (
     Engine,
@@ -182,6 +182,11 @@ def _build_faults(engine: Engine, machine: Machine) -> list[str]:
     if engine.builder == "tensorrt" and (both < 3 or built[:both] != machine.version[:both]):
         have = ".".join(map(str, machine.version))
         faults.append(f"it was built by TensorRT {engine.version}, and {machine.library} is {have}; {again}")
+    if engine.options.dialect == "plugin":
+        try:
+            trt_plugins.find_library()
+        except UnsupportedError as error:
+            faults.append(f"it needs the project's plugins, and {error}")
     return faults
 
 
