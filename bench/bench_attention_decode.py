@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from kernel_timing import K, measure_us, print_machine
 
-SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64)}  # query heads, KV heads, head_dim
+# Query heads, KV heads, head_dim.
+SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 NUM_CALLS = 32  # at least
 FEWEST_BYTES, MOST_BYTES = 160 << 20, 8 << 30  # of all caches together
@@ -27,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print("shape batch context cache  splits        us     GB/s  share | us by most_splits/cluster")
+    print("shape  batch context cache  splits        us     GB/s  share | us by most_splits/cluster")
     for shape, (heads, kv_heads, head_dim) in SHAPES.items():
         most = K.decode_attention_most_splits(kv_heads, num_sms)
         for batch in (1, 8):
@@ -41,7 +42,7 @@ def main() -> None:
                     rate = num_bytes / us * 1e-3
                     splits = K.decode_attention_splits(context, most)
                     print(
-                        f"{shape:5s} {batch:5d} {context:7d} {form:5s} {splits:7d} {us:9.2f} {rate:8.0f} "
+                        f"{shape:6s} {batch:5d} {context:7d} {form:5s} {splits:7d} {us:9.2f} {rate:8.0f} "
                         f"{rate / read:6.1%} | {others}",
                         flush=True,
                     )

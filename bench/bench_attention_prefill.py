@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from kernel_timing import K, measure_us, print_machine
 
-HEADS = {"1b": (32, 8, 64), "8b": (32, 8, 128)}
+HEADS = {"1b": (32, 8, 64), "8b": (32, 8, 128), "gemma3": (4, 1, 256)}
 
 
 def main() -> None:
