@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from edgellm_ros import native
 from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
 from edgellm_ros.benchmark.devices import DEVICES
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
+from edgellm_ros.bundle import LinearFormat
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
 
@@ -108,6 +110,23 @@ def test_the_formula_gives_the_same_numbers_with_and_without_the_native_module(
 def test_what_nothing_helps_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--shape", "llama-8b", "--weights", "bf16", "--device", "orin-nano-4gb")
     assert code == 1 and "a smaller model, or weights of fewer bits" in " ".join(out.split())
+
+
+def test_weights_that_the_gpu_holds_wider_than_stored_are_named_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--shape", "llama-8b", "--weights", "int4", "--device", "thor", "--json", "--formula")
+    usual = json.loads(run(capsys, *arguments)[1])[0]
+    mixed = replace(SCHEMES["int4"], formats={"mlp.down": LinearFormat("nvfp4", 16)})
+    monkeypatch.setitem(SCHEMES, "int4", mixed)
+    found = json.loads(run(capsys, *arguments)[1])[0]
+    assert usual["widened"] == [] and len(found["widened"]) == 1
+    assert found["widened"][0].startswith("32 x mlp.down: nvfp4 with two levels of scales as int8, +")
+    more = 32 * 4096 * 14336 * (1 + 2 / 16 - (0.5 + 2 / 64))
+    assert found["parts"]["weights"] - usual["parts"]["weights"] == pytest.approx(more, rel=1e-6)
+    assert found["tokens_per_s"]["512"] < usual["tokens_per_s"]["512"]
+    text = " ".join(run(capsys, *arguments[:-2], "--formula")[1].split())
+    assert "wider than stored, 32 x mlp.down: nvfp4 with two levels of scales as int8" in text
 
 
 def test_json_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
