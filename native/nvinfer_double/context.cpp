@@ -26,6 +26,10 @@ int linear_index(const std::string& stem) {
   return static_cast<int>(found - std::begin(kStems));
 }
 
+bool is_present(const std::string& role) {
+  return role == "present_key" || role == "present_value" || role == "present_kv";
+}
+
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   EDGELLM_CUDA_TRY(cudaStreamIsCapturing(stream, &status));
@@ -58,6 +62,7 @@ Sizes Context::shape_of(const Binding& binding) const {
   // An output's varying sizes are those of the input that it follows.
   const char* follows = binding.role == "logits"        ? "logit_indices"
                         : binding.role == "present_key" ? "past_key"
+                        : binding.role == "present_kv"  ? "past_kv"
                                                         : "past_value";
   Sizes sizes = binding.shape;
   for (const Binding& input : engine_.plan().bindings) {
@@ -269,6 +274,11 @@ BoundTensors Context::bound() const {
     } else if (role == "past_key" || role == "past_value") {
       agree(bound.batch, sizes.at(0), binding, "batch");
       (role == "past_key" ? bound.keys : bound.values)[layer] = address;
+    } else if (role == "past_kv") {
+      agree(bound.batch, sizes.at(0), binding, "batch");
+      bound.together = true;
+      bound.keys[layer] = address;
+      bound.values[layer] = address + bytes_of(binding) / static_cast<std::size_t>(2 * sizes.at(0));
     } else if (role == "lora_a" || role == "lora_b") {
       bound.loras.resize(bound.keys.size());
       BoundLora& lora = bound.loras[layer][static_cast<std::size_t>(linear_index(binding.stem))];
@@ -279,13 +289,13 @@ BoundTensors Context::bound() const {
       }
       lora.rank = static_cast<int>(rank);
       (is_a ? lora.a : lora.b) = address;
-    } else if (role != "present_key" && role != "present_value") {
+    } else if (!is_present(role)) {
       refuse("the double does not know what " + binding.name + " is for ('" + role + "')");
     }
   }
   for (const Binding& binding : engine_.plan().bindings) {
-    if (binding.role != "present_key" && binding.role != "present_value") continue;
-    const auto& caches = binding.role == "present_key" ? bound.keys : bound.values;
+    if (!is_present(binding.role)) continue;
+    const auto& caches = binding.role == "present_value" ? bound.values : bound.keys;
     if (states_.find(binding.name)->second.address != caches.at(static_cast<std::size_t>(binding.layer))) {
       refuse("the cache is updated in place, but " + binding.name +
              " has another address than the input that it is of");
@@ -321,7 +331,7 @@ void Context::check_overlaps(const std::byte* memory) const {
   };
   std::vector<Range> ranges = {{memory, memory + engine_.workspace(profile_).total(), "device memory", true}};
   for (const Binding& binding : engine_.plan().bindings) {
-    if (binding.role == "past_key" || binding.role == "past_value") continue;  // where the present is
+    if (binding.role.starts_with("past_")) continue;  // where the present is
     const std::byte* begin = states_.find(binding.name)->second.address;
     ranges.push_back({begin, begin + bytes_of(binding), binding.name, !binding.is_input});
   }

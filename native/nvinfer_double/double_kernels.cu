@@ -69,7 +69,7 @@ __global__ void store_new_kernel(const StoreArgs p, std::uint16_t mark) {
   const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
   const std::size_t inside = static_cast<std::size_t>(at) * head_dim + dim;
   const auto* key = static_cast<const std::uint16_t*>(p.kv.data) + (sequence * 2 * heads + head) * head_size + inside;
-  const std::size_t to = (sequence * heads + head) * head_size + inside;
+  const std::size_t to = sequence * p.slot_elements + head * head_size + inside;
   const bool padding = p.places[row] < 0;
   static_cast<std::uint16_t*>(p.keys)[to] = padding ? mark : *key;
   static_cast<std::uint16_t*>(p.values)[to] = padding ? mark : key[heads * head_size];

@@ -38,13 +38,14 @@ void embed_async(const void* embeds, bool is_bf16, std::size_t count, float* res
                  cudaStream_t stream);
 
 // Copies the new keys and values from `kv` (slots, 2, kv_heads, capacity, head_dim) to where the caller bound them,
-// both (batch, kv_heads, capacity, head_dim). Padding leaves kPaddingMark there: finite, but no mask may let it
+// slot by slot (kv_heads, capacity, head_dim). Padding leaves kPaddingMark there: finite, but no mask may let it
 // through.
 constexpr float kPaddingMark = 1000.0F;
 struct StoreArgs {
   kernels::KvLayer kv;
   void* keys = nullptr;
   void* values = nullptr;
+  std::size_t slot_elements = 0;                // from one sequence's keys, or values, to the next one's
   const std::int64_t* write_indices = nullptr;  // (batch)
   const std::int32_t* places = nullptr;         // (batch * length)
   int batch = 0;

@@ -280,9 +280,10 @@ void Forward::attention_async(int index, const Step& step) const {
   const std::size_t part = static_cast<std::size_t>(config_.num_kv_heads) * head_bytes(config_);
   auto* slots = step.get<std::byte>("kv");
   const auto batch = static_cast<std::size_t>(bound.batch);
+  const std::size_t pitch = bound.together ? 2 * part : part;
   EDGELLM_CUDA_TRY(
-      cudaMemcpy2DAsync(slots, 2 * part, bound.keys[at], part, part, batch, cudaMemcpyDeviceToDevice, step.stream));
-  EDGELLM_CUDA_TRY(cudaMemcpy2DAsync(slots + part, 2 * part, bound.values[at], part, part, batch,
+      cudaMemcpy2DAsync(slots, 2 * part, bound.keys[at], pitch, part, batch, cudaMemcpyDeviceToDevice, step.stream));
+  EDGELLM_CUDA_TRY(cudaMemcpy2DAsync(slots + part, 2 * part, bound.values[at], pitch, part, batch,
                                      cudaMemcpyDeviceToDevice, step.stream));
 
   const float scale =
@@ -335,6 +336,7 @@ void Forward::attention_async(int index, const Step& step) const {
   store.kv = kv;
   store.keys = bound.keys[at];
   store.values = bound.values[at];
+  store.slot_elements = pitch / element_bytes(config_);
   store.write_indices = bound.write_indices;
   store.places = step.get<std::int32_t>("places");
   store.batch = bound.batch;

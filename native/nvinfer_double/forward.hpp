@@ -30,8 +30,9 @@ struct BoundTensors {
   const std::int64_t* write_indices = nullptr;  // (batch)
   const std::int64_t* logit_indices = nullptr;  // (num_logits)
   float* logits = nullptr;                      // (num_logits, rows of the head)
-  std::vector<void*> keys;                      // a layer's (batch, kv_heads, capacity, head_dim), read and written
+  std::vector<void*> keys;  // a layer's, slot by slot (kv_heads, capacity, head_dim), read and written
   std::vector<void*> values;
+  bool together = false;  // a slot's values follow its keys: (batch, 2, kv_heads, capacity, head_dim)
   std::vector<std::array<BoundLora, kNumLinears>> loras;  // one a layer, or none
 };
 

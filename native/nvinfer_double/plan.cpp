@@ -20,7 +20,9 @@ const std::map<std::string, kernels::WeightFormat, std::less<>> kWeightFormats =
     {"bf16", kernels::WeightFormat::bf16},
     {"fp8", kernels::WeightFormat::fp8},
     {"int8", kernels::WeightFormat::int8},
-    {"int4", kernels::WeightFormat::int4}};
+    {"int4", kernels::WeightFormat::int4},
+    {"int8_offset", kernels::WeightFormat::int8_offset},
+    {"fp8_blocks", kernels::WeightFormat::fp8_blocks}};
 const std::map<std::string, kernels::KvFormat, std::less<>> kKvFormats = {{"bf16", kernels::KvFormat::bf16},
                                                                           {"fp16", kernels::KvFormat::fp16}};
 const std::map<std::string, kernels::Activation, std::less<>> kActivations = {

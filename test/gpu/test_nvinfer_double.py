@@ -38,7 +38,7 @@ class Double:
     def __init__(self, bundle: Bundle, folder: Path, *, activations: str = "bf16", batch: int = 2, **settings: Any) -> None:
         options = BuildOptions(
             max_batch=batch, max_input=48, max_context=CAPACITY, max_verify=4, activations=activations,
-            lora=settings.pop("lora", False),
+            lora=settings.pop("lora", False), dialect=settings.pop("dialect", "standard"),
         ).resolved(bundle)  # fmt: skip
         change = settings.pop("change", None)
         self.facts, tensors = plan_facts(bundle, options, **settings)
@@ -153,6 +153,17 @@ def test_an_engine_in_fp16_has_the_logits_of_a_cache_in_fp16(weights: str, open_
     double = open_double("gpu_qwen3", weights, activations="fp16")
     got = np.concatenate([double.step(ids[i : i + 1], i) for i in range(len(ids))])
     assert relative_error(got, expected) < 0.03
+
+
+def test_a_cache_of_keys_and_values_together_gives_the_same_bits(open_double: Open) -> None:
+    ids = prompt(30)
+    logits = []
+    for dialect in ("standard", "plugin"):
+        double = open_double(dialect=dialect)
+        steps = [double.step([ids[:20], ids[5:25]], [0, 0], [19, 39]), double.step([ids[20:23], ids[:3]], [20, 20])]
+        steps += [double.step([ids[i : i + 1], ids[i : i + 1]], [i, i]) for i in range(23, 30)]
+        logits.append(np.concatenate(steps))
+    assert np.isfinite(logits[0]).all() and np.array_equal(logits[0], logits[1])
 
 
 def test_a_batch_has_the_bits_of_its_sequences_alone(open_double: Open) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from double_plan import write_double_engine
 
-from edgellm_ros import native
+from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.core import Request, SamplingParams
@@ -87,6 +87,16 @@ def open_one(with_engine: Callable[..., Bundle]) -> Iterator[Callable[..., Execu
         executor.close()
 
 
+def needed(dialect: str) -> str:
+    """The dialect; skips the test where its plugin library is not built. The double loads it, and uses none of it."""
+    if dialect == "plugin":
+        try:
+            trt_plugins.find_library()
+        except UnsupportedError as error:
+            pytest.skip(str(error))
+    return dialect
+
+
 def prompt(length: int) -> np.ndarray:
     return RNG.integers(5, 300, length).astype(np.int32)
 
@@ -99,11 +109,12 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected - expected.mean(-1, keepdims=True)))
 
 
+@pytest.mark.parametrize("dialect", ["standard", "plugin"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_tokens_have_the_bits_of_the_cuda_executor(
-    kind: str, with_engine: Callable[..., Bundle], open_one: Callable[..., Executor]
+    kind: str, dialect: str, with_engine: Callable[..., Bundle], open_one: Callable[..., Executor]
 ) -> None:
-    bundle = with_engine(kind)
+    bundle = with_engine(kind, build={"dialect": needed(dialect)})
     tensorrt, cuda = open_one("tensorrt", bundle), open_one("cuda", bundle)
     ids = prompt(30)
     for i, token in enumerate(ids):

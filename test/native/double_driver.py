@@ -75,11 +75,11 @@ class Rig:
         self.yes("alloc", "scratch", max(sizes))
         self.yes("memory", "scratch")
         for name, binding in self.bindings.items():
-            if binding["role"] in ("present_key", "present_value"):
+            if binding["role"].startswith("present_"):
                 continue
             self.yes("alloc", name, self._most_bytes(binding))
             self.yes("bind", name, name, 0)
-            if binding["role"] in ("past_key", "past_value"):
+            if binding["role"].startswith("past_"):
                 self.yes("bind", name.replace("past", "present"), name, 0)
         self.profile = 0
 
@@ -106,7 +106,7 @@ class Rig:
             self.upload(self.roles[role], array)
             self.yes("shape", self.roles[role], *array.shape)
         for name, binding in self.bindings.items():
-            if binding["role"] in ("past_key", "past_value"):
+            if binding["role"].startswith("past_"):
                 self.yes("shape", name, len(embeds), *binding["shape"][1:])
             elif binding["role"] in ("lora_a", "lora_b"):
                 rank = (ranks or {}).get(name, 0)

@@ -70,7 +70,9 @@ def plan_facts(
         raise ValueError(f"the double has no {reason}")
     model, graph = bundle.manifest.model, bundle.manifest.graph
     dtype = activation_dtype(options, graph)
-    contract = decoder_contract(model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype)
+    contract = decoder_contract(
+        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect
+    )
     inputs = {tensor.name: tensor.sizes for tensor in contract if tensor.is_input}
     ranks = lora_ranks(model, graph) if options.lora else {}
     settings = cuda._settings(bundle, EngineConfig(max_context=options.max_context or 0, kv_cache=_KV[dtype]))
@@ -159,7 +161,7 @@ def write_double_engine(
         "profiles": profiles,
         "activation_memory_bytes": [1 << 20] * len(profiles),
         "engine": {"size": entry.size, "sha256": entry.sha256},
-        "sources": source_hashes(bundle, options.lora),
+        "sources": source_hashes(bundle, options.lora, options.dialect),
         **(report or {}),
     }
     (path / REPORT).write_text(json.dumps(written), encoding="utf-8")

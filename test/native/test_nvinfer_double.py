@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import transformers
 from double_driver import Driver
 from double_plan import plan_bytes, plan_facts
 
-from edgellm_ros import native
+from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions
+from edgellm_ros.errors import UnsupportedError
 
 MODULE, NO_MODULE = native.import_module()
 pytestmark = [
@@ -152,6 +154,25 @@ def test_outputs_follow_their_inputs_and_missing_shapes_are_named(open_driver: O
     assert driver.call("shape_of", "present_key.1") == "[2,1,64,64]"
     assert driver.call("shape_of", "present_key.0") == "[-1,1,64,64]"
     assert driver.call("missing").split()[0] == str(len(names) - 2)
+
+
+def test_a_cache_of_keys_and_values_together_is_one_tensor_a_layer(bundle: Bundle, open_driver: Open) -> None:
+    options = replace(OPTIONS, lora=False, dialect="plugin").resolved(bundle)
+    driver = open_driver(raw=plan_bytes(*plan_facts(bundle, options)))
+    driver.call("create")
+    assert driver.call("shape", "past_kv.1", 2, 2, 1, 64, 64) == "true"
+    assert driver.call("shape_of", "present_kv.1") == "[2,2,1,64,64]"
+    assert driver.call("shape_of", "past_key.0") == "none"
+
+
+def test_a_plugin_library_is_loaded_and_its_creators_listed(open_driver: Open) -> None:
+    try:
+        library = trt_plugins.find_library()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    driver = open_driver()
+    assert int(driver.call("plugins", library)) >= 3
+    assert driver.call("plugins", "/nowhere/libplugins.so") == "false" and "no plugin library" in driver.logs[0]
 
 
 def test_addresses_are_multiples_of_256(open_driver: Open) -> None:

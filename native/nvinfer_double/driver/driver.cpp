@@ -150,6 +150,15 @@ class Driver {
 
   const std::map<std::string, Call> calls_ = {
       {"describe", [this](std::istream&) { return describe(); }},
+      // How many plugin creators a library has.
+      {"plugins",
+       [this](std::istream& line) {
+         nvinfer1::IPluginRegistry& registry = runtime_->getPluginRegistry();
+         if (registry.loadLibrary(next<std::string>(line).c_str()) == nullptr) return answer(false);
+         int count = 0;
+         (void)registry.getAllCreators(&count);
+         return std::to_string(count);
+       }},
       {"create",
        [this](std::istream&) {
          context_.reset(engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
