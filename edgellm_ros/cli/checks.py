@@ -123,7 +123,7 @@ def check_tensorrt() -> Check:
     reason = reason or native.unavailable_reason()
     if reason:
         return Check("GPU", "TensorRT", State.MISSING, f"{found}; not used: {reason}")
-    return Check("GPU", "TensorRT", State.OK, f"{found}; it can load engines here")
+    return Check("GPU", "TensorRT", State.OK, f"{found}; used by the executor `tensorrt`")
 
 
 def check_engines(bundle: Bundle, config: EngineConfig) -> Check:

@@ -6,14 +6,12 @@ import logging
 
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.errors import BundleError, UnsupportedError
 from edgellm_ros.executors.base import DecodeRun, Executor, ExecutorInfo, RunSequence, RunStep, SequenceStep
 
 __all__ = ["DecodeRun", "Executor", "ExecutorInfo", "RunSequence", "RunStep", "SequenceStep", "create_executor"]
 
 _log = logging.getLogger(__name__)
-
-_NO_TENSORRT = "tensorrt: this version has no such executor yet"
 
 
 def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
@@ -22,11 +20,14 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
     The choice and its reason are logged. Raises UnsupportedError for an executor that cannot run here, BundleError,
     ConfigError and DeviceError from loading.
     """
-    if config.executor == "tensorrt":
-        raise UnsupportedError(f"executor is 'tensorrt': {_NO_TENSORRT.partition(': ')[2]}; use onnxruntime or auto")
-    reasons = [_NO_TENSORRT]
+    reasons: list[str] = []
     executor: Executor | None = None
-    if config.executor in ("auto", "cuda"):
+    if config.executor in ("auto", "tensorrt"):
+        executor, reason = _tensorrt(bundle, config)
+        if executor is None and config.executor == "tensorrt":
+            raise UnsupportedError(f"executor is 'tensorrt': {reason}; or use auto")
+        reasons.append(f"tensorrt: {reason}")
+    if executor is None and config.executor in ("auto", "cuda"):
         reason = _cuda_reason(bundle)
         if not reason:
             from edgellm_ros.executors.cuda import CudaExecutor
@@ -43,6 +44,27 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
     why = "asked for" if config.executor != "auto" else "; ".join(reasons)
     _log.info("executor: %s on %s (%s)", executor.info.name, executor.info.device, why)
     return executor
+
+
+def _tensorrt(bundle: Bundle, config: EngineConfig) -> tuple[Executor | None, str]:
+    """The executor of the engine that fits, and why it is this one; or None, and why none does.
+
+    Only a name in the configuration makes an engine that cannot be loaded an error; auto warns and goes on.
+    """
+    from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
+
+    engine, reasons = choose_engine(bundle, config, probe_machine())
+    if engine is None:
+        return None, "; ".join(reasons)
+    from edgellm_ros.executors.tensorrt import TensorRTExecutor
+
+    try:
+        return TensorRTExecutor(bundle, config, engine), f"engines/{engine.key} fits"
+    except (BundleError, UnsupportedError) as error:
+        if config.executor == "tensorrt":
+            raise
+        _log.warning("an engine fits and cannot be loaded: %s", error)
+        return None, str(error)
 
 
 def _cuda_reason(bundle: Bundle) -> str:

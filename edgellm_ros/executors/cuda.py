@@ -13,7 +13,7 @@ A step of 2 to 16 tokens that asks for the logits of all of them verifies a draf
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ import numpy.typing as npt
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import ConfigError, DeviceError, RequestError, UnsupportedError
+from edgellm_ros.errors import ConfigError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
-from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
+from edgellm_ros.executors.base import ExecutorInfo, LoadedAdapter
 from edgellm_ros.executors.cuda_formats import native_formats, widenings
 from edgellm_ros.executors.cuda_heads import (
     layer_rope_stems,
@@ -41,6 +41,7 @@ from edgellm_ros.executors.cuda_tiles import apply_tiles
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
+from edgellm_ros.executors.native_executor import NativeExecutor
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def plan_memory(bundle: Bundle, config: EngineConfig) -> dict[str, int]:
     return plan
 
 
-class CudaExecutor(Executor):
+class CudaExecutor(NativeExecutor):
     """Runs a bundle's decoder on the current NVIDIA GPU."""
 
     def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
@@ -120,11 +121,6 @@ class CudaExecutor(Executor):
             rounding=_FP8_ROUNDING if _rounds_to_fp8(self._decoder, settings) else _ROUNDING,
         )
 
-    @property
-    def adapters(self) -> Mapping[str, LoadedAdapter]:
-        """See Executor.adapters."""
-        return dict(self._adapters.loaded)
-
     def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
         """See Executor.load_adapter; waits for the device."""
         index = self._adapters.free_place(name)
@@ -139,22 +135,6 @@ class CudaExecutor(Executor):
         except ValueError as error:
             raise RequestError(f"adapter {name!r}: {error}") from error
         return self._adapters.add(name, index, adapter.fingerprint)
-
-    def unload_adapter(self, name: str) -> None:
-        """See Executor.unload_adapter."""
-        self._open().unload_adapter(self._adapters.remove(name))
-
-    def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
-        """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each."""
-        for item in batch:
-            end = item.position + len(item.token_ids)
-            assert 0 <= item.slot < self.info.num_slots and item.position >= 0 and end <= self.info.capacity, item
-            assert 0 <= item.num_logits <= len(item.token_ids), item
-            assert 0 <= item.adapter <= self._max_loras, item
-        rows: npt.NDArray[np.float32] = self._open().step(
-            [(item.slot, item.token_ids, item.position, item.num_logits, item.adapter) for item in batch]
-        )
-        return rows
 
     def verify_tree(
         self,
@@ -184,53 +164,6 @@ class CudaExecutor(Executor):
         """
         self._open().accept_path(slot, position, np.asarray(nodes, np.int32))
 
-    def decode_tokens(
-        self,
-        slots: Sequence[int],
-        positions: Sequence[int],
-        first_tokens: Sequence[int],
-        num_steps: int,
-        sampling: Sequence[Any] = (),
-        adapters: Sequence[int] = (),
-    ) -> npt.NDArray[np.int32]:
-        """Generate on the device: each token feeds the next step, and the host reads one step behind.
-
-        The sequences' first tokens are computed at `positions` of `slots`. `sampling` holds one `_native.SamplingRow` a
-        sequence; none is greedy. `adapters` holds the index of each sequence's adapter, 0 for none; empty: nobody's.
-        Returns (num_steps, num_sequences) tokens.
-        """
-        assert max(positions) + num_steps <= self.info.capacity, (positions, num_steps)
-        tokens: npt.NDArray[np.int32] = self._open().decode_tokens(
-            slots, positions, first_tokens, num_steps, list(sampling), list(adapters)
-        )
-        return tokens
-
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """See Executor.copy_prefix."""
-        self._open().copy_prefix(source, target, length)
-
-    def save_prefix(self, slot: int, length: int) -> npt.NDArray[np.uint8]:
-        """See Executor.save_prefix."""
-        data: npt.NDArray[np.uint8] = self._open().save_prefix(slot, length)
-        return data
-
-    def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
-        """See Executor.load_prefix."""
-        self._open().load_prefix(slot, data, length)
-
-    @property
-    def decoder(self) -> Any:
-        """The native decoder, for what measures it; raises DeviceError when the executor is closed."""
-        return self._open()
-
-    def close(self) -> None:
-        """See Executor.close."""
-        self._decoder = None
-
-    def _open(self) -> Any:
-        if self._decoder is None:
-            raise DeviceError("the CUDA executor is closed")
-        return self._decoder
 
 
 def _settings(bundle: Bundle, config: EngineConfig) -> Any:

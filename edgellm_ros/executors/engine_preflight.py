@@ -170,6 +170,16 @@ def binding_faults(
     return faults
 
 
+def batched_slots(options: BuildOptions, config: EngineConfig) -> int:
+    """Slots that decode in one enqueue: 1 in exact mode, for an engine may round a batch in another way."""
+    return min(options.max_batch, config.max_slots) if config.decode_batching == "fast" else 1
+
+
+def usable_context(options: BuildOptions, config: EngineConfig) -> int:
+    """Tokens that a slot may hold: where slots decode together, idle ones between them write into the last place."""
+    return (options.max_context or 0) - (1 if batched_slots(options, config) > 1 else 0)
+
+
 def _build_faults(engine: Engine, machine: Machine) -> list[str]:
     again = f"build it again on this machine with `edgellm build {engine.path.parent.parent}`"
     faults = []
@@ -192,11 +202,14 @@ def _build_faults(engine: Engine, machine: Machine) -> list[str]:
 
 def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> list[str]:
     options, graph = engine.options, bundle.manifest.graph
-    capacity = options.max_context or 0
+    capacity = usable_context(options, config)
     faults = []
     if config.max_context > capacity:
-        command = build_command(bundle, options, max_context=config.max_context)
-        faults.append(f"max_context {config.max_context} exceeds the engine's {capacity}; rebuild with `{command}`")
+        kept = (options.max_context or 0) - capacity
+        idle = f", with {kept} kept for idle slots while others decode together" if kept else ""
+        command = build_command(bundle, options, max_context=config.max_context + kept)
+        asked = f"max_context {config.max_context}"
+        faults.append(f"{asked} exceeds the engine's {capacity}{idle}; rebuild with `{command}`")
     cache = CACHE_DTYPES[activation_dtype(options, graph)]
     if config.kv_cache not in ("auto", cache):
         faults.append(f"kv_cache is {config.kv_cache!r} and the engine's is {cache}; set it to auto")
@@ -214,5 +227,5 @@ def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> lis
 def _preference(options: BuildOptions, config: EngineConfig) -> tuple[int, ...]:
     """Smaller is better: no adapter inputs without need, the context that was asked for, decoding together."""
     context = options.max_context or 0
-    fewest = min(options.max_batch, config.max_slots) if config.decode_batching == "fast" else 0
-    return (int(options.lora and not config.max_loras), context if config.max_context else -context, -fewest)
+    batched = batched_slots(options, config)
+    return (int(options.lora and not config.max_loras), context if config.max_context else -context, -batched)

@@ -51,11 +51,14 @@ def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
 def run_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
     """Measure, and raise BundleError with the numbers when the executor does not agree with the reference."""
     result = measure_self_test(executor, manifest)
+    remedy = "export the model again"
+    if executor.info.name == "tensorrt":
+        remedy = "build the engine again with `edgellm build --force`, use the executor cuda"
     if not result.passed:
         raise BundleError(
             f"self-test failed: {executor.info.name}'s logits differ from "
             f"{manifest.self_test.reference or 'the reference'} by {result.error:.3g} (relative), allowed is "
-            f"{result.max_error:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; export the model "
-            f"again, or load with self_test off to look into it"
+            f"{result.max_error:.3g}; {result.num_agreeing} of {result.num_tokens} next tokens agree; {remedy}, or "
+            f"load with self_test off to look into it"
         )
     return result

@@ -155,7 +155,7 @@ struct TrtEngine::State {
   }
 };
 
-TrtEngine::TrtEngine(const std::string& path, const std::vector<std::string>& candidates)
+TrtEngine::TrtEngine(const std::string& path, const std::vector<std::string>& candidates, const std::string& plugins)
     : state_(std::make_unique<State>()) {
   const TrtFunctions& functions = tensorrt(candidates);
   state_->library = functions.info;
@@ -164,6 +164,9 @@ TrtEngine::TrtEngine(const std::string& path, const std::vector<std::string>& ca
   const MappedFile plan(path);
   state_->runtime.reset(static_cast<nvinfer1::IRuntime*>(functions.create_runtime(&state_->log, NV_TENSORRT_VERSION)));
   if (state_->runtime == nullptr) throw TrtError("TensorRT made no runtime: " + state_->log.take_errors());
+  if (!plugins.empty() && state_->runtime->getPluginRegistry().loadLibrary(plugins.c_str()) == nullptr) {
+    throw TrtError("TensorRT does not load " + plugins + ": " + state_->log.take_errors());
+  }
   state_->engine.reset(state_->runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (state_->engine == nullptr) {
     (void)cudaGetLastError();
@@ -226,7 +229,7 @@ void TrtContext::set_shape(const std::string&, std::span<const std::int64_t>) {}
 void TrtContext::set_address(const std::string&, void*) {}
 void TrtContext::enqueue_async(cudaStream_t) {}
 
-TrtEngine::TrtEngine(const std::string&, const std::vector<std::string>& candidates) {
+TrtEngine::TrtEngine(const std::string&, const std::vector<std::string>& candidates, const std::string&) {
   throw TrtError("no TensorRT: " + find_tensorrt(candidates).reason);
 }
 TrtEngine::~TrtEngine() = default;

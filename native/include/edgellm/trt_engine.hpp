@@ -61,10 +61,11 @@ class TrtContext {
 // A deserialised engine. Its weights, and nothing else, are in device memory.
 class TrtEngine {
  public:
-  // path: of the plan file. candidates: as find_tensorrt takes them. Throws TrtError without TensorRT, without a CUDA
+  // path: of the plan file. candidates: as find_tensorrt takes them. plugins: of the library that the plan needs, or
+  // empty. Throws TrtError without TensorRT, without a CUDA
   // driver or GPU (createInferRuntime would return a pointer to nothing), and with what TensorRT logged when it refuses
   // the plan; also for an engine that can be refitted, which nothing here does.
-  TrtEngine(const std::string& path, const std::vector<std::string>& candidates);
+  TrtEngine(const std::string& path, const std::vector<std::string>& candidates, const std::string& plugins = "");
   ~TrtEngine();
   TrtEngine(const TrtEngine&) = delete;
   TrtEngine& operator=(const TrtEngine&) = delete;

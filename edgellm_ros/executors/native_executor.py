@@ -1,0 +1,90 @@
+"""What the executors over the native module share: a decoder that steps, runs ahead, and copies prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros.errors import DeviceError
+from edgellm_ros.executors.adapter_table import AdapterTable
+from edgellm_ros.executors.base import Executor, LoadedAdapter, SequenceStep
+
+
+class NativeExecutor(Executor):
+    """Over a `_native.TokenLoop`, which a subclass makes and loads."""
+
+    _decoder: Any  # None once it is closed
+    _adapters: AdapterTable
+    _max_loras: int
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """See Executor.adapters."""
+        return dict(self._adapters.loaded)
+
+    def unload_adapter(self, name: str) -> None:
+        """See Executor.unload_adapter."""
+        self._open().unload_adapter(self._adapters.remove(name))
+
+    def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
+        """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each, or more."""
+        for item in batch:
+            end = item.position + len(item.token_ids)
+            assert 0 <= item.slot < self.info.num_slots and item.position >= 0 and end <= self.info.capacity, item
+            assert 0 <= item.num_logits <= len(item.token_ids), item
+            assert 0 <= item.adapter <= self._max_loras, item
+        rows: npt.NDArray[np.float32] = self._open().step(
+            [(item.slot, item.token_ids, item.position, item.num_logits, item.adapter) for item in batch]
+        )
+        return rows
+
+    def decode_tokens(
+        self,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        first_tokens: Sequence[int],
+        num_steps: int,
+        sampling: Sequence[Any] = (),
+        adapters: Sequence[int] = (),
+    ) -> npt.NDArray[np.int32]:
+        """Generate on the device: each token feeds the next step, and the host reads one step behind.
+
+        The sequences' first tokens are computed at `positions` of `slots`. `sampling` holds one `_native.SamplingRow` a
+        sequence; none is greedy. `adapters` holds the index of each sequence's adapter, 0 for none; empty: nobody's.
+        Returns (num_steps, num_sequences) tokens.
+        """
+        assert max(positions) + num_steps <= self.info.capacity, (positions, num_steps)
+        tokens: npt.NDArray[np.int32] = self._open().decode_tokens(
+            slots, positions, first_tokens, num_steps, list(sampling), list(adapters)
+        )
+        return tokens
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See Executor.copy_prefix."""
+        self._open().copy_prefix(source, target, length)
+
+    def save_prefix(self, slot: int, length: int) -> npt.NDArray[np.uint8]:
+        """See Executor.save_prefix."""
+        data: npt.NDArray[np.uint8] = self._open().save_prefix(slot, length)
+        return data
+
+    def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
+        """See Executor.load_prefix."""
+        self._open().load_prefix(slot, data, length)
+
+    @property
+    def decoder(self) -> Any:
+        """The native decoder, for what measures it; raises DeviceError when the executor is closed."""
+        return self._open()
+
+    def close(self) -> None:
+        """See Executor.close."""
+        self._decoder = None
+
+    def _open(self) -> Any:
+        if self._decoder is None:
+            raise DeviceError(f"the {self.info.name} executor is closed")
+        return self._decoder

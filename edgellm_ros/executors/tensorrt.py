@@ -1,0 +1,252 @@
+"""The TensorRT executor: a prebuilt engine of the bundle computes the logits, and the native module everything else.
+
+The engine is chosen and compared with report and manifest by engine_preflight.py. With `decode_batching="exact"` every
+sequence is an enqueue of its own, several in one CUDA graph, because an engine may round a batch in another way than a
+row alone; "fast" lets a contiguous range of slots decode together, in which the idle ones write into their last place.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros import native, trt_plugins
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError, RequestError, UnsupportedError
+from edgellm_ros.executors.adapter_table import AdapterTable
+from edgellm_ros.executors.base import ExecutorInfo, LoadedAdapter
+from edgellm_ros.executors.contract import decoder_contract, lora_ranks
+from edgellm_ros.executors.cuda_formats import native_format
+from edgellm_ros.executors.cuda_run import CudaRun
+from edgellm_ros.executors.cuda_weights import native_weight
+from edgellm_ros.executors.engine_preflight import (
+    CACHE_DTYPES,
+    Binding,
+    batched_slots,
+    check_bindings,
+    choose_engine,
+    probe_machine,
+    usable_context,
+)
+from edgellm_ros.executors.engines import Engine, activation_dtype, check_engine
+from edgellm_ros.executors.lora import LoraAdapter, read_adapter
+from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
+from edgellm_ros.executors.memory import available_memory
+from edgellm_ros.executors.native_executor import NativeExecutor
+
+_log = logging.getLogger(__name__)
+
+_ROUNDING = 3e-2  # relative error of logits that 16-bit activations add: the cuda executor's; no engine was measured
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING}
+
+
+class TensorRTExecutor(NativeExecutor):
+    """Runs a bundle's engine on the current NVIDIA GPU."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, engine: Engine | None = None) -> None:
+        """Check and load `engine`, or the one that fits best; then plan the memory, take it and capture graphs.
+
+        Raises UnsupportedError without TensorRT, a GPU or an engine that fits, and when TensorRT refuses it;
+        BundleError when it is not what the manifest says; ConfigError when memory is short; DeviceError when the device
+        fails.
+        """
+        machine = probe_machine()
+        if engine is None:
+            engine, reasons = choose_engine(bundle, config, machine)
+            if engine is None:
+                raise UnsupportedError("; ".join(reasons))
+        if config.verify_files:
+            check_engine(engine, bundle)
+        module = native.load()
+        self._engine = _load(module, engine, bundle)
+        settings = engine_settings(module, engine, bundle, config)
+        plan: dict[str, int] = module.plan_trt_memory(settings, self._engine.context_bytes)
+        _check_memory(plan, module.device_info(), config)
+        self._decoder = module.TrtDecoder(self._engine, settings)
+        _load_embedding(self._decoder, settings, bundle)
+        vocab_map = bundle.vocab_map()
+        if vocab_map is not None:
+            self._decoder.load_vocab_map(vocab_map.token_ids)
+        self._decoder.finish_load()
+        self._log_messages()
+        self._bundle, self._config, self._lora = bundle, config, engine.options.lora
+        self._max_loras = settings.loop.max_adapters
+        self._adapters = AdapterTable(config.max_loras)
+        self.memory_plan = {"engine": engine.size, **plan, "total": plan["total"] + engine.size}
+        self.engine_key = engine.key
+        self.run = CudaRun(self._open, settings.loop.vocab_size, vocab_map)
+        version = ".".join(map(str, self._engine.version[:3]))
+        dtype = CACHE_DTYPES[activation_dtype(engine.options, bundle.manifest.graph)]
+        self.info = ExecutorInfo(
+            name="tensorrt",
+            device=f"{machine.gpu}, TensorRT {version}",
+            precision=f"{bundle.manifest.quantization.weights} weights, {dtype} activations and KV cache",
+            num_slots=settings.loop.num_slots,
+            capacity=settings.loop.capacity,
+            vocab_size=settings.loop.vocab_size,
+            vocab_map=vocab_map,
+            kv_bytes_per_token=settings.loop.kv_bytes_per_token,
+            memory_bytes=self.memory_plan["total"],
+            rounding=_ROUNDING,
+        )
+        _log.info("engine %s; memory planned: %s", engine.key,
+                  ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.memory_plan.items()))  # fmt: skip
+
+    def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
+        """See Executor.load_adapter; waits for the device. The engine gets A and B in its own 16 bits."""
+        if not self._max_loras:
+            raise UnsupportedError(f"adapter {name!r}: the model was loaded with max_loras 0; load it with more")
+        index = self._adapters.free_place(name)
+        model, graph = self._bundle.manifest.model, self._bundle.manifest.graph
+        remedy = "; load the model with a larger max_lora_rank"
+        if isinstance(source, PackedLora):
+            fit(unpack(source, model), model, self._config.max_lora_rank, remedy)
+            matrices, fingerprint = source.matrices, source.fingerprint
+        else:
+            found = source if isinstance(source, LoraAdapter) else read_adapter(source)
+            adapter = fit(found, model, self._config.max_lora_rank, remedy)
+            matrices, _ = pack_matrices(adapter, model)
+            fingerprint = adapter.fingerprint
+        is_bf16 = self._open().config.kv_format.name == "bf16"
+        tensors = []
+        for (layer, stem), pair in matrices.items():
+            a, b = balance(*pair)
+            if a.shape[1]:
+                for pattern, values in ((graph.lora_a, a), (graph.lora_b, b)):
+                    data = np.ascontiguousarray(half_bits(values, is_bf16)).view(np.uint8).reshape(-1)
+                    tensors.append((pattern.format(layer=layer, stem=stem), a.shape[1], data))
+        try:
+            self._open().load_adapter(index, tensors)
+        except ValueError as error:
+            raise RequestError(f"adapter {name!r}: {error}") from error
+        return self._adapters.add(name, index, fingerprint)
+
+    def close(self) -> None:
+        """See Executor.close; the decoder goes before its engine."""
+        super().close()
+        self._engine = None
+
+    def _log_messages(self) -> None:
+        for severity, text in self._engine.take_log():
+            _log.log(_LEVELS.get(severity, logging.DEBUG), "TensorRT: %s", text)
+
+
+def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineConfig) -> Any:
+    """The native TrtDecoderConfig; raises UnsupportedError for what the decode loop cannot have. Needs no GPU."""
+    model, graph, options = bundle.manifest.model, bundle.manifest.graph, engine.options
+    dtype = activation_dtype(options, graph)
+    cache = CACHE_DTYPES[dtype]
+    if cache not in ("fp16", "bf16"):
+        raise UnsupportedError(f"the engine computes in {dtype}; the decode loop takes fp16 and bf16: export again")
+    loop = module.DecoderConfig()
+    for name in (
+        "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+        "head_rows", "embed_scale",
+    ):  # fmt: skip
+        setattr(loop, name, getattr(model, name))
+    loop.kv_format = module.KvFormat.__members__[cache]
+    loop.embedding_format, loop.group_size = _embedding_format(module, bundle)
+    loop.num_slots = config.max_slots
+    loop.capacity = min(config.max_context or usable_context(options, config), usable_context(options, config))
+    loop.max_verify_tokens = 0
+    loop.max_adapters, loop.max_lora_rank = config.max_loras, config.max_lora_rank
+    profiles = engine.profiles
+    loop.max_tokens = profiles[-1][graph.embeds][2][1]
+    settings = module.TrtDecoderConfig()
+    settings.loop = loop
+    settings.engine_capacity = options.max_context
+    settings.max_batch = batched_slots(options, config)
+    settings.decode_tokens = profiles[0][graph.embeds][2][1]
+    settings.max_logits = min(profile[graph.logit_indices][2][0] for profile in profiles)
+    ranks = lora_ranks(model, graph) if options.lora else {}
+    contract = decoder_contract(
+        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect
+    )
+    settings.set_tensors(
+        [
+            (t.name, t.role, t.layer, list(t.sizes), _max_rank(ranks.get(t.name, 0), graph.max_lora_rank, config))
+            for t in contract
+        ]
+    )
+    try:
+        settings.check()
+    except ValueError as error:
+        raise UnsupportedError(f"engines/{engine.key}: {error}") from error
+    return settings
+
+
+def balance(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """A and B with a power of two moved between them, so that both keep their digits in fp16; A B stays the same.
+
+    B alone, with alpha / rank in it, may fall into fp16's subnormal numbers.
+    """
+    largest = [float(np.abs(values).max(initial=0.0)) for values in (a, b)]
+    if min(largest) == 0.0:
+        return a, b
+    shift = round(0.5 * math.log2(largest[0] / largest[1]))
+    return np.ldexp(a, -shift), np.ldexp(b, shift)
+
+
+def half_bits(values: FloatArray, is_bf16: bool) -> npt.NDArray[np.uint16]:
+    """The bits of `values` in fp16 or bf16, rounded to the nearest."""
+    if not is_bf16:
+        return values.astype(np.float16).view(np.uint16)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _max_rank(largest: int, per_projection: int, config: EngineConfig) -> int:
+    """Of an adapter's tensor, as far as the settings let adapters go."""
+    if not (largest and per_projection and config.max_loras):
+        return 0
+    return largest // per_projection * min(config.max_lora_rank, per_projection)
+
+
+def _load(module: Any, engine: Engine, bundle: Bundle) -> Any:
+    """The native TrtEngine, compared with report and manifest."""
+    plugins = str(trt_plugins.find_library()) if engine.options.dialect == "plugin" else ""
+    loaded = module.TrtEngine(str(engine.file), native.tensorrt_candidates(module), plugins)
+    check_bindings(engine, bundle.manifest, [Binding(*binding) for binding in loaded.bindings], loaded.num_profiles)
+    return loaded
+
+
+def _check_memory(plan: dict[str, int], info: dict[str, Any], config: EngineConfig) -> None:
+    """Raise ConfigError when what is planned beside the engine, which is loaded by now, is not free."""
+    free = int(info["free_bytes"])
+    if info["integrated"]:
+        free = min(free, available_memory())
+    if plan["total"] > free:
+        parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items() if name != "total")
+        raise ConfigError(
+            f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory beside the engine ({parts}) but "
+            f"{free / 1e6:.0f} MB are free; lower max_slots {config.max_slots} or max_loras, or build an engine with a "
+            "smaller --max-context"
+        )
+
+
+def _embedding_format(module: Any, bundle: Bundle) -> tuple[Any, int]:
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    found = native_format("embed", quant.format_of("embed"), model)
+    formats = module.WeightFormat.__members__
+    if found.format == "int8":
+        return formats["int8"], found.group
+    if found.format == "bf16":  # floats, which fp16 holds with three more bits
+        return formats["fp16"], 0
+    raise UnsupportedError(f"the embedding is stored as {found.format}; engines take it in int8 groups or floats")
+
+
+def _load_embedding(decoder: Any, settings: Any, bundle: Bundle) -> None:
+    model, quant = bundle.manifest.model, bundle.manifest.quantization
+    values, scale = native_weight(bundle.weights(), "embed", quant.format_of("embed"), model)
+    if settings.loop.embedding_format.name == "fp16":
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float16)
+        if not np.isfinite(values).all():
+            raise UnsupportedError("the embedding has numbers beyond fp16's 65504; use the executor cuda")
+    decoder.load_embedding(np.ascontiguousarray(values), None if scale is None else np.ascontiguousarray(scale))
