@@ -208,6 +208,18 @@ def test_an_adapter_is_the_cuda_executors_too(
     assert min(relative_error(rows[1][0], rows[1][i]) for i in (1, 2)) > 0.2, "adapters that change nothing test nothing"
 
 
+def test_an_engine_that_takes_adapters_runs_without_any(
+    gpu_model: Any, with_engine: Callable[..., Bundle], open_one: Callable[..., Executor], tmp_path: Path
+) -> None:
+    from edgellm_ros.toolchain.export import export_bundle
+
+    exported = export_bundle(gpu_model("gpu_llama")[1], tmp_path / "exported", weights="fp16", max_lora_rank=8)
+    bundle = with_engine(bundle=exported, build={"lora": True})
+    tensorrt, cuda = open_one("tensorrt", bundle), open_one("cuda", bundle)
+    for i, token in enumerate(prompt(10)):
+        assert np.array_equal(one(tensorrt, 0, [token], i), one(cuda, 0, [token], i)), i
+
+
 def test_an_engine_with_other_weights_fails_the_self_test(with_engine: Callable[..., Bundle]) -> None:
     def spoil(tensors: dict[str, np.ndarray]) -> None:
         tensors["layers.0.mlp.down.weight"] = np.ascontiguousarray(tensors["layers.0.mlp.down.weight"][::-1])
