@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from plugin_case import (
@@ -29,7 +30,11 @@ from plugin_case import (
     library,
 )  # fmt: skip
 
-from edgellm_ros import trt_plugins
+from edgellm_ros import native, trt_plugins
+from edgellm_ros.errors import UnsupportedError
+
+NATIVE, NO_MODULE = native.import_module()
+HAS_GPU = bool(not NO_MODULE and NATIVE.TENSORRT_HEADERS and NATIVE.count_devices()[0])
 
 ATTENTION = {
     "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "scale": 0.125, "window": 0, "qk_norm": 0, "norm_eps": 1e-6,
@@ -258,3 +263,15 @@ def test_a_wrong_number_of_inputs_is_refused() -> None:
 def test_the_driver_finds_no_creator_of_another_name() -> None:
     lib = driver()
     assert not lib.driver_creator(ctypes.c_char_p(str(library()).encode()), b"EdgeLLMOther")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_the_real_runtime_loads_the_library_for_every_engine(tmp_path: Path) -> None:
+    """It refuses the plans, which are none; the library it takes before that, a second time too."""
+    plan = tmp_path / "decoder.engine"
+    plan.write_bytes(bytes(range(256)) * 64)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="TensorRT refuses .*decoder.engine"):
+            NATIVE.TrtEngine(str(plan), [str(lean_library())], str(library()))
+    with pytest.raises(UnsupportedError, match="TensorRT does not load .*decoder.engine"):
+        NATIVE.TrtEngine(str(plan), [str(lean_library())], str(plan))
