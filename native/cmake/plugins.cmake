@@ -9,7 +9,7 @@ endif()
 
 file(GLOB plugin_sources CONFIGURE_DEPENDS
   "${CMAKE_CURRENT_SOURCE_DIR}/plugins/*.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/plugins/*.cu")
-set(kernel_objects "$<FILTER:$<TARGET_OBJECTS:_native>,INCLUDE,/kernels/(attention_|gemv|rope|quantized)|/src/cuda_try>")
+set(kernel_objects "$<FILTER:$<TARGET_OBJECTS:_native>,INCLUDE,/kernels/|/src/cuda_try>")
 add_library(edgellm_plugins SHARED ${plugin_sources} "${kernel_objects}")
 target_include_directories(edgellm_plugins PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/include")
 target_include_directories(edgellm_plugins SYSTEM PRIVATE "${EDGELLM_NVINFER_INCLUDE_DIR}")
