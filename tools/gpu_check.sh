@@ -30,8 +30,10 @@ run() { # NAME SECONDS COMMAND...: run it, keep its output, note how it went
 }
 
 if [ "${1:-}" = build-only ]; then
-  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" -DEDGELLM_NVINFER_DOUBLE=ON -DEDGELLM_TEST_DRIVERS=ON \
-    -DPython3_EXECUTABLE="$($python -c 'import sys; print(sys.executable)')" && cmake --build build/native
+  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" \
+    -DEDGELLM_NVINFER_DOUBLE=ON -DEDGELLM_TEST_DRIVERS=ON \
+    -DPython3_EXECUTABLE="$($python -c 'import sys; print(sys.executable)')" &&
+    cmake --build build/native --target _native && cmake --build build/native  # the module first: the rest may fail
   exit
 fi
 

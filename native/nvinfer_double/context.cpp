@@ -1,6 +1,8 @@
 #include "context.hpp"
 
 #include <algorithm>
+#include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 

@@ -3,6 +3,8 @@
 
 #include <NvInferRuntime.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <string>

@@ -4,6 +4,7 @@
 #include <NvInferRuntime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>

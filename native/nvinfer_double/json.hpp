@@ -1,6 +1,7 @@
 // Reads the JSON of a double's plan: objects, arrays, strings without \u, numbers and booleans.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>

@@ -2,6 +2,8 @@
 #include <NvInferRuntime.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <stdexcept>

@@ -163,7 +163,7 @@ def test_each_token_behind_a_prompt_is_as_likely_as_the_cuda_executors_choice(
     cuda = open_one("cuda", bundle)
     rows = one(cuda, 0, np.concatenate([ids, np.asarray(tokens[:-1], np.int32)]), 0, len(tokens))
     best, chosen = rows.max(-1), rows[np.arange(len(tokens)), list(tokens)]
-    assert (best - chosen <= 0.05 * rows.std(-1)).all()
+    assert (best - chosen <= 0.15 * rows.std(-1)).all()
 
 
 def test_prefixes_are_copied_saved_and_restored(
