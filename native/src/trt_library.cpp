@@ -40,8 +40,8 @@ TrtFunctions load(const std::vector<std::string>& candidates) {
   }
   const int number = version();  // 101401 is 10.14.1
   found.info.version = {number / 10000, number / 100 % 100, number % 100};
-  // Since TensorRT 10; the library may be older than the header.
-  const auto build = reinterpret_cast<decltype(&getInferLibBuildVersion)>(dlsym(handle, "getInferLibBuildVersion"));
+  // Not in every library that these headers can use, nor in every header.
+  const auto build = reinterpret_cast<std::int32_t (*)()>(dlsym(handle, "getInferLibBuildVersion"));
   if (build != nullptr) found.info.version.push_back(build());
   if (found.info.version[0] != NV_TENSORRT_MAJOR) {
     found.info.reason = found.info.path + " is TensorRT " + std::to_string(found.info.version[0]) +
