@@ -13,6 +13,7 @@ from edgellm_ros.bundle import Bundle, Manifest
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, UnsupportedError
 from edgellm_ros.executors.contract import decoder_contract, tensor_faults
+from edgellm_ros.executors.engine_settings import CACHE_DTYPES, batched_slots, usable_context
 from edgellm_ros.executors.engines import (
     Engine,
     activation_dtype,
@@ -23,8 +24,7 @@ from edgellm_ros.executors.engines import (
 )
 from edgellm_ros.executors.memory import available_memory
 
-CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
-_RESERVE = 64 << 20  # what CUDA and TensorRT take beside what is planned: contexts, graphs, code
+_RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
 _SHOWN = 12  # differences in one message
 
 
@@ -118,14 +118,14 @@ def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine:
 
 
 def memory_needed(engine: Engine, bundle: Bundle, config: EngineConfig) -> dict[str, int]:
-    """Bytes by purpose, by the report: before TensorRT can say what an engine's context needs."""
+    """Bytes by purpose, by the report, for choosing; the executor plans them exactly before it loads anything."""
     model, options = bundle.manifest.model, engine.options
     element = 4 if activation_dtype(options, bundle.manifest.graph) == "float32" else 2
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
     return {
         "engine": engine.size,
         "KV cache": per_token * (options.max_context or 0) * config.max_slots,
-        "context": max(engine.report.get("activation_memory_bytes") or [0]),
+        "context": engine.context_bytes,
         "reserve": _RESERVE,
     }
 
@@ -168,16 +168,6 @@ def binding_faults(
                     f"{wanted[index][binding.name]}"
                 )
     return faults
-
-
-def batched_slots(options: BuildOptions, config: EngineConfig) -> int:
-    """Slots that decode in one enqueue: 1 in exact mode, for an engine may round a batch in another way."""
-    return min(options.max_batch, config.max_slots) if config.decode_batching == "fast" else 1
-
-
-def usable_context(options: BuildOptions, config: EngineConfig) -> int:
-    """Tokens that a slot may hold: where slots decode together, idle ones between them write into the last place."""
-    return (options.max_context or 0) - (1 if batched_slots(options, config) > 1 else 0)
 
 
 def _build_faults(engine: Engine, machine: Machine) -> list[str]:

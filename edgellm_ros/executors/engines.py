@@ -51,6 +51,11 @@ class Engine:
         return int(self.report["engine"]["size"])
 
     @property
+    def context_bytes(self) -> int:
+        """Scratch memory of the profile that needs most, as the builder logged it; 0 where it did not."""
+        return max((int(size) for size in self.report.get("activation_memory_bytes") or ()), default=0)
+
+    @property
     def builder(self) -> str:
         """Which builder made it: tensorrt or tensorrt_rtx."""
         return str(self.report["builder"]["name"])

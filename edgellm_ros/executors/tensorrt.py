@@ -21,19 +21,10 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, RequestError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import ExecutorInfo, LoadedAdapter
-from edgellm_ros.executors.contract import decoder_contract, lora_ranks
-from edgellm_ros.executors.cuda_formats import native_format
 from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.cuda_weights import native_weight
-from edgellm_ros.executors.engine_preflight import (
-    CACHE_DTYPES,
-    Binding,
-    batched_slots,
-    check_bindings,
-    choose_engine,
-    probe_machine,
-    usable_context,
-)
+from edgellm_ros.executors.engine_preflight import Binding, check_bindings, choose_engine, probe_machine
+from edgellm_ros.executors.engine_settings import CACHE_DTYPES, engine_settings
 from edgellm_ros.executors.engines import Engine, activation_dtype, check_engine
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
@@ -64,10 +55,12 @@ class TensorRTExecutor(NativeExecutor):
         if config.verify_files:
             check_engine(engine, bundle)
         module = native.load()
-        self._engine = _load(module, engine, bundle)
         settings = engine_settings(module, engine, bundle, config)
-        plan: dict[str, int] = module.plan_trt_memory(settings, self._engine.context_bytes)
-        _check_memory(plan, module.device_info(), config)
+        _check_memory(_plan(module, settings, engine, engine.context_bytes), module.device_info(), config)
+        self._engine = _load(module, engine, bundle)
+        plan = _plan(module, settings, engine, self._engine.context_bytes)
+        beside = {**plan, "engine": 0, "total": plan["total"] - engine.size}  # which is loaded by now
+        _check_memory(beside, module.device_info(), config)
         self._decoder = module.TrtDecoder(self._engine, settings)
         _load_embedding(self._decoder, settings, bundle)
         vocab_map = bundle.vocab_map()
@@ -78,7 +71,7 @@ class TensorRTExecutor(NativeExecutor):
         self._bundle, self._config, self._lora = bundle, config, engine.options.lora
         self._max_loras = settings.loop.max_adapters
         self._adapters = AdapterTable(config.max_loras)
-        self.memory_plan = {"engine": engine.size, **plan, "total": plan["total"] + engine.size}
+        self.memory_plan = plan
         self.engine_key = engine.key
         self.run = CudaRun(self._open, settings.loop.vocab_size, vocab_map)
         version = ".".join(map(str, self._engine.version[:3]))
@@ -137,50 +130,6 @@ class TensorRTExecutor(NativeExecutor):
             _log.log(_LEVELS.get(severity, logging.DEBUG), "TensorRT: %s", text)
 
 
-def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineConfig) -> Any:
-    """The native TrtDecoderConfig; raises UnsupportedError for what the decode loop cannot have. Needs no GPU."""
-    model, graph, options = bundle.manifest.model, bundle.manifest.graph, engine.options
-    dtype = activation_dtype(options, graph)
-    cache = CACHE_DTYPES[dtype]
-    if cache not in ("fp16", "bf16"):
-        raise UnsupportedError(f"the engine computes in {dtype}; the decode loop takes fp16 and bf16: export again")
-    loop = module.DecoderConfig()
-    for name in (
-        "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-        "head_rows", "embed_scale",
-    ):  # fmt: skip
-        setattr(loop, name, getattr(model, name))
-    loop.kv_format = module.KvFormat.__members__[cache]
-    loop.embedding_format, loop.group_size = _embedding_format(module, bundle)
-    loop.num_slots = config.max_slots
-    loop.capacity = min(config.max_context or usable_context(options, config), usable_context(options, config))
-    loop.max_verify_tokens = 0
-    loop.max_adapters, loop.max_lora_rank = config.max_loras, config.max_lora_rank
-    profiles = engine.profiles
-    loop.max_tokens = profiles[-1][graph.embeds][2][1]
-    settings = module.TrtDecoderConfig()
-    settings.loop = loop
-    settings.engine_capacity = options.max_context
-    settings.max_batch = batched_slots(options, config)
-    settings.decode_tokens = profiles[0][graph.embeds][2][1]
-    settings.max_logits = min(profile[graph.logit_indices][2][0] for profile in profiles)
-    ranks = lora_ranks(model, graph) if options.lora else {}
-    contract = decoder_contract(
-        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect
-    )
-    settings.set_tensors(
-        [
-            (t.name, t.role, t.layer, list(t.sizes), _max_rank(ranks.get(t.name, 0), graph.max_lora_rank, config))
-            for t in contract
-        ]
-    )
-    try:
-        settings.check()
-    except ValueError as error:
-        raise UnsupportedError(f"engines/{engine.key}: {error}") from error
-    return settings
-
-
 def balance(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
     """A and B with a power of two moved between them, so that both keep their digits in fp16; A B stays the same.
 
@@ -201,13 +150,6 @@ def half_bits(values: FloatArray, is_bf16: bool) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _max_rank(largest: int, per_projection: int, config: EngineConfig) -> int:
-    """Of an adapter's tensor, as far as the settings let adapters go."""
-    if not (largest and per_projection and config.max_loras):
-        return 0
-    return largest // per_projection * min(config.max_lora_rank, per_projection)
-
-
 def _load(module: Any, engine: Engine, bundle: Bundle) -> Any:
     """The native TrtEngine, compared with report and manifest."""
     plugins = str(trt_plugins.find_library()) if engine.options.dialect == "plugin" else ""
@@ -216,29 +158,24 @@ def _load(module: Any, engine: Engine, bundle: Bundle) -> Any:
     return loaded
 
 
+def _plan(module: Any, settings: Any, engine: Engine, context_bytes: int) -> dict[str, int]:
+    """Bytes of device memory by purpose, and their total."""
+    plan: dict[str, int] = module.plan_trt_memory(settings, context_bytes)
+    return {"engine": engine.size, **plan, "total": plan["total"] + engine.size}
+
+
 def _check_memory(plan: dict[str, int], info: dict[str, Any], config: EngineConfig) -> None:
-    """Raise ConfigError when what is planned beside the engine, which is loaded by now, is not free."""
+    """Raise ConfigError when what is planned is not free."""
     free = int(info["free_bytes"])
     if info["integrated"]:
         free = min(free, available_memory())
     if plan["total"] > free:
         parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items() if name != "total")
         raise ConfigError(
-            f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory beside the engine ({parts}) but "
+            f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({parts}) but "
             f"{free / 1e6:.0f} MB are free; lower max_slots {config.max_slots} or max_loras, or build an engine with a "
             "smaller --max-context"
         )
-
-
-def _embedding_format(module: Any, bundle: Bundle) -> tuple[Any, int]:
-    model, quant = bundle.manifest.model, bundle.manifest.quantization
-    found = native_format("embed", quant.format_of("embed"), model)
-    formats = module.WeightFormat.__members__
-    if found.format == "int8":
-        return formats["int8"], found.group
-    if found.format == "bf16":  # floats, which fp16 holds with three more bits
-        return formats["fp16"], 0
-    raise UnsupportedError(f"the embedding is stored as {found.format}; engines take it in int8 groups or floats")
 
 
 def _load_embedding(decoder: Any, settings: Any, bundle: Bundle) -> None:

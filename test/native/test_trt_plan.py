@@ -13,8 +13,8 @@ from edgellm_ros import native
 from edgellm_ros.bundle import Bundle, LinearFormat, QuantSpec
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.executors.engine_settings import engine_settings
 from edgellm_ros.executors.engines import Engine
-from edgellm_ros.executors.tensorrt import engine_settings
 
 NATIVE, NO_MODULE = native.import_module()
 pytestmark = pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)
