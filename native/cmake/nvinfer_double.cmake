@@ -9,6 +9,15 @@ if(NOT EDGELLM_NVINFER_INCLUDE_DIR)
   message(STATUS "edgellm_native: no NvInfer.h, so no double of libnvinfer")
   return()
 endif()
+# Its classes have every function of the headers' classes, which are others in every version.
+file(STRINGS "${EDGELLM_NVINFER_INCLUDE_DIR}/NvInferVersion.h" double_version
+  REGEX "#define (TRT|NV_TENSORRT)_(MAJOR|MINOR)(_ENTERPRISE)? +[0-9]+")
+string(REGEX REPLACE "[^0-9;]+" "" double_version "${double_version}")
+list(JOIN double_version "." double_version)
+if(NOT double_version STREQUAL "10.14")
+  message(STATUS "edgellm_native: NvInfer.h is of ${double_version}, so no double of libnvinfer, which stands for 10.14")
+  return()
+endif()
 
 file(GLOB double_sources CONFIGURE_DEPENDS
   "${CMAKE_CURRENT_SOURCE_DIR}/nvinfer_double/*.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/nvinfer_double/*.cu")
