@@ -238,6 +238,9 @@ def test_what_is_missing_is_said_with_the_remedy(
     with pytest.raises(ToolchainError, match="TensorRT-RTX takes no plugins; build on the robot"):
         targets.choose_dialect("plugin", "tensorrt_rtx", "1.7", exported, False)
 
+    with pytest.raises(ToolchainError, match="TensorRT 10.2.0 gives no plugin .* 10.3 is the oldest"):
+        targets.choose_dialect("auto", "tensorrt", "10.2.0", exported, False)
+
     def absent() -> Path:
         raise UnsupportedError("libedgellm_plugins.so is not here; set TENSORRT_ROOT")
 

@@ -16,6 +16,7 @@ from edgellm_ros.trt_plugins import DOMAIN
 # By what each architecture is said to have; only int4, failing on sm75 and building on sm80, was tried.
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
 ATTENTION_SINCE = (10, 15)  # of TensorRT: layers for attention, rope and updates of a KV cache, all three
+PLUGINS_SINCE = (10, 3)  # IPluginV3OneBuildV2 and aliased plugin tensors
 MAX_OPSET = 24  # of our graphs, which built; what a builder's own limit is was not tried
 
 
@@ -75,6 +76,10 @@ def choose_dialect(asked: str, flavour: str, version: str, bundle: Bundle, lora:
                              "--dialect standard out")  # fmt: skip
     if dialect == "plugin" and flavour == "tensorrt_rtx":
         raise ToolchainError("TensorRT-RTX takes no plugins; build on the robot with its TensorRT, or without --dialect plugin")
+    if dialect == "plugin" and numbers < PLUGINS_SINCE:
+        oldest = ".".join(map(str, PLUGINS_SINCE))
+        raise ToolchainError(f"TensorRT {version} gives no plugin a cache to write in place; {oldest} is the oldest that "
+                             "does: update JetPack or TensorRT, or use the executor cuda, which needs none")  # fmt: skip
     name = graph_file(lora, dialect)
     if dialect == "plugin" and not bundle.has(name):
         why = "" if attends else f"; TensorRT {version} has no attention over a cache of its own ({since} has)"
