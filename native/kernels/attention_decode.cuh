@@ -411,90 +411,43 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
     const std::size_t at = (first_row + j / HD) * (gridDim.x / p.cluster);
     float highest = kNoScore, sum = 0.0f, o = 0.0f;
-    if (clusters <= kMaxCluster) {  // all loads at once
-      float2 tops[kMaxCluster];
-      float outs[kMaxCluster];
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) {
-        tops[r] = make_float2(kNoScore, 0.0f), outs[r] = 0.0f;
-        if (r >= clusters) continue;
-        tops[r] = make_float2(load_l2(p.partial_max + at + r), load_l2(p.partial_sum + at + r));
-        outs[r] = load_l2(p.partial_out + (at + r) * HD + j % HD);
-      }
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, tops[r].x);
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; r++) {
-        const float e = fast_exp2(tops[r].x - highest);
-        sum = fmaf(e, tops[r].y, sum);
-        o = fmaf(e, outs[r], o);
-      }
-    } else {
-      for (int r = 0; r < clusters; r++) highest = fmaxf(highest, load_l2(p.partial_max + at + r));
-      for (int r = 0; r < clusters; r++) {
-        const float e = fast_exp2(load_l2(p.partial_max + at + r) - highest);
-        sum = fmaf(e, load_l2(p.partial_sum + at + r), sum);
-        o = fmaf(e, load_l2(p.partial_out + (at + r) * HD + j % HD), o);
-      }
+    for (int r = 0; r < clusters; r++) highest = fmaxf(highest, load_l2(p.partial_max + at + r));
+    for (int r = 0; r < clusters; r++) {
+      const float e = fast_exp2(load_l2(p.partial_max + at + r) - highest);
+      sum = fmaf(e, load_l2(p.partial_sum + at + r), sum);
+      o = fmaf(e, load_l2(p.partial_out + (at + r) * HD + j % HD), o);
     }
     p.out[first_row * HD + j] = __float2bfloat16(o / sum);
   }
   if (tid == 0) *counter = 0;  // for the next layer
 }
 
-// Clusters of blocks of this kernel on the current device.
-struct ClusterTraits {
-  int device = -1;
-  int largest = 1;     // 16, 8 or, without clusters, 1
-  int spread[2] = {};  // clusters of 8 and of 16 that run at once with one block an SM
-};
-
+// The largest cluster that the current device can run this kernel in: 16, 8 or, without clusters, 1.
 template <int HD, KvFormat F>
-const ClusterTraits& cluster_traits() {
-  thread_local ClusterTraits found;
+int largest_cluster() {
+  thread_local int device = -1, largest = 1;
   const DeviceTraits& traits = device_traits();
-  if (found.device == traits.device) return found;
-  ClusterTraits now;
+  if (device == traits.device) return largest;
+  int blocks = 1;
   if (traits.has_dependent_launch) {
     const auto kernel = decode_attention_kernel<HD, F>;
     EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(kMaxCluster);
     config.blockDim = dim3(kAttentionThreads);
-    int blocks = 1, blocks_per_sm = 1;
     EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config));
-    EDGELLM_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kAttentionThreads, 0));
-    now.largest = blocks >= 16 ? 16 : blocks >= 8 ? 8 : 1;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    for (int i = 0; i < 2 && 8 << i <= now.largest; i++) {
-      attribute.val.clusterDim = {8u << i, 1, 1};
-      EDGELLM_CUDA_TRY(cudaOccupancyMaxActiveClusters(&now.spread[i], kernel, &config));
-      now.spread[i] /= blocks_per_sm;
-    }
   }
-  now.device = traits.device;
-  return found = now;
-}
-
-// Blocks that merge through shared memory. A cluster's blocks share a part of the GPU that has 16 or 18 SMs or, where
-// some are switched off, fewer: where the clusters do not find an SM for each block, some parts have twice the work and
-// others none, and merging through global memory, to the same bits, is faster.
-template <int HD, KvFormat F>
-int choose_cluster(const DecodeAttentionArgs& args, int num_clusters_a_split) {
-  const ClusterTraits& traits = cluster_traits<HD, F>();
-  const int cluster = std::min({args.cluster > 0 ? args.cluster : kMaxCluster, traits.largest, args.launched_splits});
-  if (args.cluster > 0 || cluster < 8 || args.launched_splits > cluster) return cluster;
-  return num_clusters_a_split <= traits.spread[cluster == 16] ? cluster : 1;
+  largest = blocks >= 16 ? 16 : blocks >= 8 ? 8 : 1;
+  device = traits.device;
+  return largest;
 }
 
 template <int HD, KvFormat F>
 void launch_decode_attention(const DecodeAttentionArgs& args, DecodeAttentionParams params, cudaStream_t stream,
                              bool pdl) {
   const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
-  params.cluster = choose_cluster<HD, F>(args, args.kv.num_kv_heads * chunks * args.batch);
+  params.cluster =
+      std::min({args.cluster > 0 ? args.cluster : kMaxCluster, largest_cluster<HD, F>(), args.launched_splits});
   const std::size_t rows =
       static_cast<std::size_t>(args.batch) * args.num_heads * (args.launched_splits / params.cluster);
   params.partial_max = params.partial_out + rows * HD;
