@@ -1,0 +1,215 @@
+// Random steps, runs, prefixes and adapters through TrtDecoder over the toy engine; each token is compared with what a
+// plain list of the sequence's tokens says. Prints how many were compared, and how many were wrong.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <random>
+
+#include "toy_engine.hpp"
+
+namespace {
+
+using edgellm::RunSequence;
+using edgellm::SequenceStep;
+
+constexpr int kSlots = 6;
+
+class Walk {
+ public:
+  Walk(bool batched, bool together, unsigned seed) : random_(seed), decoder_(engine_, config(batched, together)) {
+    std::vector<__half> table(static_cast<std::size_t>(toy::kVocab * toy::kHidden));
+    for (std::size_t i = 0; i < table.size(); ++i) {
+      table[i] = __float2half(static_cast<float>(toy::value(static_cast<int>(i) / toy::kHidden)));
+    }
+    edgellm::HostTensor host;
+    host.data = table.data();
+    host.dtype = edgellm::DType::kFloat16;
+    host.shape = edgellm::Shape{toy::kVocab, toy::kHidden};
+    decoder_.load_embedding(host, nullptr);
+    decoder_.finish_load();
+  }
+
+  void round() {
+    change_adapters();
+    const std::vector<int> slots = some_slots();
+    step(slots);
+    run(slots);
+    copy();
+  }
+
+  int compared() const { return compared_; }
+  int wrong() const { return wrong_; }
+  std::pair<std::size_t, std::size_t> made() const { return decoder_.num_contexts_and_graphs(); }
+
+ private:
+  struct Sequence {
+    std::vector<int> tokens;  // whose keys are in the slot
+    int adapter = 0;
+  };
+
+  static edgellm::TrtDecoderConfig config(bool batched, bool together) {
+    edgellm::TrtDecoderConfig config;
+    edgellm::DecoderConfig& loop = config.loop;
+    loop.num_layers = toy::kLayers;
+    loop.hidden_size = toy::kHidden;
+    loop.num_heads = loop.num_kv_heads = toy::kKvHeads;
+    loop.head_dim = toy::kHeadDim;
+    loop.vocab_size = toy::kVocab;
+    loop.kv_format = edgellm::kernels::KvFormat::fp16;
+    loop.embedding_format = edgellm::kernels::WeightFormat::fp16;
+    loop.num_slots = kSlots;
+    loop.capacity = toy::kCapacity - (batched ? 1 : 0);
+    loop.max_tokens = 10;
+    loop.max_verify_tokens = 0;
+    loop.max_adapters = 2;
+    config.engine_capacity = toy::kCapacity;
+    config.max_batch = batched ? 4 : 1;
+    config.decode_tokens = 4;
+    config.max_logits = 6;
+    config.tensors = toy::tensors(together);
+    return config;
+  }
+
+  int below(int limit) { return static_cast<int>(random_() % static_cast<unsigned>(limit)); }
+
+  std::vector<int> some_slots() {
+    std::vector<int> slots(kSlots);
+    for (int i = 0; i < kSlots; ++i) slots[static_cast<std::size_t>(i)] = i;
+    std::shuffle(slots.begin(), slots.end(), random_);
+    slots.resize(static_cast<std::size_t>(below(kSlots) + 1));
+    return slots;
+  }
+
+  Sequence& at(int slot) { return sequences_[static_cast<std::size_t>(slot)]; }
+  int addend(const Sequence& sequence) const { return adapters_[static_cast<std::size_t>(sequence.adapter)]; }
+
+  void compare(int token, const Sequence& sequence) {
+    ++compared_;
+    wrong_ += token != toy::expected(sequence.tokens, addend(sequence)) ? 1 : 0;
+  }
+
+  void change_adapters() {
+    if (below(8) != 0) return;
+    const int index = below(2) + 1;
+    for (Sequence& sequence : sequences_) {
+      if (sequence.adapter == index) sequence = {};
+    }
+    int& known = adapters_[static_cast<std::size_t>(index)];
+    if (known != 0 && below(2) == 0) {
+      decoder_.unload_adapter(index);
+      known = 0;
+      return;
+    }
+    const int rank = below(toy::kMaxRank) + 1;
+    known = rank * (below(5) + 1);  // A of ones, B of known / rank
+    std::vector<__half> a(static_cast<std::size_t>(toy::kHidden * rank), __float2half(1.0F));
+    std::vector<__half> b(a.size(), __float2half(static_cast<float>(known / rank)));
+    std::vector<edgellm::TrtLoraTensor> tensors;
+    for (int layer = 0; layer < toy::kLayers; ++layer) {
+      tensors.push_back({"lora_a" + std::to_string(layer), rank, std::as_bytes(std::span(a))});
+      tensors.push_back({"lora_b" + std::to_string(layer), rank, std::as_bytes(std::span(b))});
+    }
+    decoder_.load_adapter(index, tensors);
+  }
+
+  void step(const std::vector<int>& slots) {
+    std::vector<std::vector<std::int32_t>> fed;
+    for (const int slot : slots) {
+      Sequence& sequence = at(slot);
+      if (sequence.tokens.size() > 40 || below(8) == 0) sequence = {};
+      if (sequence.tokens.empty()) {
+        const int adapter = below(3);
+        sequence.adapter = adapters_[static_cast<std::size_t>(adapter)] != 0 ? adapter : 0;
+      }
+      const int length = sequence.tokens.empty() || below(3) == 0 ? below(18) + 1 : 1;
+      std::vector<std::int32_t> tokens;
+      for (int i = 0; i < length; ++i) tokens.push_back(below(toy::kVocab));
+      fed.push_back(std::move(tokens));
+    }
+    std::vector<SequenceStep> batch;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      const Sequence& sequence = at(slots[i]);
+      const int wanted = below(4) == 0 ? 0 : below(static_cast<int>(fed[i].size())) + 1;
+      batch.push_back({slots[i], fed[i], static_cast<int>(sequence.tokens.size()), wanted, sequence.adapter});
+    }
+    decoder_.step(batch);
+    const float* row = decoder_.logits();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      Sequence& sequence = at(slots[i]);
+      for (std::size_t k = 0; k < fed[i].size(); ++k) {
+        sequence.tokens.push_back(fed[i][k]);
+        if (k + static_cast<std::size_t>(batch[i].num_logits) < fed[i].size()) continue;
+        compare(static_cast<int>(std::max_element(row, row + toy::kVocab) - row), sequence);
+        row += toy::kVocab;
+      }
+    }
+  }
+
+  void run(std::vector<int> slots) {
+    std::shuffle(slots.begin(), slots.end(), random_);
+    std::erase_if(slots, [this](int slot) { return at(slot).tokens.empty() || at(slot).tokens.size() > 45; });
+    if (slots.empty()) return;
+    std::vector<RunSequence> sequences;
+    for (const int slot : slots) {
+      RunSequence sequence;
+      sequence.slot = slot;
+      sequence.position = static_cast<int>(at(slot).tokens.size()) - 1;
+      sequence.token_id = at(slot).tokens.back();
+      sequence.row.num_top = -1;
+      sequence.row.repetition_penalty = 1.0F;
+      sequence.adapter = at(slot).adapter;
+      sequences.push_back(sequence);
+    }
+    decoder_.start_run(sequences);
+    const int num_steps = below(5) + 1;
+    for (int i = 0; i <= num_steps; ++i) {
+      if (i < num_steps) decoder_.launch_run_step_async();
+      if (i == 0) continue;
+      const edgellm::RunStep read = decoder_.read_run_step();
+      for (std::size_t k = 0; k < slots.size(); ++k) {
+        compare(read.tokens[k], at(slots[k]));
+        at(slots[k]).tokens.push_back(read.tokens[k]);
+      }
+    }
+    for (const int slot : slots) at(slot).tokens.pop_back();  // drawn last, and never computed
+  }
+
+  void copy() {
+    const int source = below(kSlots), target = below(kSlots), restored = below(kSlots);
+    const auto length = static_cast<int>(at(source).tokens.size());
+    if (length == 0) return;
+    if (source != target) decoder_.copy_prefix(source, target, length);
+    at(target) = at(source);
+    std::vector<std::byte> saved(static_cast<std::size_t>(length) * decoder_.config().kv_bytes_per_token());
+    decoder_.save_prefix(source, length, saved.data());
+    decoder_.load_prefix(restored, length, saved.data());
+    at(restored) = at(source);
+  }
+
+  std::mt19937 random_;
+  edgellm::TrtEngine engine_{"", {}};
+  edgellm::TrtDecoder decoder_;
+  std::array<Sequence, kSlots> sequences_;
+  std::array<int, 3> adapters_{};  // what each adds; 0: not loaded
+  int compared_ = 0;
+  int wrong_ = 0;
+};
+
+}  // namespace
+
+int main() {
+  int wrong = 0;
+  for (const bool batched : {false, true}) {
+    for (const bool together : {false, true}) {
+      Walk walk(batched, together, batched ? 1 : 2);
+      for (int i = 0; i < 300; ++i) walk.round();
+      const auto [contexts, graphs] = walk.made();
+      std::printf("batched %d together %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together, walk.wrong(),
+                  walk.compared(), contexts, graphs);
+      wrong += walk.wrong();
+    }
+  }
+  return wrong == 0 ? 0 : 1;
+}

@@ -1,0 +1,15 @@
+// What the stand-ins of this directory share.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+namespace stand_in {
+
+using Launch = std::function<void()>;
+
+void launch(Launch body);  // now, or into the capture under way
+bool is_capturing();
+void require(bool condition, const char* message);  // ends the program with a message
+
+}  // namespace stand_in
