@@ -11,15 +11,7 @@
 namespace edgellm {
 namespace {
 
-// Each context takes some memory of TensorRT's own, each graph some of the driver's. They are made when a combination
-// of slots is first seen; beyond this many all are dropped.
-constexpr std::size_t kMostContexts = 64;
-constexpr std::size_t kMostGraphs = 128;
-constexpr std::size_t kMostLayouts = 4096;
-
-std::size_t stride(std::size_t size) {
-  return (size + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
-}
+constexpr std::size_t kMostLayouts = 4096;  // combinations of slots; beyond them all are forgotten
 
 }  // namespace
 
@@ -43,7 +35,7 @@ TrtDecoder::TrtDecoder(TrtEngine& engine, TrtDecoderConfig config)
     if (tensor.role != TrtRole::lora_a && tensor.role != TrtRole::lora_b) continue;
     std::size_t count = static_cast<std::size_t>(tensor.max_rank);
     for (const std::int64_t size : tensor.dims) count *= size < 0 ? 1 : static_cast<std::size_t>(size);
-    offset += stride(count * 2);
+    offset += trt_stride(count * 2);
   }
   EDGELLM_CUDA_TRY(
       cudaMemsetAsync(arena_.get<std::byte>("residual"), 0, arena_.plan().size("residual"), stream_.get()));
@@ -187,129 +179,6 @@ StepKey TrtDecoder::arrange_async(std::span<const std::int32_t> slots, std::span
   return key;
 }
 
-void TrtDecoder::forget(int adapter) {
-  stream_.wait();
-  std::erase_if(contexts_, [&](const auto& entry) { return adapter < 0 || entry.first.adapter == adapter; });
-  std::erase_if(graphs_, [&](const auto& entry) {
-    const Layout& groups = layout(entry.first);
-    return adapter < 0 ||
-           std::any_of(groups.begin(), groups.end(), [&](const Group& group) { return group.adapter == adapter; });
-  });
-}
-
-kernels::EngineInputs TrtDecoder::group_inputs(int first_slot) const {
-  const auto slot = static_cast<std::size_t>(first_slot);
-  const auto rows = static_cast<std::size_t>(trt_.rows_per_group());
-  const std::size_t ints = slot * stride(rows * sizeof(std::int64_t));
-  const auto at = [&](const char* name) { return reinterpret_cast<std::int64_t*>(arena_.get<std::byte>(name) + ints); };
-  kernels::EngineInputs inputs;
-  inputs.embeds =
-      arena_.get<std::byte>("trt.embeds") + slot * stride(rows * static_cast<std::size_t>(config_.hidden_size) * 2);
-  inputs.positions = at("trt.positions");
-  inputs.write_indices = at("trt.write_indices");
-  inputs.logit_indices = at("trt.logit_indices");
-  inputs.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
-  return inputs;
-}
-
-float* TrtDecoder::group_logits(int first_slot) const {
-  return reinterpret_cast<float*>(arena_.get<std::byte>("trt.logits") +
-                                  static_cast<std::size_t>(first_slot) *
-                                      stride(static_cast<std::size_t>(config_.num_rows()) * sizeof(float)));
-}
-
-int TrtDecoder::lora_rank(int adapter, const TrtTensor& tensor) const {
-  const auto& ranks = loras_[static_cast<std::size_t>(adapter)].ranks;
-  const auto found = ranks.find(tensor.name);
-  return found == ranks.end() ? 0 : found->second;
-}
-
-std::byte* TrtDecoder::lora_address(int adapter, std::size_t tensor) const {
-  auto* pool = arena_.get<std::byte>("trt.lora");
-  const std::size_t each = trt_.adapter_bytes();
-  if (lora_rank(adapter, trt_.tensors[tensor]) == 0)
-    return pool + each * static_cast<std::size_t>(config_.max_adapters);
-  return pool + each * static_cast<std::size_t>(adapter - 1) + lora_offsets_[tensor];
-}
-
-void TrtDecoder::bind(TrtContext& context, const kernels::EngineInputs& inputs, float* logits, const ContextKey& key,
-                      int length) {
-  for (std::size_t i = 0; i < trt_.tensors.size(); ++i) {
-    const TrtTensor& tensor = trt_.tensors[i];
-    std::vector<std::int64_t> dims = tensor.dims;
-    switch (tensor.role) {
-      case TrtRole::embeds:
-        dims[0] = key.num_rows;
-        dims[1] = length;
-        context.set_address(tensor.name, inputs.embeds);
-        break;
-      case TrtRole::positions:
-        dims = {key.num_rows, length};
-        context.set_address(tensor.name, inputs.positions);
-        break;
-      case TrtRole::write_indices:
-        dims = {key.num_rows};
-        context.set_address(tensor.name, inputs.write_indices);
-        break;
-      case TrtRole::logit_indices:
-        dims = {key.num_logits};
-        context.set_address(tensor.name, inputs.logit_indices);
-        break;
-      case TrtRole::logits:
-        context.set_address(tensor.name, logits);
-        continue;  // outputs have no shape of their own
-      case TrtRole::past_key:
-      case TrtRole::past_value:
-        dims[0] = key.num_rows;
-        context.set_address(tensor.name,
-                            cache_.tensor(tensor.layer, tensor.role == TrtRole::past_value ? 1 : 0, key.first_slot));
-        break;
-      case TrtRole::present_key:
-      case TrtRole::present_value:  // written in place
-        context.set_address(tensor.name,
-                            cache_.tensor(tensor.layer, tensor.role == TrtRole::present_value ? 1 : 0, key.first_slot));
-        continue;
-      case TrtRole::past_kv:
-        dims[0] = key.num_rows;
-        context.set_address(tensor.name, cache_.tensor(tensor.layer, 0, key.first_slot));
-        break;
-      case TrtRole::present_kv:
-        context.set_address(tensor.name, cache_.tensor(tensor.layer, 0, key.first_slot));
-        continue;
-      case TrtRole::lora_a:
-        dims[1] = lora_rank(key.adapter, tensor);
-        context.set_address(tensor.name, lora_address(key.adapter, i));
-        break;
-      case TrtRole::lora_b:
-        dims[0] = lora_rank(key.adapter, tensor);
-        context.set_address(tensor.name, lora_address(key.adapter, i));
-        break;
-    }
-    context.set_shape(tensor.name, dims);
-  }
-}
-
-TrtContext TrtDecoder::make_context(const ContextKey& key) {
-  // TensorRT's manual wants a context for each captured graph, for a graph holds the context's state; all of them may
-  // share their memory, for one stream runs them.
-  TrtContext context = engine_.make_context(arena_.get<std::byte>("trt.context"));
-  context.use_profile_async(0, stream_.get());
-  bind(context, group_inputs(key.first_slot), group_logits(key.first_slot), key, 1);
-  return context;
-}
-
-void TrtDecoder::prepare_capture_async(const StepKey& key) {
-  const Layout groups = layout(key);
-  if (contexts_.size() + groups.size() > kMostContexts || graphs_.size() >= kMostGraphs) forget(-1);
-  for (const Group& group : groups) {
-    if (contexts_.contains(context_key(group))) continue;
-    contexts_.emplace(context_key(group), make_context(context_key(group)));
-    // After a change of shapes TensorRT sets itself up in the next enqueue, which cannot be captured. What this one
-    // writes, the captured one writes again.
-    record_group_async(group, key.batch);
-  }
-}
-
 void TrtDecoder::record_group_async(const Group& group, int batch) {
   const auto* inputs = arena_.get<std::int32_t>("decode_inputs");  // tokens, then positions, then slots
   kernels::EngineRowsArgs args;
@@ -405,59 +274,6 @@ void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int
     copy_logits_async(arena_.get<float>("logits"), static_cast<std::size_t>(first_row),
                       static_cast<std::size_t>(num_logits));
   }
-}
-
-void TrtDecoder::check_adapter(int adapter) const {
-  if (adapter < 0 || adapter > config_.max_adapters || !loras_[static_cast<std::size_t>(adapter)].loaded) {
-    throw std::invalid_argument("adapter " + std::to_string(adapter) + " is not loaded");
-  }
-}
-
-void TrtDecoder::load_adapter(int index, std::span<const TrtLoraTensor> tensors) {
-  if (index < 1 || index > config_.max_adapters) {
-    throw std::invalid_argument("there is no place " + std::to_string(index) + " for an adapter; places are 1 to " +
-                                std::to_string(config_.max_adapters));
-  }
-  Lora lora;
-  lora.loaded = true;
-  std::vector<std::size_t> places;
-  for (const TrtLoraTensor& given : tensors) {
-    const auto found = std::find_if(trt_.tensors.begin(), trt_.tensors.end(),
-                                    [&](const TrtTensor& tensor) { return tensor.name == given.name; });
-    const bool adapts =
-        found != trt_.tensors.end() && (found->role == TrtRole::lora_a || found->role == TrtRole::lora_b);
-    if (!adapts) throw std::invalid_argument("the engine has no adapter input " + given.name);
-    if (given.rank < 1 || given.rank > found->max_rank) {
-      throw std::invalid_argument(given.name + " has rank " + std::to_string(given.rank) + "; the engine takes 1 to " +
-                                  std::to_string(found->max_rank));
-    }
-    std::size_t bytes = static_cast<std::size_t>(given.rank) * 2;
-    for (const std::int64_t size : found->dims) bytes *= size < 0 ? 1 : static_cast<std::size_t>(size);
-    if (bytes != given.data.size()) {
-      throw std::invalid_argument(given.name + " has " + std::to_string(given.data.size()) + " bytes; rank " +
-                                  std::to_string(given.rank) + " has " + std::to_string(bytes));
-    }
-    places.push_back(static_cast<std::size_t>(found - trt_.tensors.begin()));
-    lora.ranks[given.name] = given.rank;
-  }
-  guarded([&] {
-    forget(index);  // waits for a run under way, which reads the adapters
-    loras_[static_cast<std::size_t>(index)] = std::move(lora);
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      EDGELLM_CUDA_TRY(cudaMemcpyAsync(lora_address(index, places[i]), tensors[i].data.data(), tensors[i].data.size(),
-                                       cudaMemcpyHostToDevice, stream_.get()));
-    }
-    stream_.wait();
-  });
-}
-
-void TrtDecoder::unload_adapter(int index) {
-  check_adapter(index);
-  if (index == 0) throw std::invalid_argument("place 0 is no adapter");
-  guarded([&] {
-    forget(index);
-    loras_[static_cast<std::size_t>(index)] = {};
-  });
 }
 
 void TrtDecoder::copy_prefix_async(int source, int target, int length) {

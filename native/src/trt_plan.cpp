@@ -12,10 +12,6 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-std::size_t aligned(std::size_t size) {
-  return (size + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
-}
-
 }  // namespace
 
 TrtRole trt_role_from_name(const std::string& name) {
@@ -63,7 +59,7 @@ std::size_t TrtDecoderConfig::adapter_bytes() const {
     if (tensor.role != TrtRole::lora_a && tensor.role != TrtRole::lora_b) continue;
     std::size_t count = static_cast<std::size_t>(tensor.max_rank);
     for (const std::int64_t size : tensor.dims) count *= size < 0 ? 1 : static_cast<std::size_t>(size);
-    bytes += aligned(count * 2);
+    bytes += trt_stride(count * 2);
   }
   return bytes;
 }
@@ -89,10 +85,10 @@ MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_b
                   static_cast<std::size_t>(std::max(config.max_logits, kMaxBatch)));
   // Of each slot as the first of a group.
   for (const char* name : {"trt.positions", "trt.write_indices", "trt.logit_indices"}) {
-    plan.add("workspace", name, slots * aligned(rows * sizeof(std::int64_t)));
+    plan.add("workspace", name, slots * trt_stride(rows * sizeof(std::int64_t)));
   }
-  plan.add("workspace", "trt.embeds", slots * aligned(rows * hidden * 2));
-  plan.add("logits", "trt.logits", slots * aligned(static_cast<std::size_t>(loop.num_rows()) * sizeof(float)));
+  plan.add("workspace", "trt.embeds", slots * trt_stride(rows * hidden * 2));
+  plan.add("logits", "trt.logits", slots * trt_stride(static_cast<std::size_t>(loop.num_rows()) * sizeof(float)));
   // Of several tokens of one sequence.
   plan.add("workspace", "trt.tokens", tokens * sizeof(std::int32_t));
   plan.add("workspace", "trt.chunk_positions", tokens * sizeof(std::int64_t));

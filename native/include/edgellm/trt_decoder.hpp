@@ -59,6 +59,11 @@ struct TrtDecoderConfig {
   std::size_t adapter_bytes() const;  // of one
 };
 
+// Bytes from one tensor to the next: TensorRT wants addresses in multiples of 256.
+constexpr std::size_t trt_stride(std::size_t size) {
+  return (size + MemoryPlan::kAlignment - 1) / MemoryPlan::kAlignment * MemoryPlan::kAlignment;
+}
+
 // context_bytes: TrtEngine::context_bytes. Beside it TensorRT has the engine's weights.
 MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_bytes);
 

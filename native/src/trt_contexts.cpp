@@ -1,0 +1,126 @@
+// Contexts of an engine: what each is bound to, when they are made, and when they go.
+#include <algorithm>
+
+#include "edgellm/cuda_try.hpp"
+#include "edgellm/trt_decoder.hpp"
+
+namespace edgellm {
+namespace {
+
+// Each context takes some memory of TensorRT's own, each graph some of the driver's. They are made when a combination
+// of slots is first seen; beyond this many all are dropped.
+constexpr std::size_t kMostContexts = 64;
+constexpr std::size_t kMostGraphs = 128;
+
+}  // namespace
+
+void TrtDecoder::forget(int adapter) {
+  stream_.wait();
+  std::erase_if(contexts_, [&](const auto& entry) { return adapter < 0 || entry.first.adapter == adapter; });
+  std::erase_if(graphs_, [&](const auto& entry) {
+    const Layout& groups = layout(entry.first);
+    return adapter < 0 ||
+           std::any_of(groups.begin(), groups.end(), [&](const Group& group) { return group.adapter == adapter; });
+  });
+}
+
+kernels::EngineInputs TrtDecoder::group_inputs(int first_slot) const {
+  const auto slot = static_cast<std::size_t>(first_slot);
+  const auto rows = static_cast<std::size_t>(trt_.rows_per_group());
+  const std::size_t ints = slot * trt_stride(rows * sizeof(std::int64_t));
+  const auto at = [&](const char* name) { return reinterpret_cast<std::int64_t*>(arena_.get<std::byte>(name) + ints); };
+  kernels::EngineInputs inputs;
+  inputs.embeds =
+      arena_.get<std::byte>("trt.embeds") + slot * trt_stride(rows * static_cast<std::size_t>(config_.hidden_size) * 2);
+  inputs.positions = at("trt.positions");
+  inputs.write_indices = at("trt.write_indices");
+  inputs.logit_indices = at("trt.logit_indices");
+  inputs.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  return inputs;
+}
+
+float* TrtDecoder::group_logits(int first_slot) const {
+  return reinterpret_cast<float*>(arena_.get<std::byte>("trt.logits") +
+                                  static_cast<std::size_t>(first_slot) *
+                                      trt_stride(static_cast<std::size_t>(config_.num_rows()) * sizeof(float)));
+}
+
+void TrtDecoder::bind(TrtContext& context, const kernels::EngineInputs& inputs, float* logits, const ContextKey& key,
+                      int length) {
+  for (std::size_t i = 0; i < trt_.tensors.size(); ++i) {
+    const TrtTensor& tensor = trt_.tensors[i];
+    std::vector<std::int64_t> dims = tensor.dims;
+    switch (tensor.role) {
+      case TrtRole::embeds:
+        dims[0] = key.num_rows;
+        dims[1] = length;
+        context.set_address(tensor.name, inputs.embeds);
+        break;
+      case TrtRole::positions:
+        dims = {key.num_rows, length};
+        context.set_address(tensor.name, inputs.positions);
+        break;
+      case TrtRole::write_indices:
+        dims = {key.num_rows};
+        context.set_address(tensor.name, inputs.write_indices);
+        break;
+      case TrtRole::logit_indices:
+        dims = {key.num_logits};
+        context.set_address(tensor.name, inputs.logit_indices);
+        break;
+      case TrtRole::logits:
+        context.set_address(tensor.name, logits);
+        continue;  // outputs have no shape of their own
+      case TrtRole::past_key:
+      case TrtRole::past_value:
+        dims[0] = key.num_rows;
+        context.set_address(tensor.name,
+                            cache_.tensor(tensor.layer, tensor.role == TrtRole::past_value ? 1 : 0, key.first_slot));
+        break;
+      case TrtRole::present_key:
+      case TrtRole::present_value:  // written in place
+        context.set_address(tensor.name,
+                            cache_.tensor(tensor.layer, tensor.role == TrtRole::present_value ? 1 : 0, key.first_slot));
+        continue;
+      case TrtRole::past_kv:
+        dims[0] = key.num_rows;
+        context.set_address(tensor.name, cache_.tensor(tensor.layer, 0, key.first_slot));
+        break;
+      case TrtRole::present_kv:
+        context.set_address(tensor.name, cache_.tensor(tensor.layer, 0, key.first_slot));
+        continue;
+      case TrtRole::lora_a:
+        dims[1] = lora_rank(key.adapter, tensor);
+        context.set_address(tensor.name, lora_address(key.adapter, i));
+        break;
+      case TrtRole::lora_b:
+        dims[0] = lora_rank(key.adapter, tensor);
+        context.set_address(tensor.name, lora_address(key.adapter, i));
+        break;
+    }
+    context.set_shape(tensor.name, dims);
+  }
+}
+
+TrtContext TrtDecoder::make_context(const ContextKey& key) {
+  // TensorRT's manual wants a context for each captured graph, for a graph holds the context's state; all of them may
+  // share their memory, for one stream runs them.
+  TrtContext context = engine_.make_context(arena_.get<std::byte>("trt.context"));
+  context.use_profile_async(0, stream_.get());
+  bind(context, group_inputs(key.first_slot), group_logits(key.first_slot), key, 1);
+  return context;
+}
+
+void TrtDecoder::prepare_capture_async(const StepKey& key) {
+  const Layout groups = layout(key);
+  if (contexts_.size() + groups.size() > kMostContexts || graphs_.size() >= kMostGraphs) forget(-1);
+  for (const Group& group : groups) {
+    if (contexts_.contains(context_key(group))) continue;
+    contexts_.emplace(context_key(group), make_context(context_key(group)));
+    // After a change of shapes TensorRT sets itself up in the next enqueue, which cannot be captured. What this one
+    // writes, the captured one writes again.
+    record_group_async(group, key.batch);
+  }
+}
+
+}  // namespace edgellm
