@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgellm_ros.toolchain.quantize.products import parts_of, read_inputs
-from edgellm_ros.toolchain.quantize.rounding import Corrections, choose_scales, round_columns
+from edgellm_ros.toolchain.quantize.rounding import Corrections, choose_scales, round_columns, round_to_steps
 from edgellm_ros.toolchain.quantize.scaling import choose_factor
 
 GROUP = 16
@@ -20,10 +20,9 @@ def _case(num_out: int, num_in: int) -> tuple[np.ndarray, np.ndarray]:
     return random.normal(size=(num_out, num_in)), random.normal(size=(6 * num_in, num_in)) @ mix * 0.1
 
 
-def _plain_gptq(weight: np.ndarray, scale: np.ndarray, product: np.ndarray) -> np.ndarray:
+def _plain_gptq(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, order: list[int]) -> np.ndarray:
     """Optimal brain quantisation in a fixed order: after each column the inverse of what is left is computed anew."""
-    hessian = product / np.diagonal(product).mean() + 0.05 * np.eye(len(product))
-    left = list(np.argsort(-np.diagonal(hessian)))
+    left = list(order)
     work, rounded = weight.copy(), np.zeros_like(weight)
     while left:
         inverse = np.linalg.inv(hessian[np.ix_(left, left)])
@@ -39,7 +38,8 @@ def test_columns_are_rounded_as_the_paper_says() -> None:
     weight, inputs = _case(5, 160)  # more columns than one block
     product = inputs.T @ inputs
     scale = np.abs(weight).reshape(5, -1, GROUP).max(-1) / 7
-    expected = _plain_gptq(weight, np.repeat(scale, GROUP, 1), product)
+    damped = product + 0.05 * np.diagonal(product).mean() * np.eye(len(product))
+    expected = _plain_gptq(weight, np.repeat(scale, GROUP, 1), damped, list(np.argsort(-np.diagonal(product))))
     corrections = Corrections.of(torch.from_numpy(product))
     found = round_columns(torch.from_numpy(weight), torch.from_numpy(scale), corrections)
     assert np.abs(found.numpy() - expected).max() < 1e-6
@@ -99,14 +99,18 @@ def test_layers_that_read_one_tensor_share_its_product_and_every_token_counts_th
     assert list(parts_of(layers)) == [layers]
 
 
-def test_weights_that_were_multiplied_by_a_factor_are_corrected_as_if_it_were_part_of_the_input() -> None:
-    _, inputs = _case(8, 32)
-    factor = np.random.default_rng(1).lognormal(0, 1, 32)
-    hessian = inputs.T @ inputs / np.square(inputs).sum(0).mean() + 0.05 * np.eye(32)
-    corrections = Corrections.of(torch.from_numpy(inputs.T @ inputs)).scaled(torch.from_numpy(factor))
-    upper, order = corrections.upper.numpy(), corrections.order.numpy()
-    scaled = (hessian / np.outer(factor, factor))[np.ix_(order, order)]
-    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(scaled), rtol=1e-6)
+def test_rounding_weights_times_a_factor_is_rounding_them_to_steps_divided_by_it() -> None:
+    """What lets AWQ's search try all factors at once, against the paper's algorithm on what is multiplied."""
+    weight, inputs = _case(8, 32)
+    factor = np.random.default_rng(1).lognormal(0, 0.3, 32)
+    scale = np.abs(weight * factor).reshape(8, -1, GROUP).max(-1) / 7
+    corrections = Corrections.of(torch.from_numpy(inputs.T @ inputs))
+    wide = np.repeat(scale, GROUP, 1)
+    found = round_to_steps(torch.from_numpy(weight), torch.from_numpy(wide.T / factor[:, None]), corrections).numpy()
+    hessian = inputs.T @ inputs
+    damped = hessian + 0.05 * np.diagonal(hessian).mean() * np.eye(32)
+    expected = _plain_gptq(weight * factor, wide, damped / np.outer(factor, factor), corrections.order.tolist())
+    np.testing.assert_allclose(found * factor, expected, atol=1e-9)
 
 
 def test_a_factor_is_only_taken_where_the_rounded_layer_loses_less_with_it() -> None:

@@ -347,6 +347,8 @@ def test_the_real_model_is_measured_as_transformers_measures_it(
         for task in sheet.tasks:
             answer = tokenizer.decode(best[task.first : task.stop], skip_special=False)
             passed[task.kind] = passed.get(task.kind, 0) + (answer == f" {task.answer}\n")
+        if sheet is not sheets[0] and sheet is not sheets[-1]:
+            continue
         prompt = read[: len(read) - len(sheet.passage.targets) + 1 + sheet.tasks[0].first]  # what a user would send
         written = model.generate(prompt[None], max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
         starts_right = tokenizer.decode(written, skip_special=False).startswith(f" {sheet.tasks[0].answer}\n")

@@ -211,13 +211,14 @@ def _round_int4(model: Any, group_size: int, forward: Forward, known: list[Share
             left = getattr(shared.layers[0].input_quantizer, "_pre_quant_scale", None)  # that was not folded away
             if left is not None and not known:
                 shared.product *= torch.outer(left.float(), left.float())
-            corrections = Corrections.of(shared.product)
-            for layer in shared.layers:
-                weight = layer.weight.detach().float()
-                scale = choose_scales(weight, shared.product, group_size)
-                layer.weight.data = round_columns(weight, scale, corrections).to(layer.weight.dtype)
+            weight = torch.cat([layer.weight.detach().float() for layer in shared.layers])
+            scale = choose_scales(weight, shared.product, group_size)
+            weight = round_columns(weight, scale, Corrections.of(shared.product))
+            sizes = [layer.out_features for layer in shared.layers]
+            for layer, rows, steps in zip(shared.layers, weight.split(sizes), scale.split(sizes), strict=True):
+                layer.weight.data = rows.to(layer.weight.dtype, copy=True)
                 largest = quantizers[layer]._amax
-                largest.copy_((scale * HIGHEST).reshape(largest.shape))
+                largest.copy_((steps * HIGHEST).reshape(largest.shape))
 
 
 def _int4_quantizers(model: Any) -> dict[Any, Any]:

@@ -7,7 +7,7 @@ each column, which takes a CPU hours, and starts from the largest weights' scale
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -33,10 +33,6 @@ class Corrections:
         product.diagonal().add_(_DAMPING)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(product))
         return cls(order, torch.linalg.cholesky(inverse, upper=True))
-
-    def scaled(self, factor: torch.Tensor) -> Corrections:
-        """The same where weights were multiplied by `factor` (in,), and inputs divided."""
-        return replace(self, upper=self.upper * factor[self.order])
 
 
 def choose_scales(weight: torch.Tensor, product: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -69,10 +65,15 @@ def _chosen(weight: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 def round_columns(weight: torch.Tensor, scale: torch.Tensor, corrections: Corrections) -> torch.Tensor:
     """The multiples of `scale` (out, groups) for a weight (out, in) whose errors cancel best in its output."""
+    group_size = weight.shape[1] // scale.shape[1]
+    return round_to_steps(weight, scale.T.repeat_interleave(group_size, 0), corrections)
+
+
+def round_to_steps(weight: torch.Tensor, steps: torch.Tensor, corrections: Corrections) -> torch.Tensor:
+    """The same for a step of each weight; steps: (in, out)."""
     num_out, num_in = weight.shape
     order, upper = corrections.order, corrections.upper
-    work = weight.T[order]  # (in, out): a feature's weights lie side by side
-    steps = scale.T[order // (num_in // scale.shape[1])]
+    work, steps = weight.T[order], steps[order]  # (in, out): a feature's weights lie side by side
     rounded, errors = torch.empty_like(work), work.new_empty(_BLOCK, num_out)
     weights = (1 / upper.diagonal()).tolist()
     for start in range(0, num_in, _BLOCK):

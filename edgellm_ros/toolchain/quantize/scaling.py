@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgellm_ros.toolchain.quantize.rounding import Corrections, choose_scales, round_columns
+from edgellm_ros.toolchain.quantize.rounding import Corrections, choose_scales, round_to_steps
 
 _POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)  # 0 leaves the weights as they are
 _ROWS = 128  # output features that decide; each is rounded by itself, so some tell as much as all
@@ -31,15 +31,15 @@ def choose_factor(
         read = read.view(heads).square().mean(1, keepdim=True).sqrt().expand(heads).reshape(-1)
     rows = torch.cat(list(weights)).float()
     rows = rows[:: -(-len(rows) // _ROWS)]
-    best, least = torch.ones_like(read), float("inf")
+    factors, steps = [], []
     for power in _POWERS:
         factor = read**power
         factor = factor / (factor.max() * factor.min()).sqrt()
-        scaled = product / torch.outer(factor, factor)
-        weight = rows * factor
-        scale = choose_scales(weight, scaled, group_size)
-        error = weight - round_columns(weight, scale, corrections.scaled(factor))
-        loss = float(((error @ scaled) * error).sum())
-        if loss < least:
-            best, least = factor, loss
-    return best
+        scale = choose_scales(rows * factor, product / torch.outer(factor, factor), group_size)
+        factors.append(factor)
+        steps.append(scale.T.repeat_interleave(group_size, 0) / factor[:, None])  # what a step is before the factor
+    # A factor changes nothing but the steps, so that all powers are rounded at once.
+    error = rows.repeat(len(_POWERS), 1)
+    error = error - round_to_steps(error, torch.cat(steps, 1), corrections)
+    losses = ((error @ product) * error).sum(1).reshape(len(_POWERS), -1).sum(1)
+    return factors[int(losses.argmin())]
