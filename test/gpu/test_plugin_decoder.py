@@ -11,27 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_case import needs_gpu, stream, torch
-from plugin_case import FLOAT, HALF, INT8, INT64, Plugin, Tensor, library
+from plugin_case import library, plugin_of_node
 
 from edgellm_ros.bundle import DECODER_PLUGIN
 
 pytest.importorskip("onnx")
 pytest.importorskip("transformers")
 pytestmark = needs_gpu
-_KINDS = {"float32": FLOAT, "float16": HALF, "int8": INT8, "int64": INT64}
 
 
-def call(name: str, attributes: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> None:
-    """Run a plugin on device tensors; those of `outputs` are filled."""
-    settings = {key: value for key, value in attributes.items() if not key.startswith("plugin_")}
-    plugin = Plugin(name, settings)
-
-    def describe(tensor: Any) -> Tensor:
-        return Tensor(tuple(tensor.shape), _KINDS[str(tensor.dtype).removeprefix("torch.")])
-
-    ins, outs = [describe(t) for t in inputs], [describe(t) for t in outputs]
-    assert [t[:2] for t in plugin.outputs(ins)] == [t[:2] for t in outs]
-    plugin.shape_change(ins, outs)
+def run(name: str, attributes: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Run a node's plugin on device tensors; those of `outputs` are filled."""
+    plugin, ins, outs = plugin_of_node(name, attributes, inputs, outputs)
     workspace = torch.full((max(1, plugin.workspace(ins, outs)),), 0xFF, dtype=torch.uint8, device="cuda")
     plugin.enqueue(ins, outs, [t.data_ptr() for t in (*inputs, *outputs)], workspace.data_ptr(), stream())
     torch.cuda.synchronize()
@@ -43,39 +34,17 @@ def to_device(values: Any) -> Any:
 
 def gpu_ops() -> list[Any]:
     """The three operators as the reference evaluator takes them."""
-    from onnx.reference.op_run import OpRun
+    from plugin_ops import OPS, handed_over
 
-    from edgellm_ros.toolchain.build.packing import pack_int4, pack_scales
+    def on_device(self: Any, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
+        name = type(self).__name__
+        arrays, out = handed_over(name, attributes, inputs)
+        tensors, first = [to_device(values) for values in arrays], to_device(out)
+        outputs = [first, tensors[1]] if name == "EdgeLLMAttention" else [first]  # the cache is written in place
+        run(name, attributes, tensors, outputs)
+        return tuple(t.cpu().numpy() for t in outputs)
 
-    class EdgeLLMAttention(OpRun):
-        op_domain = "edgellm"
-
-        def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any, Any]:
-            tensors = [to_device(value) for value in inputs]
-            batch, tokens, _ = tensors[0].shape
-            width = attributes["num_heads"] * attributes["head_dim"]
-            out = torch.full((batch, tokens, width), float("nan"), dtype=tensors[0].dtype, device="cuda")
-            call("EdgeLLMAttention", attributes, tensors, [out, tensors[1]])
-            return out.cpu().numpy(), tensors[1].cpu().numpy()
-
-    class EdgeLLMInt8Gemm(OpRun):
-        op_domain = "edgellm"
-
-        def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any]:
-            x, weight, scales, *bias = inputs
-            name = type(self).__name__
-            if name == "EdgeLLMInt4Gemm":
-                weight, scales = pack_int4(weight.view(np.uint8)).view(np.int8), pack_scales(scales, attributes["group"])
-            tensors = [to_device(value) for value in (x, weight, scales, *bias)]
-            dtype = torch.float32 if attributes["float_output"] else tensors[0].dtype
-            out = torch.full((*x.shape[:-1], attributes["rows"]), float("nan"), dtype=dtype, device="cuda")
-            call(name, attributes, tensors, [out])
-            return (out.cpu().numpy(),)
-
-    class EdgeLLMInt4Gemm(EdgeLLMInt8Gemm):
-        pass
-
-    return [EdgeLLMAttention, EdgeLLMInt8Gemm, EdgeLLMInt4Gemm]
+    return [type(op.__name__, (op,), {"_run": on_device}) for op in OPS]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from edgellm_ros.errors import UnsupportedError
 DRIVER = "libedgellm_plugin_test_driver.so"
 FLOAT, HALF, INT8, INT32, FP8, BF16, INT64 = 0, 1, 2, 3, 6, 7, 8  # nvinfer1::DataType
 LINEAR = 0
+_BY_NAME = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16, "int8": INT8, "int64": INT64}
 
 
 class Tensor(NamedTuple):
@@ -97,7 +99,8 @@ class Plugin:
         assert self._creator, self._driver.driver_last_error().decode()
         fields = (_Setting * max(1, len(settings)))()
         for field, (key, value) in zip(fields, settings.items(), strict=False):
-            field.name, field.is_real = key.encode(), isinstance(value, float)
+            # Not isinstance(value, float): onnx's evaluator gives numpy.float32, which is none.
+            field.name, field.is_real = key.encode(), not isinstance(value, Integral)
             field.integer, field.real = int(value), float(value)
         self._plugin = self._check(
             self._driver.driver_create(ctypes.c_void_p(self._creator), fields, len(settings), 0)
@@ -181,6 +184,34 @@ class Plugin:
             "enqueue", tensor_array([*inputs, *outputs]), len(inputs), len(outputs), pointers,
             ctypes.c_void_p(workspace), ctypes.c_void_p(stream),
         )  # fmt: skip
+
+
+def plugin_of_node(
+    name: str, attributes: Mapping[str, Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> tuple[Plugin, list[Tensor], list[Tensor]]:
+    """The plugin of an ONNX node, told of these arrays (of NumPy or torch), and how it was told.
+
+    Raises PluginError where it takes the attributes or the arrays not."""
+    plugin = Plugin(name, {key: value for key, value in attributes.items() if not key.startswith("plugin_")})
+    ins, outs = (
+        [Tensor(tuple(a.shape), _BY_NAME[str(a.dtype).removeprefix("torch.")]) for a in arrays]
+        for arrays in (inputs, outputs)
+    )
+    made = [made[:2] for made in plugin.outputs(ins)]
+    if made != [out[:2] for out in outs]:
+        raise PluginError(f"{name} makes {made}; the arrays are {outs}")
+    plugin.shape_change(ins, outs)
+    return plugin, ins, outs
+
+
+def query_type(cache: int, tokens: int, tree: bool) -> int | None:
+    """What the attention rounds turned queries to; None: they stay fp32.
+
+    A tree's queries are rounded to the operands of its products: fp16 beside an fp16 cache. A prompt's are bf16 on their
+    way to the kernel, whatever the cache has. Scores are of several units, so that the difference is seen in outputs."""
+    if tokens == 1:
+        return None
+    return HALF if tree and tokens <= 64 and cache == HALF else BF16
 
 
 def attention_tensors(

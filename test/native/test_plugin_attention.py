@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from kernel_case import needs_gpu, poisoned, stream, torch
-from plugin_case import BF16, FP8, HALF, INT8, Plugin, attention_tensors
+from plugin_case import BF16, FP8, HALF, INT8, Plugin, attention_tensors, query_type
 
 pytestmark = needs_gpu
 CAPACITY, EPS = 300, 1e-6
@@ -97,10 +97,11 @@ class Layer:
         low, high = x.chunk(2, dim=1)
         return torch.cat([low * c - high * s, high * c + low * s], dim=1)
 
-    def wanted(self, b: int, s: int, position: int, seen: Sequence[int], rounded: bool) -> Any:
+    def wanted(self, b: int, s: int, position: int, seen: Sequence[int]) -> Any:
         """Attention of token s, turned by `position`, over the cache's places `seen`."""
         q = self.rotate(self.split(b, s)[0], position, self.gains[0] if self.gains else None)
-        q = q.to(torch.bfloat16).double() if rounded else q  # as tensor cores take them
+        rounded = query_type(self.cache_kind, self.qkv.shape[1], bool(self.settings["tree"]))
+        q = q if rounded is None else q.to(torch_type(rounded)).double()
         group = self.heads // self.kv_heads
         keys, values = (self.after[b, i][:, list(seen)].repeat_interleave(group, 0) for i in range(2))
         weights = torch.softmax(torch.einsum("hd,hpd->hp", q, keys) * self.dim**-0.5, dim=1)
@@ -124,7 +125,7 @@ class Layer:
                 at = prefix + s
                 self.check_written(b, s, at, at)
                 first = max(0, at + 1 - self.window) if self.window else 0
-                expected = self.wanted(b, s, at, range(first, at + 1), tokens > 1)
+                expected = self.wanted(b, s, at, range(first, at + 1))
                 assert torch.allclose(out[b, s], expected, rtol=2**-6, atol=8e-3), (b, s)
             places = self.after[b, :, :, prefix + before[b] :]
             assert bool(torch.isnan(places).all()), "places behind the sequence stay as they were"
@@ -203,7 +204,7 @@ def test_trees_see_the_prefix_and_their_ancestors(
         for i, path in enumerate(paths):
             position = prefix + len(path) - 1
             layer.check_written(b, i, prefix + i, position)
-            expected = layer.wanted(b, i, position, [*range(prefix), *(prefix + j for j in path)], True)
+            expected = layer.wanted(b, i, position, [*range(prefix), *(prefix + j for j in path)])
             assert torch.allclose(out[b, i], expected, rtol=2**-6, atol=8e-3), (b, i, path)
 
 

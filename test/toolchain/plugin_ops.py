@@ -1,4 +1,7 @@
-"""The plugins' operators in NumPy, as ONNX's reference evaluator runs them: written from what their headers promise."""
+"""The plugins' operators in NumPy, as ONNX's reference evaluator runs them: written from what their headers promise.
+
+And what the evaluator has to hand over where it is a plugin object that runs a node.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from onnx.reference.op_run import OpRun
+
+from edgellm_ros.toolchain.build.packing import pack_int4, pack_scales
 
 
 def _rotate(x: Any, cos: Any, sin: Any) -> Any:
@@ -78,3 +83,14 @@ class EdgeLLMInt8Gemm(_Gemm):
 
 
 OPS = [EdgeLLMAttention, EdgeLLMInt4Gemm, EdgeLLMInt8Gemm]
+
+
+def handed_over(name: str, attributes: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """A node's inputs in the order that its plugin reads, and NaN where its first output goes."""
+    x, *rest = inputs
+    if name == "EdgeLLMAttention":
+        return [x, *rest], np.full((*x.shape[:2], attributes["num_heads"] * attributes["head_dim"]), np.nan, x.dtype)
+    if name == "EdgeLLMInt4Gemm":
+        rest[:2] = pack_int4(rest[0].view(np.uint8)).view(np.int8), pack_scales(rest[1], attributes["group"])
+    dtype = np.float32 if attributes["float_output"] else x.dtype
+    return [x, *rest], np.full((*x.shape[:-1], attributes["rows"]), np.nan, dtype)
