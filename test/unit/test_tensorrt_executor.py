@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from engines import ORIN, write_engine
+from engines import ORIN, bindings_of, write_engine
 
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
-from edgellm_ros.errors import BundleError, UnsupportedError
+from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors import create_executor, engine_preflight
 from edgellm_ros.executors import tensorrt as executor_module
+from edgellm_ros.executors.engines import list_engines, read_engine
 from edgellm_ros.executors.tensorrt import balance, half_bits
 
 RNG = np.random.default_rng(1)
@@ -79,11 +81,98 @@ def test_auto_goes_on_without_an_engine_that_cannot_be_loaded_and_says_so(
         create_executor(engine_here, EngineConfig(executor="tensorrt"))
 
 
+class NativeOfATest:
+    """Stands for the native module: an engine that is what its report says, and a decoder that notes what it is given."""
+
+    MAX_BATCH = 8
+
+    def __init__(self, bundle: Bundle, free: int, context: int = 1 << 20) -> None:
+        engine = read_engine(list_engines(bundle)[0])
+        self.calls: list[str] = []
+        calls, found = self.calls, [tuple(vars(binding).values()) for binding in bindings_of(engine, bundle)]
+        self._info = {"free_bytes": free, "integrated": False}
+
+        class TrtEngine:
+            context_bytes, bindings, num_profiles, version = context, found, 2, (10, 13, 3, 9)
+
+            def __init__(self, path: str, candidates: list[str], plugins: str) -> None:
+                assert path == str(engine.file) and plugins == ""
+                calls.append("engine")
+
+            def take_log(self) -> list[tuple[str, str]]:
+                return [("warning", "a warning of the library")]
+
+        class TrtDecoder:
+            def __init__(self, engine: Any, settings: Any) -> None:
+                calls.append("decoder")
+
+            def load_embedding(self, values: np.ndarray, scale: Any) -> None:
+                calls.append(f"embedding {values.dtype} {values.shape}")
+
+            def finish_load(self) -> None:
+                calls.append("finish")
+
+        self.TrtEngine, self.TrtDecoder = TrtEngine, TrtDecoder
+
+    def device_info(self) -> dict[str, Any]:
+        return self._info
+
+    def plan_trt_memory(self, settings: Any, context_bytes: int) -> dict[str, int]:
+        return {"kv_cache": 1 << 20, "context": context_bytes, "total": (1 << 20) + context_bytes}
+
+
+@pytest.fixture
+def load_with(engine_here: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, NativeOfATest]]:
+    def load(**settings: int) -> tuple[Any, NativeOfATest]:
+        module = NativeOfATest(engine_here, **settings)
+        loop = SimpleNamespace(
+            num_slots=4, capacity=64, vocab_size=320, kv_bytes_per_token=96, max_adapters=0,
+            embedding_format=SimpleNamespace(name="int8"),
+        )  # fmt: skip
+        monkeypatch.setattr(executor_module, "engine_settings", lambda *_: SimpleNamespace(loop=loop))
+        monkeypatch.setattr(executor_module, "probe_machine", lambda: ORIN)
+        monkeypatch.setattr("edgellm_ros.native.load", lambda: module)
+        monkeypatch.setattr("edgellm_ros.native.tensorrt_candidates", lambda _: ["libnvinfer.so.10"])
+        try:
+            return executor_module.TensorRTExecutor(engine_here, EngineConfig()), module
+        except ConfigError as error:
+            return error, module
+
+    return load
+
+
+def test_an_engine_is_planned_loaded_compared_and_then_memory_is_taken(
+    load_with: Callable[..., tuple[Any, NativeOfATest]], caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, module = load_with(free=1 << 30)
+    assert module.calls == ["engine", "decoder", "embedding int8 (320, 64)", "finish"]
+    plan = executor.memory_plan
+    assert plan["total"] == plan["engine"] + plan["kv_cache"] + plan["context"] == executor.info.memory_bytes
+    assert executor.info.name == "tensorrt" and "TensorRT 10.13.3" in executor.info.device
+    assert any("a warning of the library" in record.message for record in caplog.records)
+    executor.close()
+    with pytest.raises(DeviceError, match="the tensorrt executor is closed"):
+        executor.step([])
+
+
+def test_memory_that_is_short_is_refused_before_the_engine_is_loaded(
+    load_with: Callable[..., tuple[Any, NativeOfATest]]
+) -> None:
+    error, module = load_with(free=2 << 20)  # its report says 2 MiB of context, beside 1 MiB of cache
+    assert isinstance(error, ConfigError) and module.calls == []
+    assert "MB are free; lower max_slots 4" in str(error)
+
+
+def test_memory_that_tensorrt_asks_for_beyond_the_report_is_refused_before_it_is_taken(
+    load_with: Callable[..., tuple[Any, NativeOfATest]]
+) -> None:
+    error, module = load_with(free=64 << 20, context=512 << 20)
+    assert isinstance(error, ConfigError) and module.calls == ["engine"]
+
+
 def test_the_engine_that_fits_is_handed_over_and_the_choice_is_logged(
     engine_here: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from types import SimpleNamespace
-
     given: list[Any] = []
 
     def make(bundle: Bundle, config: EngineConfig, engine: Any) -> Any:
