@@ -68,7 +68,7 @@ class TensorRTExecutor(NativeExecutor):
             self._decoder.load_vocab_map(vocab_map.token_ids)
         self._decoder.finish_load()
         self._log_messages()
-        self._bundle, self._config, self._lora = bundle, config, engine.options.lora
+        self._bundle, self._config = bundle, config
         self._max_loras = settings.loop.max_adapters
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
