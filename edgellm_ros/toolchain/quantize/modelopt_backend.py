@@ -181,8 +181,9 @@ def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedI
         known = read_inputs(part, lambda: _read(model, forward))
         for shared in known:
             weights = [layer.weight.detach() for layer in shared.layers]
-            corrections = Corrections.of(shared.product)
-            factor = choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
+            with _one_thread():
+                corrections = Corrections.of(shared.product)
+                factor = choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
             shared.product /= torch.outer(factor, factor)
             for layer in shared.layers:
                 apply_pre_quant_scale_and_smooth(layer, 1 / factor)
@@ -212,8 +213,9 @@ def _round_int4(model: Any, group_size: int, forward: Forward, known: list[Share
             if left is not None and not known:
                 shared.product *= torch.outer(left.float(), left.float())
             weight = torch.cat([layer.weight.detach().float() for layer in shared.layers])
-            scale = choose_scales(weight, shared.product, group_size)
-            weight = round_columns(weight, scale, Corrections.of(shared.product))
+            with _one_thread():
+                scale = choose_scales(weight, shared.product, group_size)
+                weight = round_columns(weight, scale, Corrections.of(shared.product))
             sizes = [layer.out_features for layer in shared.layers]
             for layer, rows, steps in zip(shared.layers, weight.split(sizes), scale.split(sizes), strict=True):
                 layer.weight.data = rows.to(layer.weight.dtype, copy=True)
@@ -230,6 +232,17 @@ def _int4_quantizers(model: Any) -> dict[Any, Any]:
         if found is not None and found.is_enabled and found.num_bits == 4:
             quantizers[module] = found
     return quantizers
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For thousands of small operations: on busy cores, threads that wait for each other take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read(model: Any, forward: Forward) -> None:
