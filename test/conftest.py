@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from edgellm_ros.bundle import Bundle
 
 # `make test` compiles every architecture without optimisation; `make native`, where it ran, is what robots get.
 edgellm_ros.__path__.append(str(Path(__file__).resolve().parents[1] / "build" / "native-check"))
+
+# A shell without job control starts what runs in the background deaf to Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,6 +17,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import UnsupportedError
 from edgellm_ros.executors import create_executor
 from edgellm_ros.executors.cuda import unsupported_reason
+from edgellm_ros.executors.engine_preflight import Machine
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.detect import load_spec
 from edgellm_ros.toolchain.export import export_bundle
@@ -83,7 +84,9 @@ def test_the_cuda_executor_refuses_these_families_for_the_size_of_their_heads_al
 
 
 def test_auto_runs_on_the_cpu_what_a_gpu_cannot(tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where a GPU is, without TensorRT: these heads are smaller than the kernels take.
     monkeypatch.setattr("edgellm_ros.native.unavailable_reason", lambda: "")
+    monkeypatch.setattr("edgellm_ros.executors.engine_preflight.probe_machine", lambda: Machine("no TensorRT"))
     executor = create_executor(tiny_bundle("gemma3", "fp32"), EngineConfig(max_slots=1, max_context=32))
     assert executor.info.name == "onnxruntime"
     executor.close()
