@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,14 @@ def open_cuda(gpu_bundle: Callable[..., Bundle]) -> Iterator[Callable[..., CudaE
     yield get
     for executor in opened:
         executor.close()
+
+
+@pytest.fixture
+def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """TensorRT's library is its double; all of a test delete contexts before engines, and engines before runtimes."""
+    import double_driver
+
+    monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
+    yield
+    gc.collect()
+    assert "nvinfer double: " not in capfd.readouterr().err

@@ -5,10 +5,9 @@ Nothing here is TensorRT: docs/verified.md lists what the double proves of the c
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from edgellm_ros.executors.engines import Engine
 
 MODULE = native.import_module()[0]
 pytestmark = [
+    pytest.mark.usefixtures("use_the_double"),
     pytest.mark.skipif(bool(double_driver.NO_DOUBLE), reason=double_driver.NO_DOUBLE),
     pytest.mark.skipif(not getattr(MODULE, "TENSORRT_HEADERS", ""), reason="the module was compiled without NvInfer.h"),
 ]
@@ -35,15 +35,6 @@ OPTIONS = BuildOptions(max_batch=4, max_input=32, max_context=128, max_verify=8,
 def target() -> str:
     major, minor = MODULE.device_info()["compute_capability"]
     return f"sm{major}{minor}"
-
-
-@pytest.fixture(autouse=True)
-def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """All of them delete contexts before engines, and engines before runtimes."""
-    monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
-    yield
-    gc.collect()
-    assert "nvinfer double: " not in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ must be as likely as the cuda executor's own choice within that.
 
 from __future__ import annotations
 
-import gc
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -31,10 +29,8 @@ from edgellm_ros.llm import LLM
 
 MODULE = native.import_module()[0]
 pytestmark = [
+    pytest.mark.usefixtures("use_the_double"),
     pytest.mark.skipif(bool(double_driver.NO_DOUBLE), reason=double_driver.NO_DOUBLE),
-    pytest.mark.skipif(
-        importlib.util.find_spec("edgellm_ros.executors.tensorrt") is None, reason="there is no tensorrt executor yet"
-    ),
 ]
 RNG = np.random.default_rng(17)
 CONTEXT = 120  # of the cache's 128: one place is for slots without a token where slots are batched
@@ -44,15 +40,6 @@ KINDS = ("gpu_llama", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
 
 def config(executor: str, **settings: Any) -> EngineConfig:
     return EngineConfig(**{"executor": executor, "max_slots": 4, "max_context": CONTEXT, "kv_cache": "bf16", **settings})
-
-
-@pytest.fixture(autouse=True)
-def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """All of them delete contexts before engines, and engines before runtimes."""
-    monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
-    yield
-    gc.collect()
-    assert "nvinfer double: " not in capfd.readouterr().err
 
 
 @pytest.fixture
