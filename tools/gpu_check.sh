@@ -3,8 +3,8 @@
 #   tools/gpu_check.sh [build|test|sanitize|bench|kernels|figures ...]     build, test and bench when nothing is named
 # The double of libnvinfer, and the plugins with their test driver, are built too where NvInfer.h is: in TENSORRT_ROOT, or
 # in a kernel-lens wheel that PYTHONPATH has.
-# EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS (default --torch) and PYTEST_ARGS change what runs; TOTAL_S (470)
-# bounds all parts together, so that a run ends with its table before whoever lent the machine ends it.
+# EDGELLM_CUDA_ARCHS (default 90a), PYTHON, BENCH_ARGS (default --torch), PYTEST_ARGS and SANITIZE_ARGS change what runs;
+# TOTAL_S (470) bounds all parts together, so that a run ends with its table before whoever lent the machine ends it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -46,12 +46,8 @@ for part in "${parts[@]}"; do
       TAIL=150 run test "${TEST_S:-400}" $pytest -m "not alone" -n "${WORKERS:-8}"
       TAIL=60 run alone 90 $pytest -m alone
       ;;
-    sanitize)  # every path once; cuBLASLt's own kernels are not ours to check, and racecheck fails in them
-      for tool in memcheck racecheck; do
-        [ "$tool" = memcheck ] || export EDGELLM_SHORT_RUN=no-products
-        run "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kns=edgellm \
-          "$python" -m pytest -q -p no:cacheprovider test/gpu/test_short_run.py
-      done
+    sanitize)  # every path once: a line for each kind of model and tool
+      TAIL=200 run sanitize 300 "$python" tools/sanitize.py ${SANITIZE_ARGS:-}
       ;;
     bench) run bench 470 "$python" bench/bench_decode.py ${BENCH_ARGS:---torch} ;;
     kernels)

@@ -1,15 +1,22 @@
-"""Every path of the CUDA runtime once, on models small enough for compute-sanitizer (`tools/gpu_check.sh sanitize`).
+"""Every path of the CUDA runtime once, on models small enough for compute-sanitizer (`tools/sanitize.py`).
 
 Elsewhere each is tested against its oracle; here the same work is done alone and among others, and must agree.
+Each part says its name and seconds as it ends, so that of a run that was cut off one sees what there was.
+
+EDGELLM_SHORT_RUN holds what is left out (`_leave_out`), EDGELLM_SHORT_RUN_BUNDLES a directory where bundles are kept.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packers
 import pytest
 from test_executor_contract import prompt, step
 
@@ -19,6 +26,7 @@ from edgellm_ros.core import SamplingParams
 from edgellm_ros.executors import RunSequence, SequenceStep, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.lora import LoraTensors, make_adapter
+from edgellm_ros.toolchain.export import export_bundle
 
 EVERYTHING = SamplingParams(
     temperature=0.9, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.1,
@@ -28,30 +36,63 @@ GREEDY = SamplingParams(temperature=0.0, seed=1)
 PLAIN = SamplingParams(temperature=0.8, top_k=20, seed=2)
 
 
-@pytest.mark.parametrize(
-    ("kind", "weights", "kv_cache"),
-    [
-        ("gpu_llama", "int4", "bf16"), ("gpu_qwen3", "fp16", "fp8"), ("gpu_mistral", "int8", "fp16"),
-        ("gpu_gemma3", "int4", "bf16"), ("gpu_gemma3", "fp16", "fp8"),
-    ],
-)
+# kind, weights, KV cache; those that others quantised are named by their packer
+CASES = [
+    ("short_llama", "int4", "bf16"), ("short_qwen3", "fp16", "fp8"), ("short_mistral", "int8", "fp16"),
+    ("short_gemma3", "int4", "bf16"), ("short_gemma3", "fp16", "fp8"), ("short_llama_bias", "fp8_rows", "bf16"),
+    ("short_qwen3", "int4_order", "bf16"),
+]  # fmt: skip
+PACKED: dict[str, tuple[Any, Any]] = {
+    "fp8_rows": (packers.ct_fp8(True),
+                 packers.ct_config("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"})),
+    "int4_order": (packers.gptq(32, 4, False, True), packers.gptq_config(32, 4, False, True)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def bundle_of(
+    gpu_model: Callable[[str], tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], Bundle]:
+    """`bundle_of("short_llama", "int4")`, made by the first process that asks: under a tool that takes much longer."""
+
+    def get(kind: str, weights: str) -> Bundle:
+        output = Path(os.environ.get("EDGELLM_SHORT_RUN_BUNDLES", tmp_path)) / f"{kind}-{weights}"
+        if (output / "manifest.json").is_file():
+            return Bundle.open(output)
+        model, source = gpu_model(kind)
+        if weights not in PACKED:
+            return export_bundle(source, output, weights=weights)
+        monkeypatch.setattr(packers, "make_model", lambda _: copy.deepcopy(model))
+        packers.save_quantized(kind, tmp_path / "source", *PACKED[weights])
+        return export_bundle(tmp_path / "source", output)
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "weights", "kv_cache"), CASES)
 def test_every_path_once(
-    kind: str, weights: str, kv_cache: str, gpu_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+    kind: str, weights: str, kv_cache: str, bundle_of: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _leave_out(os.environ.get("EDGELLM_SHORT_RUN", ""), monkeypatch)
+    part = _Parts()
+    bundle = bundle_of(kind, weights)
+    part.ends("bundle")
     config = EngineConfig(
         max_slots=3, max_context=128, prefill_chunk=48, kv_cache=kv_cache, max_loras=1, max_lora_rank=8,
         executor="cuda",
     )  # fmt: skip
-    executor = CudaExecutor(gpu_bundle(kind, weights), config)
+    executor = CudaExecutor(bundle, config)
     try:
+        part.ends("load")
         prompts = [prompt(length) for length in (5, 33, 60)]  # the last in two chunks
         firsts = [int(executor.step([step(slot, ids, 0)])[0].argmax()) for slot, ids in enumerate(prompts)]
+        part.ends("prompts")
         together = executor.step(
             [step(slot, np.array([first], np.int32), len(prompts[slot])) for slot, first in enumerate(firsts)]
         ).copy()
         alone = executor.step([step(1, np.array([firsts[1]], np.int32), 33)])
         assert np.array_equal(alone[0], together[1])
+        part.ends("steps")
 
         run = executor.run
         assert run is not None
@@ -66,19 +107,22 @@ def test_every_path_once(
         steps = [run.read() for _ in range(3)]
         assert steps[0].token_ids[1] == int(together[1].argmax())
         assert all(0 <= token < executor.info.vocab_size for read in steps for token in read.token_ids)
+        part.ends("run")
 
         draft, parents = prompt(5), np.array([-1, 0, 0, 1, 2], np.int32)
         chain = executor.step([step(0, draft, 5, 5)]).copy()
         tree = executor.verify_tree(0, 5, draft, parents).copy()
         assert np.linalg.norm(tree[1] - chain[1]) < 0.1 * np.linalg.norm(chain[1] - chain[1].mean())
         executor.accept_path(0, 5, [0, 2, 4])
+        part.ends("drafts")
 
         saved = executor.save_prefix(1, 33)
         executor.copy_prefix(1, 2, 20)
         executor.load_prefix(2, saved, 33)
         assert np.array_equal(executor.step([step(2, np.array([firsts[1]], np.int32), 33)])[0], together[1])
+        part.ends("prefixes")
 
-        model = gpu_bundle(kind, weights).manifest.model
+        model = bundle.manifest.model
         generator = np.random.default_rng(3)
         shapes = (4, model.hidden_size), (model.num_heads * model.head_dim, 4)
         lora_a, lora_b = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -89,12 +133,25 @@ def test_every_path_once(
         )  # fmt: skip
         assert not np.array_equal(adapted[0], together[1])
         assert np.array_equal(adapted[1], together[1])
+        part.ends("adapters")
     finally:
         executor.close()
 
 
+class _Parts:
+    """Prints each part's seconds as it ends; `tools/sanitize.py` reads these lines."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def ends(self, name: str) -> None:
+        now = time.monotonic()
+        print(f"part {name} {now - self._since:.1f} s", flush=True)
+        self._since = now
+
+
 def _leave_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a tool cannot follow: "no-pdl", "no-products" (cuBLASLt's kernels), or both."""
+    """What a tool cannot follow: "no-pdl", "no-products" (cuBLASLt's kernels); or "short": drafts of 9 to 16 tokens."""
     settings_of = cuda._settings
 
     def settings(*arguments: Any) -> Any:
@@ -102,6 +159,8 @@ def _leave_out(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         settings.pdl = "no-pdl" not in what
         if "no-products" in what:
             settings.min_gemm_tokens = 1 << 20
+        if "short" in what:
+            settings.max_verify_tokens = 8
         return settings
 
     monkeypatch.setattr(cuda, "_settings", settings)
