@@ -34,8 +34,9 @@ class NodeProcess:
         parameters: dict[str, Any] | None = None,
         wait_active: bool = True,
         huge_pages: bool = True,
+        program: tuple[str, ...] = ("-m", "edgellm_ros.ros.llm_node"),
     ) -> None:
-        command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "-p", f"bundle:={bundle}"]
+        command = [sys.executable, *program, "--ros-args", "-p", f"bundle:={bundle}"]
         for name, value in (parameters or {}).items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
