@@ -1,6 +1,7 @@
 """Sampling on the device: microseconds a call, by vocabulary, batch and kind, beside the same on the host.
 
-"greedy" to "all" are what most requests ask for; "wide" has a nucleus of thousands of tokens, which takes the general
+"argmax" is what greedy steps end with: the largest of the keys that the head's blocks left. "greedy" to "all" are
+what most requests ask for; "wide" has a nucleus of thousands of tokens, which takes the general
 selection; "everything" has penalties and the five best log-probabilities, which takes the larger kernel.
 """
 
@@ -29,6 +30,7 @@ def main() -> None:
             logits = (rng.standard_normal((batch, vocab)) * 3).astype(np.float32)
             on_device = torch.from_numpy(logits).cuda()
             scores = torch.empty_like(on_device)
+            print_greedy(vocab, batch)
             for kind in ("greedy", "plain", "top_k", "top_p", "all", "wide", "everything"):
                 settings = EVERYTHING if kind == "everything" else CASES[kind]
                 params = [SamplingParams(seed=s, **settings) for s in range(batch)]
@@ -48,6 +50,15 @@ def main() -> None:
                         sampler.draw(row)
                 host_us = (time.perf_counter() - begin) / 5 * 1e6
                 print(f"{vocab:6d} {batch:6d}  {kind:10s} {us:8.1f} {host_us:9.0f}", flush=True)
+
+
+def print_greedy(vocab: int, batch: int) -> None:
+    """The kernel alone; the host has no counterpart to a block's keys."""
+    num_blocks = -(-vocab // 64)  # as many as the head's product has with small tiles
+    keys = torch.randint(1, 1 << 62, (batch, num_blocks), dtype=torch.int64, device="cuda")
+    device = Device([SamplingParams(temperature=0.0)] * batch, vocab)
+    us = measure_us([lambda stream: K.greedy(keys, device.state, stream=stream)] * 8)
+    print(f"{vocab:6d} {batch:6d}  {'argmax':10s} {us:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ void bind_kernels(pybind11::module_& module) {
   bind_attention_prefill(kernels);
   bind_attention_tree(kernels);
   bind_draft_acceptance(kernels);
-  bind_elementwise(kernels);
+  bind_rms_norm(kernels);
+  bind_rope(kernels);
+  bind_swiglu(kernels);
+  bind_input_map(kernels);
+  bind_gather_rows(kernels);
+  bind_soft_cap(kernels);
   bind_kv_compact(kernels);
   bind_sampling(kernels);
 }

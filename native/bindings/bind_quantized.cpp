@@ -1,4 +1,4 @@
-// Weight layouts and formats: repack_int4, dequantize, quantize_fp8.
+// Weight layouts and formats: repack_int4, dequantize, convert_to_bf16, quantize_fp8.
 #include "bindings.hpp"
 #include "edgellm/kernels/quantized.hpp"
 #include "kernel_views.hpp"
@@ -40,6 +40,21 @@ void bind_quantized(py::module_& module) {
                                   false);
       },
       py::arg("weight"), py::arg("gate_up"), py::arg("first_row"), py::arg("out"), py::arg("stream") = 0);
+  module.def(
+      "convert_to_bf16",
+      [](const py::object& values, const py::object& out, std::uintptr_t stream) {
+        const DeviceArray from(values, "values");
+        const std::int64_t count = from.size(0);
+        auto* to = required<__nv_bfloat16>(out, "out", {count});
+        if (from.bits() == 16) {
+          kernels::convert_to_bf16_async(from.as<const __half>({count}), to, static_cast<std::size_t>(count),
+                                         to_stream(stream));
+        } else {
+          kernels::convert_to_bf16_async(from.as<const float>({count}), to, static_cast<std::size_t>(count),
+                                         to_stream(stream));
+        }
+      },
+      py::arg("values"), py::arg("out"), py::arg("stream") = 0);
   module.def(
       "quantize_fp8",
       [](const py::object& weight, const py::object& out, const py::object& scales, std::uintptr_t stream) {

@@ -17,13 +17,18 @@ void bind_attention_decode(pybind11::module_& module);
 void bind_attention_prefill(pybind11::module_& module);
 void bind_attention_tree(pybind11::module_& module);
 void bind_draft_acceptance(pybind11::module_& module);
-void bind_elementwise(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
+void bind_gather_rows(pybind11::module_& module);
 void bind_gemv(pybind11::module_& module);
+void bind_input_map(pybind11::module_& module);
 void bind_kv_compact(pybind11::module_& module);
 void bind_products(pybind11::module_& module);
 void bind_lora(pybind11::module_& module);
 void bind_quantized(pybind11::module_& module);
+void bind_rms_norm(pybind11::module_& module);
+void bind_rope(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
+void bind_soft_cap(pybind11::module_& module);
+void bind_swiglu(pybind11::module_& module);
 
 }  // namespace edgellm

@@ -1,7 +1,7 @@
 // RoPE (half-split, as Hugging Face's rotate_half) for many tokens, with the optional head norms, and the KV write.
 #include <cassert>
 
-#include "edgellm/kernels/attention_prefill.hpp"
+#include "edgellm/kernels/rope.hpp"
 #include "kv_format.cuh"
 #include "launch.hpp"
 

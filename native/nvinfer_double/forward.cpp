@@ -8,8 +8,11 @@
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
-#include "edgellm/kernels/elementwise.hpp"
+#include "edgellm/kernels/gather_rows.hpp"
 #include "edgellm/kernels/gemv.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
+#include "edgellm/kernels/rope.hpp"
+#include "edgellm/kernels/soft_cap.hpp"
 #include "edgellm/stream.hpp"
 
 namespace edgellm::nvinfer_double {

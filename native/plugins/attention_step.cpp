@@ -6,6 +6,7 @@
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
 #include "edgellm/kernels/attention_tree.hpp"
+#include "edgellm/kernels/rope.hpp"
 
 namespace edgellm::plugins {
 namespace {

@@ -7,8 +7,9 @@
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
-#include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/embedding.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
+#include "edgellm/kernels/soft_cap.hpp"
 #include "guarded.hpp"
 
 namespace edgellm {

@@ -5,8 +5,10 @@
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
-#include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/embedding.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
+#include "edgellm/kernels/rope.hpp"
+#include "edgellm/kernels/swiglu.hpp"
 #include "guarded.hpp"
 
 namespace edgellm {

@@ -5,9 +5,9 @@
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
-#include "edgellm/kernels/elementwise.hpp"
 #include "edgellm/kernels/input_map.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "edgellm/kernels/swiglu.hpp"
 
 namespace edgellm {
 namespace {

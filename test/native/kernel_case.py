@@ -58,6 +58,22 @@ def activate(name: str, gate: Any) -> Any:
     return functional.silu(gate) if name == "silu" else functional.gelu(gate, approximate="tanh")
 
 
+def fp8_values(data: Any, scales: Any) -> Any:
+    return data.view(torch.float8_e4m3fn).double() * scales.double()[:, None]
+
+
+def assert_fp8(data: Any, scales: Any, wanted: Any) -> None:
+    """Three bits of mantissa, each row's largest number at 448."""
+    largest = wanted.abs().amax(1)
+    assert torch.allclose(scales.double(), largest / 448, rtol=2**-7)
+    slack = wanted.abs() / 14 + scales.double()[:, None] * 2**-9
+    assert bool(((fp8_values(data, scales) - wanted).abs() <= slack).all())
+
+
+def product_scales(tokens: int, width: int) -> tuple[Any, Any]:
+    return torch.rand(tokens, device="cuda") + 0.5, torch.rand(width, device="cuda") + 0.1
+
+
 def make_weight(form: str, rows: int, cols: int, group: int = 64, gate_up: bool = False) -> Weight:
     """A random weight of `form`, repacked for the kernels where that is needed."""
     fmt = getattr(NATIVE.WeightFormat, form)

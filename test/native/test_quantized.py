@@ -44,3 +44,14 @@ def test_fp8_rows_keep_their_largest_number_and_three_bits_of_the_others(rows: i
     assert torch.allclose(scales, wanted_scales, rtol=1e-6)
     back = out.view(torch.float8_e4m3fn).float() * scales[:, None]
     assert bool(((back - dense.float()).abs() <= dense.float().abs() / 15 + scales[:, None] * 2**-9).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("count", [*AWKWARD, 70_001])
+def test_numbers_are_rounded_to_the_nearest_bf16(count: int, dtype: str) -> None:
+    values = (torch.randn(count, device="cuda") * 100).to(getattr(torch, dtype))
+    values[0] = 1 + 2**-8  # halfway between two: to the even one
+    out = poisoned(count, dtype=torch.bfloat16)
+    K.convert_to_bf16(values, out, stream=stream())
+    assert torch.equal(out, values.to(torch.bfloat16))
+    assert_untouched(out)

@@ -1,32 +1,18 @@
-// RMSNorm, residual addition, SwiGLU, row gathering and capped logits: memory-bound kernels between matrix products.
+// RMSNorm, and the step from one matrix product to the next: a residual addition with the norm of the sum.
 #include <cassert>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "device.cuh"
-#include "edgellm/kernels/elementwise.hpp"
+#include "block_reduce.cuh"
+#include "edgellm/kernels/rms_norm.hpp"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr float kLargestFp8 = 448.0f;  // E4M3
-
-// kUse tells calls in one kernel apart: each has shared memory of its own, so that none waits for the others' readers.
-template <int kUse = 0>
-__device__ __forceinline__ float block_sum(float v) {
-  __shared__ float partial[kThreads / 32];
-  v = warp_sum(v);
-  if ((threadIdx.x & 31) == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; i++) sum += partial[i];
-  return sum;
-}
+constexpr int kThreads = kBlockThreads;
 
 // A block a token. The row is read a second time for the division: from L1, where it just was.
 __global__ void __launch_bounds__(kThreads)
@@ -42,24 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ __forceinline__ float block_max(float v) {
-  __shared__ float partial[kThreads / 32];
-  v = warp_max(v);
-  if ((threadIdx.x & 31) == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();
-  float largest = partial[0];
-#pragma unroll
-  for (int i = 1; i < kThreads / 32; i++) largest = fmaxf(largest, partial[i]);
-  return largest;
-}
-
 __device__ __forceinline__ float4 load_float4(const float* p) {
   return bits_as<float4>(load_activation(static_cast<const void*>(p)));
-}
-__device__ __forceinline__ uint32_t pack_fp8(const float4& v) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(v.x, v.y), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(v.z, v.w), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
 }
 __device__ __forceinline__ float largest_of(const float4& v) {
   return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
@@ -176,86 +146,6 @@ __global__ void __launch_bounds__(kThreads) residual_norm_kernel(const ResidualN
   if (threadIdx.x == 0) p.normed_scales[blockIdx.x] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
 }
 
-// Eight columns of activation(gate) * up, as bf16 pairs.
-__device__ __forceinline__ uint4 swiglu_eight(const SwigluArgs& p, std::size_t token, int column, float row_scale) {
-  const bf16* row = p.gate_up + token * 2 * p.width + column;
-  float gate[8], up[8];
-  const uint4 gate_words = load_activation(row), up_words = load_activation(row + p.width);
-  unpack_bf16(gate_words, gate);
-  unpack_bf16(up_words, up);
-  uint32_t words[4];
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    if (p.scales.columns) {
-      gate[j] *= row_scale * __ldg(p.scales.columns + column + j);
-      up[j] *= row_scale * __ldg(p.scales.columns + p.width + column + j);
-    }
-    if (p.bias) gate[j] += p.bias[column + j], up[j] += p.bias[p.width + column + j];
-    gate[j] = gated(p.activation, gate[j], up[j]);
-  }
-#pragma unroll
-  for (int j = 0; j < 4; j++) words[j] = pack_bf16(gate[2 * j], gate[2 * j + 1]);
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-__global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluArgs p) {
-  start_dependents();
-  wait_for_predecessor();
-  const int column = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * 8;
-  if (column >= p.width) return;
-  const std::size_t token = blockIdx.x;
-  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
-  *reinterpret_cast<uint4*>(p.out + token * p.width + column) = swiglu_eight(p, token, column, row_scale);
-}
-
-// A block a token: its row waits in shared memory for the scale.
-__global__ void __launch_bounds__(kThreads) swiglu_fp8_kernel(const SwigluArgs p) {
-  extern __shared__ uint4 activated[];  // (width / 8)
-  start_dependents();
-  wait_for_predecessor();
-  const std::size_t token = blockIdx.x;
-  const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
-  const int num_vectors = p.width / 8;
-  float largest = 0.0f;
-  for (int i = threadIdx.x; i < num_vectors; i += kThreads) {
-    const uint4 words = swiglu_eight(p, token, i * 8, row_scale);
-    activated[i] = words;  // read by this thread alone
-    float values[8];
-    unpack_bf16(words, values);
-#pragma unroll
-    for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(values[j]));
-  }
-  largest = block_max(largest);  // and every thread has read the old row scale, which may lie where the new one goes
-  const float to_fp8 = largest > 0.0f ? kLargestFp8 / largest : 1.0f;
-  for (int i = threadIdx.x; i < num_vectors; i += kThreads) {
-    float v[8];
-    unpack_bf16(activated[i], v);
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] *= to_fp8;
-    *reinterpret_cast<uint2*>(p.out_fp8 + token * p.width + i * 8) =
-        make_uint2(pack_fp8(make_float4(v[0], v[1], v[2], v[3])), pack_fp8(make_float4(v[4], v[5], v[6], v[7])));
-  }
-  if (threadIdx.x == 0) p.out_scales[token] = largest > 0.0f ? largest / kLargestFp8 : 1.0f;
-}
-
-__global__ void __launch_bounds__(kThreads) soft_cap_kernel(float* x, std::size_t count, float cap) {
-  start_dependents();
-  wait_for_predecessor();
-  const std::size_t i = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) x[i] = cap * tanhf(__ldcg(x + i) / cap);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    gather_rows_kernel(const bf16* x, const int32_t* rows, int hidden, bf16* out) {
-  start_dependents();
-  wait_for_predecessor();
-  const int row = *static_cast<const volatile int32_t*>(rows + blockIdx.x);
-  for (int i = threadIdx.x * 8; i < hidden; i += kThreads * 8) {
-    const uint4 v = row < 0 ? make_uint4(0, 0, 0, 0) : load_activation(x + static_cast<std::size_t>(row) * hidden + i);
-    *reinterpret_cast<uint4*>(out + static_cast<std::size_t>(blockIdx.x) * hidden + i) = v;
-  }
-}
-
 }  // namespace
 
 void rms_norm_async(const float* x, const bf16* gain, float eps, int num_tokens, int hidden, bf16* out,
@@ -276,31 +166,6 @@ void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool
   if (vectors <= 8) return run(residual_norm_kernel<8, false>, residual_norm_kernel<8, true>);
   if (vectors <= 16) return run(residual_norm_kernel<16, false>, residual_norm_kernel<16, true>);
   throw std::invalid_argument("rows of " + std::to_string(args.hidden) + " are too wide; the norm takes at most 16384");
-}
-
-void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl) {
-  assert(args.width % 8 == 0);
-  if (args.out) {
-    const dim3 grid(args.num_tokens, ceil_div(args.width, 8 * kThreads));
-    return launch(swiglu_kernel, grid, dim3(kThreads), 0, stream, pdl, args);
-  }
-  assert(args.width <= kMaxFp8Width);
-  const std::size_t bytes = static_cast<std::size_t>(args.width) * sizeof(bf16);
-  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(swiglu_fp8_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        kMaxFp8Width * static_cast<int>(sizeof(bf16))));
-  launch(swiglu_fp8_kernel, dim3(args.num_tokens), dim3(kThreads), bytes, stream, pdl, args);
-}
-
-void soft_cap_async(float* x, std::size_t count, float cap, cudaStream_t stream, bool pdl) {
-  assert(cap > 0.0f);
-  const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-  launch(soft_cap_kernel, dim3(blocks), dim3(kThreads), 0, stream, pdl, x, count, cap);
-}
-
-void gather_rows_async(const bf16* x, const int32_t* rows, int num_rows, int hidden, bf16* out, cudaStream_t stream,
-                       bool pdl) {
-  assert(hidden % 8 == 0);
-  launch(gather_rows_kernel, dim3(num_rows), dim3(kThreads), 0, stream, pdl, x, rows, hidden, out);
 }
 
 }  // namespace edgellm::kernels

@@ -1,4 +1,4 @@
-// The prefill's small kernels between the matrix products.
+// RMSNorm, alone or behind a residual addition.
 #pragma once
 
 #include "edgellm/kernels/types.hpp"
@@ -31,27 +31,5 @@ struct ResidualNormArgs {
   int hidden = 0;
 };
 void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool pdl);
-
-// out[t, i] = activation(gate_up[t, i]) * gate_up[t, width + i]. `width` is a multiple of 8.
-struct SwigluArgs {
-  const __nv_bfloat16* gate_up = nullptr;  // (num_tokens, 2 * width)
-  ProductScales scales;                    // of gate_up
-  const float* bias = nullptr;             // (2 * width) added to gate_up, or null
-  __nv_bfloat16* out = nullptr;            // (num_tokens, width), or null: then out_fp8
-  std::uint8_t* out_fp8 = nullptr;         // (num_tokens, width) E4M3
-  float* out_scales = nullptr;             // (num_tokens), of out_fp8; may be scales.rows
-  int num_tokens = 0;
-  int width = 0;  // at most kMaxFp8Width for out_fp8
-  Activation activation = Activation::silu;
-};
-constexpr int kMaxFp8Width = 40960;  // a row lies in shared memory until its scale is known
-void swiglu_async(const SwigluArgs& args, cudaStream_t stream, bool pdl);
-
-// x = cap * tanh(x / cap), of `count` numbers: what keeps a model's logits within -cap and cap.
-void soft_cap_async(float* x, std::size_t count, float cap, cudaStream_t stream, bool pdl);
-
-// out[i] = x[rows[i]]; a negative row gives zeros. `hidden` is a multiple of 8.
-void gather_rows_async(const __nv_bfloat16* x, const int32_t* rows, int num_rows, int hidden, __nv_bfloat16* out,
-                       cudaStream_t stream, bool pdl);
 
 }  // namespace edgellm::kernels

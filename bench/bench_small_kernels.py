@@ -1,7 +1,6 @@
-"""The kernels that only move numbers: embedding, norms, SwiGLU, dequantisation. RoPE with the KV write is in
-bench_prefill.py.
+"""The kernels between products and attention: embedding, norms, RoPE, SwiGLU, LoRA, changes of format, moved rows.
 
-    python3 bench/bench_elementwise.py [--shape 8b] [--tokens 1 512 2048]
+    python3 bench/bench_small_kernels.py [--shape 8b] [--tokens 1 512 2048]
 
 Bytes are those that a call must read and write; the share is of the read bandwidth measured in the same run. At few
 tokens a call is shorter than a launch, and what counts is its time.
@@ -10,13 +9,15 @@ tokens a call is shorter than a launch, and what counts is its time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from kernel_timing import NATIVE, K, measure_us, print_machine
 
 SHAPES = {"1b": (2048, 8192, 128256), "4b": (2560, 9728, 151936), "8b": (4096, 14336, 128256)}  # hidden, MLP, vocab
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of RoPE and of moved keys and values
+LAYERS, RANK = 32, 16
 NUM_CALLS = 16
 DISTINCT_BYTES = 1 << 28  # of buffers in turn: five times the L2
 
@@ -51,6 +52,10 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
     def empty(*size: int, dtype: Any = bf16) -> Any:
         return torch.empty(size, device="cuda", dtype=dtype)
 
+    def ints(values: Iterable[int]) -> Any:
+        return torch.tensor(list(values), device="cuda", dtype=torch.int32)
+
+    lora_tokens, logit_rows = min(n, 16), min(n, 16)  # of a decode step
     table = (NATIVE.WeightFormat.bf16, floats(vocab, hidden), None, vocab, hidden, 0)
 
     def embedding() -> Callable[[int], Any]:
@@ -75,6 +80,62 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         gate_up, out = floats(n, 2 * width), empty(n, width)
         return lambda stream: K.swiglu(gate_up, out, stream=stream)
 
+    def rope() -> Callable[[int], Any]:
+        qkv, out = floats(n, (HEADS + 2 * KV_HEADS) * HEAD_DIM), empty(n, HEADS * HEAD_DIM)
+        cache, tables = empty(1, 2, KV_HEADS, n, HEAD_DIM), [floats(n, HEAD_DIM // 2, dtype=f32) for _ in range(2)]
+        slots, positions = torch.zeros(n, device="cuda", dtype=torch.int32), ints(range(n))
+        return lambda stream: K.rope_kv_write(qkv, cache, slots, positions, *tables, out, HEADS, stream=stream)
+
+    def lora(rows: int) -> tuple[Any, Any]:
+        """The table's entry of one adapter of one target, and what its pointers lead to."""
+        a, b = floats(RANK, hidden), floats(rows * RANK)
+        return K.lora_linear(a, b, [rows], [RANK]), (a, b)
+
+    def lora_down() -> Callable[[int], Any]:
+        entry, kept = lora(hidden)
+        table = torch.frombuffer(bytearray(entry), dtype=torch.uint8).view(1, -1).cuda()
+        view = table, ints([1] * lora_tokens), empty(lora_tokens, 64, dtype=f32)
+        x = floats(lora_tokens, hidden)
+        return lambda stream, kept=kept: K.lora_down(view, x, stream=stream)
+
+    def lora_prefill() -> Callable[[int], Any]:
+        entry, kept = lora(hidden)
+        x, h, y = floats(n, hidden), empty(n, RANK), floats(n, hidden)
+        return lambda stream, kept=kept: K.lora_prefill(entry, [hidden], x, h, y, stream=stream)
+
+    def fp8_rows() -> Callable[[int], Any]:
+        x, out, scales = floats(n, hidden), empty(n, hidden, dtype=torch.uint8), empty(n, dtype=f32)
+        return lambda stream: K.quantize_fp8(x, out, scales, stream=stream)
+
+    def to_bf16() -> Callable[[int], Any]:
+        x, out = floats(n * hidden, dtype=f32), empty(n * hidden)
+        return lambda stream: K.convert_to_bf16(x, out, stream=stream)
+
+    def soft_cap() -> Callable[[int], Any]:
+        x = floats(logit_rows, vocab, dtype=f32)
+        return lambda stream: K.soft_cap(x, 30.0, stream=stream)
+
+    def gather_rows() -> Callable[[int], Any]:
+        x, rows, out = floats(n, hidden), ints(reversed(range(n))), empty(n, hidden)
+        return lambda stream: K.gather_rows(x, rows, out, stream=stream)
+
+    def accepted_path() -> Callable[[int], Any]:
+        """Four of 16 nodes, moved in every layer."""
+        cache = empty(LAYERS, 1, 2, KV_HEADS, 64, HEAD_DIM)
+        where = ints([0]), ints([32]), ints([0, 3, 7, 12]).view(1, -1), ints([4])
+        return lambda stream: K.kv_compact(cache, *where, stream=stream)
+
+    def repack_int4() -> Callable[[int], Any]:
+        nibbles = torch.randint(0, 256, (hidden, hidden // 2), device="cuda", dtype=torch.uint8)
+        scales = floats(hidden, hidden // 64, dtype=torch.float16)
+        data = empty(K.int4_packed_data_bytes(hidden, hidden), dtype=torch.uint8)
+        packed = empty(K.int4_packed_scales_bytes(hidden, hidden, 64), dtype=torch.uint8)
+        return lambda stream: K.repack_int4(nibbles, scales, 64, False, data, packed, stream=stream)
+
+    def count_tokens() -> Callable[[int], Any]:
+        ids, counts = ints(range(n)), torch.zeros(vocab, device="cuda", dtype=torch.int32)
+        return lambda stream: K.count_tokens(ids, n // 2, counts, stream=stream)
+
     def dequantize() -> Callable[[int], Any]:
         data = torch.randint(-127, 128, (hidden, hidden), device="cuda", dtype=torch.int8)
         scales = torch.full((hidden, hidden // 64), 0.01, device="cuda", dtype=torch.float16)
@@ -86,15 +147,25 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         order = torch.randperm(hidden, device="cuda").to(torch.int32)
         return lambda stream: K.map_input(x, out, order, factor, stream=stream)
 
-    row = n * hidden
+    row, qkv = n * hidden, n * (HEADS + 2 * KV_HEADS) * HEAD_DIM
     return {
         "embedding": (row * (2 + 4 + 2), embedding),
         "image embeddings": (row * (2 + 4 + 2), images),
         "RMSNorm": (row * (4 + 2), rms_norm),
         "residual + RMSNorm": (row * (2 + 4 + 4 + 2), residual_norm),
+        "RoPE, KV write": (qkv * 4, rope),
         "SwiGLU": (n * width * 6, swiglu),
+        "LoRA A of a step": (RANK * hidden * 2 + lora_tokens * hidden * 2, lora_down),
+        "LoRA of a prompt": (2 * RANK * hidden * 2 + row * 6, lora_prefill),
         "order and factor": (row * 4, map_input),
+        "gathered rows": (row * 4, gather_rows),
+        "accepted path": (3 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4, accepted_path),
+        "capped logits": (logit_rows * vocab * 8, soft_cap),
+        "counts of tokens": (n * 12, count_tokens),
+        "fp32 to bf16": (row * 6, to_bf16),
+        "rows to FP8": (row * 3, fp8_rows),
         "int8 to bf16": (hidden * hidden * 3, dequantize),
+        "int4 into order": (hidden * hidden, repack_int4),
     }
 
 

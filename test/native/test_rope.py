@@ -1,0 +1,76 @@
+"""RoPE of queries and keys, head norms, and the write of keys and values, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
+from test_attention_decode import CAPACITY, EPS, rotate, tables
+
+pytestmark = needs_gpu
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("tokens", AWKWARD)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("as_f32", [False, True])
+def test_rope_rotates_queries_and_writes_keys_and_values(
+    head_dim: int, tokens: int, normed: bool, as_f32: bool
+) -> None:
+    heads, kv_heads = 6, 2
+    cos, sin = tables(head_dim)
+    kv = random_bf16(3, 2, kv_heads, CAPACITY, head_dim)
+    before = kv.clone()
+    qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
+    bias = torch.randn(qkv.shape[1], device="cuda")
+    gains = [random_bf16(head_dim) for _ in range(2)] if normed else [None, None]
+    slots = torch.full((tokens,), 1, device="cuda", dtype=torch.int32)
+    positions = torch.arange(17, 17 + tokens, device="cuda", dtype=torch.int32)
+    skipped = tokens // 2 if tokens > 1 else -1
+    if skipped >= 0:
+        positions[skipped] = -1
+    q_out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
+    source = qkv.float() if as_f32 else qkv
+    K.rope_kv_write(
+        source, kv, slots, positions, cos, sin, q_out, heads, bias, *gains, EPS, stream=stream()
+    )  # fmt: skip
+    rows = (qkv.double() + bias.double()).view(tokens, -1, head_dim)
+    for i in sorted({0, 1, tokens // 3, tokens - 2, tokens - 1} & set(range(tokens))):
+        if i == skipped:
+            assert bool(torch.isnan(q_out[i]).all())
+            continue
+        q, key, value = rows[i].split([heads, kv_heads, kv_heads])
+        position = 17 + i
+        wanted = rotate(q, position, cos, sin, gains[0])
+        assert torch.allclose(q_out[i].view(heads, head_dim).double(), wanted, rtol=2**-8, atol=1e-5)
+        assert torch.allclose(
+            kv[1, 0, :, position].double(), rotate(key, position, cos, sin, gains[1]), rtol=2**-8, atol=1e-5
+        )
+        assert torch.allclose(kv[1, 1, :, position].double(), value, rtol=2**-8, atol=1e-5)
+    untouched = torch.ones(CAPACITY, dtype=torch.bool)
+    untouched[[17 + i for i in range(tokens) if i != skipped]] = False
+    assert torch.equal(kv[1][:, :, untouched], before[1][:, :, untouched])
+    assert torch.equal(kv[[0, 2]], before[[0, 2]])
+    assert_untouched(q_out)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_rope_applies_a_products_scales_before_the_bias(head_dim: int) -> None:
+    heads, kv_heads, tokens = 6, 2, 19
+    cos, sin = tables(head_dim)
+    kv = random_bf16(1, 2, kv_heads, CAPACITY, head_dim)
+    qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
+    bias = torch.randn(qkv.shape[1], device="cuda")
+    row_scales = torch.rand(tokens, device="cuda") + 0.5
+    column_scales = torch.rand(qkv.shape[1], device="cuda") + 0.1
+    scaled = qkv.float() * row_scales[:, None] * column_scales + bias
+    slots = torch.zeros(tokens, device="cuda", dtype=torch.int32)
+    positions = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    q_out, q_wanted = (poisoned(tokens, heads * head_dim, dtype=torch.bfloat16) for _ in range(2))
+    K.rope_kv_write(
+        qkv, kv, slots, positions, cos, sin, q_out, heads, bias, stream=stream(), row_scales=row_scales,
+        column_scales=column_scales,
+    )  # fmt: skip
+    written = kv[:, :, :, :tokens].clone()
+    K.rope_kv_write(scaled, kv, slots, positions, cos, sin, q_wanted, heads, stream=stream())
+    assert torch.allclose(q_out.double(), q_wanted.double(), rtol=2**-7, atol=1e-4)
+    assert torch.allclose(written.double(), kv[:, :, :, :tokens].double(), rtol=2**-7, atol=1e-4)
