@@ -71,7 +71,7 @@ def test_every_kind_and_tool_has_a_line_also_where_the_time_is_up(
     for path in (tool, python):
         path.chmod(0o755)
     monkeypatch.setenv("RACY", FOUND)
-    code = sanitize.main(["--sanitizer", str(tool), "--python", str(python), "--limit-s", "3", "--jobs", "6"])
+    code = sanitize.main(["--sanitizer", str(tool), "--python", str(python), "--limit-s", "2", "--jobs", "6"])
     assert code == 1
     lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
     for name in ("racecheck", "memcheck"):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,60 @@ def test_a_build_of_another_python_or_compiler_is_not_continued(
     build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
     assert not directory.exists()
     build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
+
+
+_CMAKE = """#!/bin/sh
+case "$1" in
+  -S) for option in "$@"; do case "$option" in -DEDGELLM_OUTPUT_DIR=*) echo "${option#*=}" > "$CMAKE_SAID" ;; esac; done ;;
+  --build) output=$(cat "$CMAKE_SAID"); mkdir -p "$output"; echo compiled > "$output/_native$EXT_SUFFIX" ;;
+esac
+"""
+
+
+def test_the_wheel_carries_the_module_that_cmake_compiles(tmp_path: Path) -> None:
+    """cmake is a stand-in that writes one file where it is told to; the wheel is for this platform, not for any."""
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    cmake = tmp_path / "cmake"
+    cmake.write_text(_CMAKE)
+    cmake.chmod(0o755)
+    (tmp_path / "pybind11.py").write_text("")
+    environment = {
+        "PATH": fake_nvcc(tmp_path, "13.0"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "EXT_SUFFIX": str(sysconfig.get_config_var("EXT_SUFFIX")),
+        "CMAKE_SAID": str(tmp_path / "output_dir"),
+    }
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "b"]
+    command += ["bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "w"]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not wheel.name.endswith("-none-any.whl")
+    with zipfile.ZipFile(wheel) as files:
+        assert files.read(f"edgellm_ros/_native{environment['EXT_SUFFIX']}") == b"compiled\n"
+        assert "edgellm_ros/llm.py" in files.namelist()
+
+
+_PACKAGE = """cmake_minimum_required(VERSION 3.18)
+project(edgellm_ros LANGUAGES C CXX)
+set(PYTHON_INSTALL_DIR lib/python)
+add_subdirectory({native} native)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+def test_colcon_installs_the_module_beside_the_python_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package's own CMakeLists.txt includes native/; configured, not compiled."""
+    pytest.importorskip("pybind11")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    nvcc = importlib.import_module("build_native").find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    assert "add_subdirectory(native)" in (ROOT / "CMakeLists.txt").read_text()
+    (tmp_path / "CMakeLists.txt").write_text(_PACKAGE.format(native=ROOT / "native"))
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    command += [f"-DPython3_EXECUTABLE={sys.executable}", "-DEDGELLM_CUDA_ARCHS=80"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    script = (tmp_path / "build" / "native" / "cmake_install.cmake").read_text()
+    assert re.search(r"/lib/python/edgellm_ros\" TYPE MODULE FILES \"[^\"]*/_native\.[^\"]*\.so\"", script), script
