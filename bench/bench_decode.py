@@ -141,7 +141,8 @@ def print_result(r: Result) -> None:
     peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({r.torch_ms / r.ms_per_token:.2f} x)" if r.torch_ms else ""
     print(
         f"{r.shape:9} {r.weights:8} batch {r.batch} context {r.context:5}  {r.ms_per_token:7.3f} ms/token (device "
-        f"{r.device_ms:.3f}, sampled {r.sampled_ms:.3f}, no graph {r.plain_ms:.3f}, host step {r.host_ms:.3f})  "
+        f"{r.device_ms:.3f}, sampled {r.sampled_ms:.3f}, no graph {r.plain_ms:.3f} = {r.plain_ms / r.device_ms:.2f} x, "
+        f"drawn on the host {r.host_ms:.3f} = {r.host_ms / r.ms_per_token:.2f} x)  "
         f"{r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
         f"{r.memory_mb:.0f} MB",
         flush=True,

@@ -90,6 +90,32 @@ class Decode:
 
 
 @dataclass
+class Ratios:
+    """Steps of a device that feeds itself, by graphs or plain launches, and with tokens drawn there or on the host."""
+
+    context: int
+    new_tokens: int
+    graph_ms: list[float] = field(default_factory=list)
+    plain_ms: list[float] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        median = statistics.median
+        return {
+            "context": self.context,
+            "new_tokens": self.new_tokens,
+            "graph_ms": spread(self.graph_ms),
+            "plain_launches_ms": spread(self.plain_ms),
+            "plain_launches_over_graph": median(self.plain_ms) / median(self.graph_ms),
+            "drawn_on_device_ms": spread(self.device_ms),
+            "drawn_on_host_ms": spread(self.host_ms),
+            "host_over_device": median(self.host_ms) / median(self.device_ms),
+        }
+
+
+@dataclass
 class Run:
     """One loaded model: an executor and a batch size."""
 
@@ -103,6 +129,7 @@ class Run:
     read: ReadBandwidth | None = None
     prefill: list[Prefill] = field(default_factory=list)
     decode: list[Decode] = field(default_factory=list)
+    ratios: Ratios | None = None  # where the device feeds itself
 
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
@@ -124,6 +151,7 @@ class Run:
             "read_bandwidth": {"gb_per_s": self.read.gb_per_s, "method": self.read.method} if self.read else None,
             "prefill": [figure.to_dict() for figure in self.prefill],
             "decode": [figure.to_dict(self.read) for figure in self.decode],
+            "ratios": self.ratios.to_dict() if self.ratios else None,
         }
 
 

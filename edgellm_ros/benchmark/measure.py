@@ -21,6 +21,7 @@ from edgellm_ros.benchmark import engine_path, executor_path
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes, prefill_flops
 from edgellm_ros.benchmark.figures import Decode, Prefill, Run
 from edgellm_ros.benchmark.machine import free_device_bytes, resident_bytes
+from edgellm_ros.benchmark.ratios import measure_ratios
 from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
@@ -28,6 +29,7 @@ from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError
 from edgellm_ros.executors.base import Executor, ExecutorInfo
 from edgellm_ros.executors.memory import available_memory
+from edgellm_ros.executors.native_executor import NativeExecutor
 from edgellm_ros.llm import LLM
 
 
@@ -159,6 +161,9 @@ class Benchmark:
                         computed = decode.context
                     ms = executor_path.time_decode(executor, run.batch, decode.context, plan.new_tokens)
                     decode.executor_ms += [ms] if i else []
+        if isinstance(executor, NativeExecutor) and executor.run is not None:
+            steps = (plan.contexts[0], plan.new_tokens, plan.rounds)
+            run.ratios = measure_ratios(executor, executor.decoder, run.batch, *steps, plan.sampling)
 
     @contextlib.contextmanager
     def _executor(self, config: EngineConfig, progress: Callable[[str], object]) -> Iterator[Executor]:

@@ -127,6 +127,18 @@ def _print_run(run: dict[str, Any], report: dict[str, Any], console: Console) ->
         console.print(_prefill_table(run, compared, report["runs"], console.width >= _WIDE))
     if any(row["executor"] or row["engine"] for row in run["decode"]):
         console.print(_decode_table(run, compared, report["runs"], console.width >= _WIDE))
+    if run["ratios"]:
+        console.print(ratios_line(run["ratios"]), soft_wrap=True)
+
+
+def ratios_line(ratios: dict[str, Any]) -> str:
+    """What graphs and drawing on the device save, in one line."""
+    graph, device = (ratios[name]["median"] for name in ("graph_ms", "drawn_on_device_ms"))
+    return (
+        f"after {ratios['context']} tokens: plain launches take {ratios['plain_launches_over_graph']:.2f} x a graph's "
+        f"{graph:.3f} ms a step; drawing tokens on the host takes {ratios['host_over_device']:.2f} x the "
+        f"{device:.3f} ms of drawing them on the device"
+    )
 
 
 def _prefill_table(run: dict[str, Any], compared: str, runs: list[dict[str, Any]], bars: bool) -> Table:

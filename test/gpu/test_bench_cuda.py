@@ -30,6 +30,9 @@ def test_a_shape_with_random_weights_is_measured(capsys: pytest.CaptureFixture[s
     for run in report["runs"]:
         # Allocations are rounded up, and the context's own memory may have been taken before.
         assert run["memory"]["device_bytes"] > 0.5 * run["memory"]["planned_bytes"] > 300e6
+        ratios = run["ratios"]
+        assert ratios["context"] == 512 and 0.8 < ratios["plain_launches_over_graph"] < 20
+        assert 1.0 < ratios["host_over_device"] < 50  # 128,256 logits cross and are drawn from
         for row in run["decode"]:
             for path in ("executor", "engine"):
                 assert 0 < row[path]["read_share"] < 1.5

@@ -55,6 +55,7 @@ def test_json_has_every_figure_with_what_it_needs_to_mean_something(
     assert [row["prompt_tokens"] for row in report["runs"][0]["prefill"]] == [20, 50]
     for run in report["runs"]:
         assert run["read_bandwidth"]["gb_per_s"] > 0 and "NumPy" in run["read_bandwidth"]["method"]
+        assert run["ratios"] is None  # nothing feeds itself on a CPU
         assert run["load_s"] > 0 and run["memory"]["device_bytes"] is None
         assert 0 < run["memory"]["resident_bytes"] <= run["memory"]["peak_bytes"]
         assert 64 + 16 <= run["capacity"] <= 256 and run["memory"]["planned_bytes"] > 0
