@@ -128,12 +128,12 @@ class Runs:
     def _end(self, job: Job) -> None:
         assert job.process is not None
         self._running.remove(job)
-        passed = self._print(job, job.process.returncode)
-        if not job.tool and passed:
+        self._print(job, job.process.returncode)
+        if not job.tool:  # also where the test failed: a finding may say why
             self._waiting += [Job(job.kind, tool, self._log(job.kind, tool)) for tool in self._args.tool]
             self._waiting.sort(key=lambda waiting: ["", *self._args.tool].index(waiting.tool))  # the slowest first
 
-    def _print(self, job: Job, code: int | None) -> bool:
+    def _print(self, job: Job, code: int | None) -> None:
         text = job.log.read_text(encoding="utf-8", errors="replace")
         clean, words = verdict(job.tool, code, text)
         self.failed |= not clean
@@ -142,7 +142,6 @@ class Runs:
         if not clean:  # what a tool says, or how a test failed
             lines = [line for line in text.splitlines() if line.startswith("=========" if job.tool else "E ")]
             print("\n".join(f"    {line}" for line in lines[:_DETAILS]), flush=True)
-        return clean
 
     def _stop(self) -> None:
         for job in self._running:
