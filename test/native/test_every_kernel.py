@@ -55,6 +55,7 @@ def test_a_kernel_has_a_file_a_binding_a_test_and_a_benchmark(name: str) -> None
     called = re.compile(rf"\bK\.{name}\(")
     tests = [file for file, text in text_of("test/native/test_*.py").items() if called.search(text)]
     assert tests, f"no test/native/test_*.py calls K.{name}"
+    assert (ROOT / "test" / "native" / f"test_{header}.py").is_file()
     benchmarks = [file for file, text in text_of("bench/bench_*.py").items() if called.search(text)]
     assert benchmarks, f"no bench/bench_*.py calls K.{name}"
 
