@@ -115,10 +115,6 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         x = floats(logit_rows, vocab, dtype=f32)
         return lambda stream: K.soft_cap(x, 30.0, stream=stream)
 
-    def gather_rows() -> Callable[[int], Any]:
-        x, rows, out = floats(n, hidden), ints(reversed(range(n))), empty(n, hidden)
-        return lambda stream: K.gather_rows(x, rows, out, stream=stream)
-
     def accepted_path() -> Callable[[int], Any]:
         """Four of 16 nodes, moved in every layer."""
         cache = empty(LAYERS, 1, 2, KV_HEADS, 64, HEAD_DIM)
@@ -158,7 +154,6 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         "LoRA A of a step": (RANK * hidden * 2 + lora_tokens * hidden * 2, lora_down),
         "LoRA of a prompt": (2 * RANK * hidden * 2 + row * 6, lora_prefill),
         "order and factor": (row * 4, map_input),
-        "gathered rows": (row * 4, gather_rows),
         "accepted path": (3 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4, accepted_path),
         "capped logits": (logit_rows * vocab * 8, soft_cap),
         "counts of tokens": (n * 12, count_tokens),

@@ -18,7 +18,6 @@ void bind_kernels(pybind11::module_& module) {
   bind_rope(kernels);
   bind_swiglu(kernels);
   bind_input_map(kernels);
-  bind_gather_rows(kernels);
   bind_soft_cap(kernels);
   bind_kv_compact(kernels);
   bind_sampling(kernels);

@@ -57,6 +57,14 @@ __global__ void embed_kernel(const void* embeds, bool is_bf16, std::size_t count
   residual_bf16[i] = __float2bfloat16(value);
 }
 
+__global__ void gather_rows_kernel(const bf16* x, const std::int32_t* rows, int width, bf16* out) {
+  const std::size_t column = thread_index();
+  if (column >= width) return;
+  const std::int32_t row = rows[blockIdx.y];
+  const bf16 value = row < 0 ? __float2bfloat16(0.0f) : x[static_cast<std::size_t>(row) * width + column];
+  out[static_cast<std::size_t>(blockIdx.y) * width + column] = value;
+}
+
 // fp16 and bf16 have the same size, so elements travel as bits.
 __global__ void store_new_kernel(const StoreArgs p, std::uint16_t mark) {
   const std::size_t i = thread_index();
@@ -121,6 +129,13 @@ void embed_async(const void* embeds, bool is_bf16, std::size_t count, float* res
                  cudaStream_t stream) {
   launch(embed_kernel, blocks_for(count), dim3(kThreads), 0, stream, false, embeds, is_bf16, count, residual,
          residual_bf16);
+}
+
+void gather_rows_async(const bf16* x, const std::int32_t* rows, int num_rows, int width, bf16* out,
+                       cudaStream_t stream) {
+  dim3 grid = blocks_for(static_cast<std::size_t>(width));
+  grid.y = static_cast<unsigned>(num_rows);
+  launch(gather_rows_kernel, grid, dim3(kThreads), 0, stream, false, x, rows, width, out);
 }
 
 void store_new_async(const StoreArgs& args, cudaStream_t stream) {

@@ -37,6 +37,10 @@ void prepare_async(const PrepareArgs& args, cudaStream_t stream);
 void embed_async(const void* embeds, bool is_bf16, std::size_t count, float* residual, __nv_bfloat16* residual_bf16,
                  cudaStream_t stream);
 
+// out[i] = x[rows[i]], rows of `width`; a negative row gives zeros.
+void gather_rows_async(const __nv_bfloat16* x, const std::int32_t* rows, int num_rows, int width, __nv_bfloat16* out,
+                       cudaStream_t stream);
+
 // Copies the new keys and values from `kv` (slots, 2, kv_heads, capacity, head_dim) to where the caller bound them,
 // slot by slot (kv_heads, capacity, head_dim). Padding leaves kPaddingMark there: finite, but no mask may let it
 // through.

@@ -8,7 +8,6 @@
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
-#include "edgellm/kernels/gather_rows.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/rms_norm.hpp"
 #include "edgellm/kernels/rope.hpp"
@@ -199,8 +198,7 @@ void Forward::enqueue_async(const BoundTensors& bound, const MemoryPlan& workspa
   for (int index = 0; index < config_.num_layers; ++index) layer_async(index, step);
 
   auto* gathered = step.get<__nv_bfloat16>("gathered");
-  kernels::gather_rows_async(residual_bf16, prepare.logit_rows, bound.num_logits, config_.hidden_size, gathered, stream,
-                             false);
+  gather_rows_async(residual_bf16, prepare.logit_rows, bound.num_logits, config_.hidden_size, gathered, stream);
   GemvArgs head;
   head.weight = weights_.head();
   head.x = gathered;
