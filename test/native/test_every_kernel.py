@@ -38,7 +38,7 @@ KERNELS = {
 
 
 def test_the_headers_were_read() -> None:
-    assert len(KERNELS) >= 24 and {"gemv", "sample", "residual_norm", "rope_kv_write"} <= set(KERNELS)
+    assert len(KERNELS) >= 20 and {"gemv", "sample", "residual_norm", "rope_kv_write"} <= set(KERNELS)
     everything = "".join(HEADERS.values())
     assert all(f" {name}_async(" in everything for name in WITHOUT), "an exception that is no longer needed"
 
