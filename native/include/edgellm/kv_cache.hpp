@@ -1,4 +1,6 @@
 // The linear KV cache of fixed slots: where a layer's part is, and copies of prefixes between slots and the host.
+// Slots have lengths of their own, which are not kept here: a step says the position that it writes, and sees what lies
+// before it. So a slot is reset by starting over at position 0, and cut by writing at an earlier position.
 #pragma once
 
 #include <cuda_runtime_api.h>
