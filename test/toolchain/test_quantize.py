@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers
 import unified
+from modelopt.torch.quantization.model_calib import max_calibrate
 from test_export import PROMPT, hf_logits, relative_error, run_executor
 
 from edgellm_ros.cli.main import main
@@ -167,6 +168,39 @@ def test_input_and_kv_scales_are_the_largest_values_that_the_original_computes_o
     for name in values:
         assert float(stored[name]) * 448 == pytest.approx(largest[name.replace(".v_scale", ":out")], rel=1e-4), name
     assert len([name for name in stored if name.endswith(".k_scale")]) == 3
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "phi3"])  # phi3 keeps factors before o_proj and down_proj
+def test_activation_scales_after_folding_are_those_of_another_reading(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_round_int4", lambda *_: None)
+    text, readings = torch.arange(512).reshape(8, 64) % tiny.VOCAB_SIZE, []
+
+    def forward(read: Any) -> None:
+        readings.append(1)
+        for part in text.split(3):
+            read(part)
+
+    model = backend.quantize_model(tiny.make_model(kind), load_recipe("w4a8_awq"), 32, forward)
+    assert len(readings) == 1
+    quantisers = {name: m for name, m in model.named_modules() if name.endswith("input_quantizer") and m.is_enabled}
+    found = {name: float(quantiser.amax) for name, quantiser in quantisers.items()}
+    max_calibrate(model, forward)  # ModelOpt's own
+    expected = {name: float(quantiser.amax) for name, quantiser in quantisers.items()}
+    assert len(found) > 10 and found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny.GGUF_KINDS if kind != "llama_llama3"])  # factors are refused
+def test_a_gguf_file_becomes_the_transformers_model_that_it_was_made_of(kind: str, tmp_path: Path) -> None:
+    expected = tiny.save_gguf(kind, tmp_path / "tiny.gguf")
+    model = model_module.load_model(model_module.open_source(tmp_path / "tiny.gguf"), "cpu")
+    text = torch.arange(200)[None] % tiny.VOCAB_SIZE  # longer than any window
+    with torch.no_grad():
+        torch.testing.assert_close(model(text).logits, expected(text).logits, rtol=1e-4, atol=1e-4)
+    assert type(model) is type(expected)
+    shared = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, expected)]
+    assert shared[0] == shared[1]
 
 
 @pytest.mark.parametrize(("lm_head", "algorithm"), [("fp8", "FP8"), ("int4", "W4A16_AWQ"), ("nvfp4", "W4A16_NVFP4")])

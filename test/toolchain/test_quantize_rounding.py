@@ -94,6 +94,7 @@ def test_layers_that_read_one_tensor_share_its_product_and_every_token_counts_th
     first, second = read_inputs(layers, forward)
     assert first.layers == layers[:2] and second.layers == layers[2:]
     for found, rows in ((first, inputs), (second, inputs * 2 + 1)):
+        np.testing.assert_allclose(found.largest.numpy(), np.abs(rows).max(0), rtol=1e-6)
         rows = rows / np.sqrt(np.square(rows).mean(1, keepdims=True))
         np.testing.assert_allclose(found.product.numpy(), rows.T @ rows, rtol=1e-4, atol=1e-3)
     assert list(parts_of(layers)) == [layers]

@@ -62,7 +62,7 @@ def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward
         if recipe.method in ("awq", "smoothquant"):
             _fold_input_scales(model)
         if measured and (recipe.method != "max" or rounded):
-            max_calibrate(model, forward)  # of what the layers read after folding
+            _measure(model, recipe, forward, known)
         if rounded:
             _round_int4(model, group_size, forward, known)
     return model
@@ -168,6 +168,21 @@ def _fold_input_scales(model: Any) -> None:
             quant_utils.fuse_prequant_layernorm(norm, linears)
 
 
+def _measure(model: Any, recipe: Recipe, forward: Forward, known: list[SharedInput]) -> None:
+    """Let ModelOpt's quantisers have the largest values that layers read after folding.
+
+    known: what the int4 layers read, from which these follow without another reading unless more is to be measured.
+    """
+    if not known or recipe.kv_cache != "none" or recipe.lm_head == "fp8":
+        max_calibrate(model, forward)
+        return
+    max_calibrate(model)  # of the weights alone
+    for shared in known:
+        for layer in shared.layers:
+            if layer.input_quantizer.is_enabled:
+                layer.input_quantizer.amax = shared.largest.max()
+
+
 def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedInput]:
     """Let int4 layers multiply what they read by AWQ's factors, and divide their weights; see scaling.py.
 
@@ -185,6 +200,7 @@ def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedI
                 corrections = Corrections.of(shared.product)
                 factor = choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
             shared.product /= torch.outer(factor, factor)
+            shared.largest /= factor
             for layer in shared.layers:
                 apply_pre_quant_scale_and_smooth(layer, 1 / factor)
     return known if parts == 1 else []

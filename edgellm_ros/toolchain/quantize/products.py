@@ -17,6 +17,7 @@ class SharedInput:
 
     layers: list[Any]
     product: torch.Tensor  # (in, in) fp32, XᵀX with every token scaled to the same size
+    largest: torch.Tensor  # (in,) fp32, |x| of each feature, tokens as they are
 
 
 def read_inputs(layers: Iterable[Any], forward: Callable[[], None]) -> list[SharedInput]:
@@ -36,11 +37,13 @@ def read_inputs(layers: Iterable[Any], forward: Callable[[], None]) -> list[Shar
                 last[1].layers.append(layer)
             return
         rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+        largest = rows.abs().amax(0)
         rows = rows * rows.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
         if layer in places:
             places[layer].product.addmm_(rows.T, rows)
+            torch.maximum(places[layer].largest, largest, out=places[layer].largest)
         else:
-            places[layer] = SharedInput([layer], rows.T @ rows)
+            places[layer] = SharedInput([layer], rows.T @ rows, largest)
             found.append(places[layer])
         last[:] = inputs[0], places[layer]
 
