@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ def reference(smollm2_gguf: Path) -> dict[str, Any]:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model = AutoModelForCausalLM.from_pretrained(
-            smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=dtype, attn_implementation="eager"
-        )
-        models[name] = model.to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(  # once: reading the GGUF takes most of the time
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    models = {"fp32": model.to(device).eval(), "bf16": copy.deepcopy(model).to(device).eval()}
+    for parameter in models["bf16"].parameters():  # not the rotary frequencies, which stay fp32 in a bf16 model
+        parameter.data = parameter.data.to(torch.bfloat16)
     return models
 
 
@@ -75,8 +76,6 @@ def dequantised(bundle: Bundle, stem: str) -> np.ndarray:
 
 def with_stored_weights(model: Any, bundle: Bundle) -> Any:
     """A copy of transformers' model that computes with the bundle's numbers."""
-    import copy
-
     import torch
 
     model = copy.deepcopy(model)
