@@ -135,6 +135,7 @@ class BuildOptions:
         "split", "split: one profile for decode and one for prefill; single: one for both", choices=("split", "single")
     )
     lora: bool = setting(False, "take adapters as inputs, from rank 0 to what the bundle was exported for")
+    trees: bool = setting(False, "verify trees of drafts too, of up to max-verify nodes: attention's mask is an input")
     activations: str = setting(
         "auto", "fp16, or bf16 for models whose numbers exceed fp16; auto is what the model needs",
         choices=("auto", "fp16", "bf16"),

@@ -19,7 +19,10 @@ ROLES = (
     "embeds", "positions", "write_indices", "logit_indices", "past_key", "past_value", "lora_a", "lora_b",  # inputs
     "logits", "present_key", "present_value",  # outputs
     "past_kv", "present_kv",  # of the plugin dialect, in place of keys and values apart
+    "mask", "tree_masks",  # of a decoder that takes trees of drafts: one for each window; of the plugin dialect
 )  # fmt: skip
+# Not the manifest's: `edgellm build --trees` makes these inputs, of a node that has the first of the names.
+MASK, TREE_MASKS = "mask.{window}", "tree_masks"
 DIALECTS = ("standard", "plugin")  # decoder.onnx, decoder.plugin.onnx
 _OUTPUTS = ("logits", "present_key", "present_value", "present_kv")
 
@@ -34,6 +37,7 @@ class TensorContract:
     dtype: str  # float16, bfloat16, float32, int64
     layer: int = -1  # of cache and adapters
     stem: str = ""  # of adapters: the linear layer, such as attn.qkv
+    window: int = 0  # of a mask
 
     @property
     def is_input(self) -> bool:
@@ -48,13 +52,13 @@ class TensorContract:
 
 def decoder_contract(
     model: ModelSpec, graph: GraphSpec, *, lora: bool = False, activations: str = "", capacity: int = 0,
-    dialect: str = "standard",
+    dialect: str = "standard", trees: bool = False,
 ) -> tuple[TensorContract, ...]:
     """Every input and output of `decoder.onnx`; with `lora`, of `decoder.lora.onnx`.
 
     activations: their dtype where it is not the graph's own (an engine in bfloat16). capacity: the cache's, where it is
     fixed, as an engine needs it; 0 leaves it open. dialect: one of DIALECTS,
-    or auto as reports of older engines have it, which is standard.
+    or auto as reports of older engines have it, which is standard. trees: as `edgellm build --trees` makes it.
     """
     dtype = activations or graph.activation_dtype
     found = [
@@ -71,11 +75,22 @@ def decoder_contract(
     for layer in range(model.num_layers):
         for role in roles:
             found.append(TensorContract(getattr(graph, role).format(layer=layer), role, cache, dtype, layer))
+    if trees and dialect == "plugin":
+        found.append(TensorContract(TREE_MASKS, "tree_masks", (BATCH, SEQUENCE), "int64"))
+    elif trees:
+        for window in mask_windows(model):
+            shape = (BATCH, 1, SEQUENCE, capacity or CAPACITY)
+            found.append(TensorContract(MASK.format(window=window), "mask", shape, dtype, window=window))
     if lora:
         for layer in range(model.num_layers):
             for stack in stacks_of(model):
                 found += lora_contract(graph, layer, stack.stem, stack.in_features, stack.out_features, dtype)
     return tuple(found)
+
+
+def mask_windows(model: ModelSpec) -> list[int]:
+    """The windows of the layers' attention, 0 for none; each has a mask."""
+    return sorted(set(model.sliding_windows or (0,)))
 
 
 def lora_contract(

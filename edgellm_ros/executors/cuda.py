@@ -13,12 +13,8 @@ A step of 2 to 16 tokens that asks for the logits of all of them verifies a draf
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
@@ -135,35 +131,6 @@ class CudaExecutor(NativeExecutor):
         except ValueError as error:
             raise RequestError(f"adapter {name!r}: {error}") from error
         return self._adapters.add(name, index, adapter.fingerprint)
-
-    def verify_tree(
-        self,
-        slot: int,
-        position: int,
-        token_ids: npt.NDArray[np.int32],
-        parents: npt.NDArray[np.int32],
-        adapter: int = 0,
-    ) -> npt.NDArray[np.float32]:
-        """Compute a draft tree behind the `position` tokens of `slot` and return every node's logits.
-
-        `token_ids` and `parents` are (num_nodes,): parents[i] < i is the node that node i follows, -1 a root, which
-        follows the prefix. Node i sees the prefix, its ancestors and itself, at position `position` + its depth.
-        Returns (num_nodes, vocab) fp32, valid until the next call. The slot holds the prefix afterwards, and the nodes
-        in a form that only `accept_path` reads; steps at `position` overwrite them. Needs `position` + num_nodes to fit
-        the slot and num_nodes to be at most 16; raises ValueError otherwise, DeviceError when the device fails.
-        """
-        assert len(token_ids) == len(parents), (len(token_ids), len(parents))
-        rows: npt.NDArray[np.float32] = self._open().verify_tree(slot, position, token_ids, parents, adapter)
-        return rows
-
-    def accept_path(self, slot: int, position: int, nodes: Sequence[int]) -> None:
-        """Keep `nodes` of the tree that `verify_tree` computed last at `position` of `slot`: a path from a root down.
-
-        Their keys and values move to positions `position`, `position` + 1, …: the slot then holds `position` +
-        len(nodes) tokens as if they had been decoded one by one. Raises ValueError when the indices do not ascend.
-        """
-        self._open().accept_path(slot, position, np.asarray(nodes, np.int32))
-
 
 
 def _settings(bundle: Bundle, config: EngineConfig) -> Any:

@@ -149,7 +149,7 @@ def binding_faults(
     options = engine.options
     contract = decoder_contract(
         manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context or 0,
-        activations=activation_dtype(options, manifest.graph), dialect=options.dialect,
+        activations=activation_dtype(options, manifest.graph), dialect=options.dialect, trees=options.trees,
     )  # fmt: skip
     inputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if b.is_input}
     outputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if not b.is_input}
@@ -215,7 +215,8 @@ def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> lis
 
 
 def _preference(options: BuildOptions, config: EngineConfig) -> tuple[int, ...]:
-    """Smaller is better: no adapter inputs without need, the context that was asked for, decoding together."""
+    """Smaller is better: no adapter inputs without need, the context that was asked for, decoding together, trees."""
     context = options.max_context or 0
     batched = batched_slots(options, config)
-    return (int(options.lora and not config.max_loras), context if config.max_context else -context, -batched)
+    needless = int(options.lora and not config.max_loras)
+    return (needless, context if config.max_context else -context, -batched, -int(options.trees))

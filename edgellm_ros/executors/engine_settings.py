@@ -14,6 +14,9 @@ from edgellm_ros.executors.engines import Engine, activation_dtype
 CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
 
 
+_MOST_NODES = 64  # of a tree: bits of a mask
+
+
 def batched_slots(options: BuildOptions, config: EngineConfig) -> int:
     """Slots that decode in one enqueue: 1 in exact mode, for an engine may round a batch in another way."""
     return min(options.max_batch, config.max_slots) if config.decode_batching == "fast" else 1
@@ -41,7 +44,7 @@ def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineC
     loop.embedding_format, loop.group_size = _embedding_format(module, bundle)
     loop.num_slots = config.max_slots
     loop.capacity = min(config.max_context or usable_context(options, config), usable_context(options, config))
-    loop.max_verify_tokens = 0
+    loop.max_verify_tokens = min(options.max_verify, _MOST_NODES) if options.trees else 0
     loop.max_adapters, loop.max_lora_rank = config.max_loras, config.max_lora_rank
     profiles = engine.profiles
     loop.max_tokens = profiles[-1][graph.embeds][2][1]
@@ -53,11 +56,15 @@ def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineC
     settings.max_logits = min(profile[graph.logit_indices][2][0] for profile in profiles)
     ranks = lora_ranks(model, graph) if options.lora else {}
     contract = decoder_contract(
-        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect
-    )
+        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect,
+        trees=options.trees,
+    )  # fmt: skip
     settings.set_tensors(
         [
-            (t.name, t.role, t.layer, list(t.sizes), _max_rank(ranks.get(t.name, 0), graph.max_lora_rank, config))
+            (
+                t.name, t.role, t.layer, list(t.sizes),
+                _max_rank(ranks.get(t.name, 0), graph.max_lora_rank, config), t.window,
+            )
             for t in contract
         ]
     )

@@ -146,5 +146,6 @@ def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:
         if getattr(wanted, field) != getattr(BuildOptions(), field):
             parts.append(f"--{field.replace('_', '-')} {getattr(wanted, field)}")
     parts += ["--lora"] if wanted.lora else []
+    parts += ["--trees"] if wanted.trees else []
     parts += ["--dialect plugin"] if wanted.dialect == "plugin" else []
     return " ".join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.errors import DeviceError
+from edgellm_ros.errors import DeviceError, UnsupportedError
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import Executor, LoadedAdapter, SequenceStep
 
@@ -19,6 +19,7 @@ class NativeExecutor(Executor):
     _decoder: Any  # None once it is closed
     _adapters: AdapterTable
     _max_loras: int
+    _no_trees: str = ""  # why verify_tree cannot be called, and what to do
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:
@@ -61,6 +62,42 @@ class NativeExecutor(Executor):
             slots, positions, first_tokens, num_steps, list(sampling), list(adapters)
         )
         return tokens
+
+    @property
+    def max_tree_nodes(self) -> int:
+        """The most nodes of a draft tree; 0 where `verify_tree` is refused."""
+        return int(self._open().config.max_verify_tokens)
+
+    def verify_tree(
+        self,
+        slot: int,
+        position: int,
+        token_ids: npt.NDArray[np.int32],
+        parents: npt.NDArray[np.int32],
+        adapter: int = 0,
+    ) -> npt.NDArray[np.float32]:
+        """Compute a draft tree behind the `position` tokens of `slot` and return every node's logits.
+
+        `token_ids` and `parents` are (num_nodes,): parents[i] < i is the node that node i follows, -1 a root, which
+        follows the prefix. Node i sees the prefix, its ancestors and itself, at position `position` + its depth.
+        Returns (num_nodes, vocab) fp32, valid until the next call. The slot holds the prefix afterwards, and the nodes
+        in a form that only `accept_path` reads; steps at `position` overwrite them. Needs `position` + num_nodes to fit
+        the slot and num_nodes to be at most `max_tree_nodes`; raises ValueError otherwise, DeviceError when the device
+        fails, UnsupportedError where that is 0.
+        """
+        assert len(token_ids) == len(parents), (len(token_ids), len(parents))
+        if not self.max_tree_nodes:
+            raise UnsupportedError(self._no_trees)
+        rows: npt.NDArray[np.float32] = self._open().verify_tree(slot, position, token_ids, parents, adapter)
+        return rows
+
+    def accept_path(self, slot: int, position: int, nodes: Sequence[int]) -> None:
+        """Keep `nodes` of the tree that `verify_tree` computed last at `position` of `slot`: a path from a root down.
+
+        Their keys and values move to positions `position`, `position` + 1, …: the slot then holds `position` +
+        len(nodes) tokens as if they had been decoded one by one. Raises ValueError when the indices do not ascend.
+        """
+        self._open().accept_path(slot, position, np.asarray(nodes, np.int32))
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See Executor.copy_prefix."""

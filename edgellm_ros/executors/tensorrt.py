@@ -3,6 +3,7 @@
 The engine is chosen and compared with report and manifest by engine_preflight.py. With `decode_batching="exact"` every
 sequence is an enqueue of its own, several in one CUDA graph, because an engine may round a batch in another way than a
 row alone; "fast" lets a contiguous range of slots decode together, in which the idle ones write into their last place.
+An engine of `edgellm build --trees` has calls for trees of drafts: `verify_tree`, then `accept_path`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.engine_preflight import Binding, check_bindings, choose_engine, probe_machine
 from edgellm_ros.executors.engine_settings import CACHE_DTYPES, engine_settings
-from edgellm_ros.executors.engines import Engine, activation_dtype, check_engine
+from edgellm_ros.executors.engines import Engine, activation_dtype, build_command, check_engine
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
 from edgellm_ros.executors.memory import available_memory
@@ -73,6 +74,10 @@ class TensorRTExecutor(NativeExecutor):
         self._adapters = AdapterTable(config.max_loras)
         self.memory_plan = plan
         self.engine_key = engine.key
+        command = build_command(bundle, engine.options, trees=True)
+        self._no_trees = (
+            f"engines/{engine.key} takes chains of drafts, as steps, and no trees; build one that does with `{command}`"
+        )
         self.run = CudaRun(self._open, settings.loop.vocab_size, vocab_map)
         version = ".".join(map(str, self._engine.version[:3]))
         dtype = CACHE_DTYPES[activation_dtype(engine.options, bundle.manifest.graph)]

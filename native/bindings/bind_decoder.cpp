@@ -138,26 +138,6 @@ void bind_decoder(py::module_& module) {
       .def("finish_load", &Decoder::finish_load, py::call_guard<py::gil_scoped_release>())
       .def("load_adapter", &load_adapter, py::arg("index"), py::arg("tensors"))
       .def("unload_adapter", &Decoder::unload_adapter, py::arg("index"), py::call_guard<py::gil_scoped_release>())
-      .def(
-          "verify_tree",
-          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
-            auto& decoder = self.cast<Decoder&>();
-            int rows = 0;
-            {
-              const py::gil_scoped_release release;
-              rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents), adapter);
-            }
-            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().num_rows()}}, decoder.logits(),
-                                      self);
-          },
-          py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"), py::arg("adapter") = 0)
-      .def(
-          "accept_path",
-          [](Decoder& decoder, int slot, int position, const Ints& nodes) {
-            const py::gil_scoped_release release;
-            decoder.accept_path(slot, position, span_of(nodes));
-          },
-          py::arg("slot"), py::arg("position"), py::arg("nodes"))
       .def("time_verify", &Decoder::time_verify, py::arg("slot"), py::arg("position"), py::arg("num_tokens"),
            py::arg("num_steps"), "Milliseconds on the device of each verification of a chain, without copying logits.",
            py::call_guard<py::gil_scoped_release>())

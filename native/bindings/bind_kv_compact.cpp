@@ -20,9 +20,9 @@ void bind_kv_compact(py::module_& module) {
         kernels::KvCompactArgs args;
         args.cache = array.raw();
         args.format = array.bits() == 8 ? kernels::KvFormat::fp8 : kernels::KvFormat::bf16;
-        args.num_layers = static_cast<int>(array.size(0));
+        args.num_slices = static_cast<int>(array.size(0));
         args.num_slots = static_cast<int>(array.size(1));
-        args.num_kv_heads = static_cast<int>(array.size(3));
+        args.num_heads = static_cast<int>(2 * array.size(3));
         args.capacity = static_cast<int>(array.size(4));
         args.head_dim = static_cast<int>(array.size(5));
         const DeviceArray path_array(paths, "paths");

@@ -66,6 +66,26 @@ void bind_token_loop(py::module_& module) {
             self.load_prefix(slot, length, host);
           },
           py::arg("slot"), py::arg("data"), py::arg("length"))
+      .def(
+          "verify_tree",
+          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
+            auto& decoder = self.cast<TokenLoop&>();
+            int rows = 0;
+            {
+              const py::gil_scoped_release release;
+              rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents), adapter);
+            }
+            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().num_rows()}}, decoder.logits(),
+                                      self);
+          },
+          py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"), py::arg("adapter") = 0)
+      .def(
+          "accept_path",
+          [](TokenLoop& decoder, int slot, int position, const Ints& nodes) {
+            const py::gil_scoped_release release;
+            decoder.accept_path(slot, position, span_of(nodes));
+          },
+          py::arg("slot"), py::arg("position"), py::arg("nodes"))
       .def("use_graphs", &TokenLoop::use_graphs, py::arg("use"));
 }
 

@@ -42,13 +42,13 @@ void load_embedding(TrtDecoder& decoder, const py::array& values, const py::obje
   decoder.load_embedding(host, scale.is_none() ? nullptr : &host_scale);
 }
 
-// (name, role, layer, dims, max_rank)
-using TensorTuple = std::tuple<std::string, std::string, int, std::vector<std::int64_t>, int>;
+// (name, role, layer, dims, max_rank, window)
+using TensorTuple = std::tuple<std::string, std::string, int, std::vector<std::int64_t>, int, int>;
 
 void set_tensors(TrtDecoderConfig& config, const std::vector<TensorTuple>& tensors) {
   config.tensors.clear();
-  for (const auto& [name, role, layer, dims, max_rank] : tensors) {
-    config.tensors.push_back({name, trt_role_from_name(role), layer, dims, max_rank});
+  for (const auto& [name, role, layer, dims, max_rank, window] : tensors) {
+    config.tensors.push_back({name, trt_role_from_name(role), layer, dims, max_rank, window});
   }
 }
 
@@ -60,7 +60,7 @@ void bind_trt_decoder(py::module_& module) {
       .def_readwrite("max_batch", &TrtDecoderConfig::max_batch)
       .def_readwrite("decode_tokens", &TrtDecoderConfig::decode_tokens)
       .def_readwrite("max_logits", &TrtDecoderConfig::max_logits)
-      .def("set_tensors", &set_tensors, py::arg("tensors"), "(name, role, layer, dims, max_rank) of each.")
+      .def("set_tensors", &set_tensors, py::arg("tensors"), "(name, role, layer, dims, max_rank, window) of each.")
       .def("check", &TrtDecoderConfig::check, "ValueError that names what cannot be.");
   module.def(
       "plan_trt_memory",

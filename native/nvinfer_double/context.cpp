@@ -281,6 +281,15 @@ BoundTensors Context::bound() const {
       bound.together = true;
       bound.keys[layer] = address;
       bound.values[layer] = address + bytes_of(binding) / static_cast<std::size_t>(2 * sizes.at(0));
+    } else if (role == "mask" || role == "tree_masks") {
+      agree(bound.batch, sizes.at(0), binding, "batch");
+      agree(bound.length, sizes.at(role == "mask" ? 2 : 1), binding, "length");
+      if (role == "mask" && sizes.at(3) != decoder.capacity) {
+        refuse(binding.name + " is for " + std::to_string(sizes.at(3)) + " places, the cache has " +
+               std::to_string(decoder.capacity));
+      }
+      if (role == "mask") bound.masks.push_back({binding.window, address});
+      if (role == "tree_masks") bound.tree_masks = reinterpret_cast<std::int64_t*>(address);
     } else if (role == "lora_a" || role == "lora_b") {
       bound.loras.resize(bound.keys.size());
       BoundLora& lora = bound.loras[layer][static_cast<std::size_t>(linear_index(binding.stem))];
@@ -302,6 +311,11 @@ BoundTensors Context::bound() const {
       refuse("the cache is updated in place, but " + binding.name +
              " has another address than the input that it is of");
     }
+  }
+  for (const int window : windows_of(decoder)) {
+    const auto has = [&](const BoundMask& mask) { return mask.window == window; };
+    if (bound.masks.empty() || std::any_of(bound.masks.begin(), bound.masks.end(), has)) continue;
+    refuse("the plan has no mask for the layers with window " + std::to_string(window));
   }
   const auto missing = [](const std::vector<void*>& of) {
     return std::find(of.begin(), of.end(), nullptr) != of.end();

@@ -22,12 +22,17 @@ __global__ void prepare_kernel(const PrepareArgs p) {
   const std::int64_t num_rows = static_cast<std::int64_t>(p.batch) * p.length;
   const auto place = [&](std::int64_t row) {
     const std::int64_t first = p.write_indices[row / p.length], at = first + row % p.length;
-    const bool in_order = first >= 0 && p.positions[row] == at && at < p.capacity && at < p.num_positions;
+    const std::int64_t position = p.positions[row];
+    const bool ordered = p.depths != nullptr ? position >= first && position <= at : position == at;
+    const bool in_order = first >= 0 && ordered && at < p.capacity && at < p.num_positions;
     return in_order ? static_cast<std::int32_t>(at) : -1;
   };
   if (i < num_rows) {
     p.places[i] = place(i);
     p.slots[i] = static_cast<std::int32_t>(i / p.length);
+    if (p.depths != nullptr) {
+      p.depths[i] = place(i) < 0 ? 0 : static_cast<std::int32_t>(p.positions[i] - p.write_indices[i / p.length]);
+    }
   }
   if (i <= p.batch) p.starts[i] = static_cast<std::int32_t>(i * p.length);
   if (i < p.batch) {
@@ -46,6 +51,47 @@ __global__ void prepare_kernel(const PrepareArgs p) {
 __device__ float load(const void* data, bool is_bf16, std::size_t at) {
   return is_bf16 ? __bfloat162float(static_cast<const bf16*>(data)[at])
                  : __half2float(static_cast<const __half*>(data)[at]);
+}
+
+// A block a row.
+__global__ void check_mask_kernel(const CheckMaskArgs p) {
+  const std::int64_t row = blockIdx.x, first = p.write_indices[row / p.length], own = row % p.length;
+  if (p.places[row] < 0) {
+    if (threadIdx.x == 0 && p.is_tree) p.nodes[row] = std::uint64_t{1} << own;
+    return;
+  }
+  const std::int64_t position = p.positions[row], oldest = p.window > 0 ? position - p.window + 1 : 0;
+  __shared__ unsigned long long nodes;
+  if (threadIdx.x == 0) nodes = 0;
+  __syncthreads();
+  bool wrong = false;
+  for (std::int64_t place = threadIdx.x; place < p.capacity; place += kThreads) {
+    const std::int64_t node = place - first;
+    const bool is_new = node >= 0 && node < p.length;
+    bool sees = false;
+    if (p.mask != nullptr) {
+      const float value = load(p.mask, p.is_bf16, static_cast<std::size_t>(row) * p.capacity + place);
+      sees = value == 0.0f;
+      wrong |= !sees && !(value <= -65504.0f && value >= -65536.0f);
+    } else {  // bits are of the new tokens; the engine knows the rest
+      sees = is_new ? (static_cast<std::uint64_t>(p.tree_masks[row]) >> node & 1) != 0 : node < 0 && place >= oldest;
+    }
+    if (p.is_tree && is_new) {
+      wrong |= node > own ? sees : node == own && !sees;
+      if (sees) atomicOr(&nodes, 1ULL << node);
+    } else {
+      wrong |= sees != (place <= position && place >= oldest);
+    }
+  }
+  wrong = __syncthreads_or(wrong) != 0;
+  if (threadIdx.x != 0) return;
+  if (wrong) p.places[row] = -1;
+  if (p.is_tree) p.nodes[row] = nodes | 1ULL << own;
+}
+
+__global__ void drop_rows_kernel(const std::int32_t* places, std::int32_t* logit_rows, int num_logits) {
+  const auto i = static_cast<int>(thread_index());
+  if (i < num_logits && logit_rows[i] >= 0 && places[logit_rows[i]] < 0) logit_rows[i] = -1;
 }
 
 __global__ void embed_kernel(const void* embeds, bool is_bf16, std::size_t count, float* residual,
@@ -123,6 +169,15 @@ void prepare_async(const PrepareArgs& args, cudaStream_t stream) {
   const std::size_t rows = static_cast<std::size_t>(args.batch) * args.length;
   const std::size_t most = rows + static_cast<std::size_t>(args.batch + args.num_logits + kMaxGemvTokens);
   launch(prepare_kernel, blocks_for(most), dim3(kThreads), 0, stream, false, args);
+}
+
+void check_mask_async(const CheckMaskArgs& args, cudaStream_t stream) {
+  launch(check_mask_kernel, dim3(args.batch * args.length), dim3(kThreads), 0, stream, false, args);
+}
+
+void drop_rows_async(const std::int32_t* places, std::int32_t* logit_rows, int num_logits, cudaStream_t stream) {
+  launch(drop_rows_kernel, blocks_for(static_cast<std::size_t>(num_logits)), dim3(kThreads), 0, stream, false, places,
+         logit_rows, num_logits);
 }
 
 void embed_async(const void* embeds, bool is_bf16, std::size_t count, float* residual, bf16* residual_bf16,

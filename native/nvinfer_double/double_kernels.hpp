@@ -12,8 +12,9 @@
 
 namespace edgellm::nvinfer_double {
 
-// Turns the int64 inputs into what the kernels read. Row (b, s) is in order when its position is write_indices[b] + s
-// and inside the cache and the rope tables; rows that are not are padding, whose place is -1.
+// Turns the int64 inputs into what the kernels read. Row (b, s) is in order when its position is write_indices[b] + s,
+// or in a tree at most that, and inside the cache and the rope tables; rows that are not are padding, whose place is
+// -1.
 struct PrepareArgs {
   const std::int64_t* positions = nullptr;      // (batch, length)
   const std::int64_t* write_indices = nullptr;  // (batch)
@@ -30,8 +31,30 @@ struct PrepareArgs {
   std::int32_t* first_places = nullptr;    // (batch)
   std::int32_t* logit_rows = nullptr;      // (num_logits), -1: of padding, or outside
   std::int32_t* ones = nullptr;            // (kMaxGemvTokens), all 1: every token has the bound adapter
+  std::int32_t* depths = nullptr;          // (batch * length) of a tree's nodes; null: no tree
 };
 void prepare_async(const PrepareArgs& args, cudaStream_t stream);
+
+// Compares a mask with what its row may see: all of the prefix and the token itself, and of the other new tokens, in a
+// tree, those before it that it names. A row that sees anything else, or not all of that, gets the place -1. nodes: the
+// new tokens that it sees, for the kernels.
+struct CheckMaskArgs {
+  const void* mask = nullptr;                // (batch * length, capacity), or null: then
+  const std::int64_t* tree_masks = nullptr;  // (batch * length) bits of the new tokens
+  bool is_bf16 = false;
+  bool is_tree = false;
+  int window = 0;
+  const std::int64_t* positions = nullptr;      // (batch * length)
+  const std::int64_t* write_indices = nullptr;  // (batch)
+  int batch = 0;
+  int length = 0;
+  int capacity = 0;
+  std::int32_t* places = nullptr;  // (batch * length)
+  std::uint64_t* nodes = nullptr;  // (batch * length), of a tree
+};
+void check_mask_async(const CheckMaskArgs& args, cudaStream_t stream);
+// Rows of logits whose place is -1 are of padding.
+void drop_rows_async(const std::int32_t* places, std::int32_t* logit_rows, int num_logits, cudaStream_t stream);
 
 // residual and its bf16 copy of `count` embeddings in fp16 or bf16.
 void embed_async(const void* embeds, bool is_bf16, std::size_t count, float* residual, __nv_bfloat16* residual_bf16,

@@ -63,6 +63,15 @@ struct Forward::Step {
   }
 };
 
+std::vector<int> windows_of(const DecoderConfig& config) {
+  std::vector<int> windows;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const int window = config.window(layer);
+    if (std::find(windows.begin(), windows.end(), window) == windows.end()) windows.push_back(window);
+  }
+  return windows;
+}
+
 Limits limits_of(const Plan& plan, const Profile& profile) {
   Limits limits;
   for (const Binding& binding : plan.bindings) {
@@ -77,6 +86,7 @@ Limits limits_of(const Plan& plan, const Profile& profile) {
     } else if (binding.role == "lora_a" && largest.size() == 2) {
       limits.lora_rank = std::max(limits.lora_rank, static_cast<int>(largest[1]));
     }
+    limits.trees = limits.trees || binding.role == "mask" || binding.role == "tree_masks";
   }
   if (limits.batch > kernels::kMaxDecodeBatch) {
     throw std::invalid_argument("a profile has " + std::to_string(limits.batch) + " sequences; the double takes " +
@@ -114,6 +124,13 @@ MemoryPlan plan_workspace(const DecoderConfig& config, const Limits& limits) {
   add("behind_kv",
       static_cast<std::size_t>(limits.length) * static_cast<std::size_t>(config.head_dim) * element_bytes(config));
   add("attention", kernels::decode_attention_workspace_bytes(limits.batch, config.num_heads, config.head_dim));
+  if (limits.trees) {
+    add("depths", tokens * sizeof(std::int32_t));
+    // Of each window, for masks may differ; one is enough where they are bits.
+    add("nodes", tokens * windows_of(config).size() * sizeof(std::uint64_t));
+    const int most = limits.batch * std::min(limits.length, kMostTreeTokens);
+    add("tree_attention", kernels::tree_attention_workspace_bytes(most, config.num_heads, config.head_dim));
+  }
   if (limits.lora_rank > 0) {
     const auto rank = static_cast<std::size_t>(kernels::padded_lora_rank(limits.lora_rank));
     std::size_t in = 0;
@@ -170,6 +187,10 @@ void Forward::enqueue_async(const BoundTensors& bound, const MemoryPlan& workspa
   EDGELLM_CUDA_TRY(cudaMemsetAsync(memory, 0xff, workspace.total(), stream));
   EDGELLM_CUDA_TRY(cudaMemsetAsync(step.get<std::byte>("attention"), 0, workspace.size("attention"), stream));
   EDGELLM_CUDA_TRY(cudaMemsetAsync(step.get<std::byte>("behind_kv"), 0, workspace.size("behind_kv"), stream));
+  if (bound.is_tree()) {
+    const std::size_t size = workspace.size("tree_attention");
+    EDGELLM_CUDA_TRY(cudaMemsetAsync(step.get<std::byte>("tree_attention"), 0, size, stream));
+  }
   auto* executions = reinterpret_cast<std::uint32_t*>(executions_.data());
   count_execution_async(executions, faults_.execution_trap, stream);
 
@@ -189,7 +210,9 @@ void Forward::enqueue_async(const BoundTensors& bound, const MemoryPlan& workspa
   prepare.first_places = step.get<std::int32_t>("first_places");
   prepare.logit_rows = step.get<std::int32_t>("logit_rows");
   prepare.ones = step.get<std::int32_t>("ones");
+  if (bound.is_tree()) prepare.depths = step.get<std::int32_t>("depths");
   prepare_async(prepare, stream);
+  check_masks_async(step);
 
   auto* residual_bf16 = step.get<__nv_bfloat16>("residual_bf16");
   const auto hidden = static_cast<std::size_t>(config_.hidden_size);
@@ -266,6 +289,32 @@ void Forward::add_async(int index, Linear which, GemvArgs args, const __nv_bfloa
   kernels::residual_norm_async(added, step.stream, false);
 }
 
+void Forward::check_masks_async(const Step& step) const {
+  const BoundTensors& bound = step.bound;
+  CheckMaskArgs check;
+  check.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  check.is_tree = bound.is_tree();
+  check.positions = bound.positions;
+  check.write_indices = bound.write_indices;
+  check.batch = bound.batch;
+  check.length = bound.length;
+  check.capacity = config_.capacity;
+  check.places = step.get<std::int32_t>("places");
+  if (check.is_tree) check.nodes = step.get<std::uint64_t>("nodes");
+  for (const BoundMask& mask : bound.masks) {
+    check.mask = mask.data;
+    check.window = mask.window;
+    check_mask_async(check, step.stream);
+    if (check.is_tree) check.nodes += step.num_tokens;
+  }
+  if (bound.tree_masks != nullptr && check.is_tree) {
+    check.tree_masks = bound.tree_masks;
+    check_mask_async(check, step.stream);
+  }
+  auto* rows = step.get<std::int32_t>("logit_rows");
+  drop_rows_async(check.places, rows, bound.num_logits, step.stream);
+}
+
 void Forward::attention_async(int index, const Step& step) const {
   const LayerWeights& layer = weights_.layer(index);
   const BoundTensors& bound = step.bound;
@@ -289,7 +338,28 @@ void Forward::attention_async(int index, const Step& step) const {
 
   const float scale =
       config_.attention_scale > 0.0F ? config_.attention_scale : 1.0F / std::sqrt(static_cast<float>(config_.head_dim));
-  if (bound.length == 1) {
+  if (bound.is_tree()) {
+    const auto mask = std::find_if(bound.masks.begin(), bound.masks.end(),
+                                   [&](const BoundMask& m) { return m.window == config_.window(index); });
+    const auto which = bound.masks.empty() ? 0 : mask - bound.masks.begin();
+    kernels::TreeAttentionArgs attention;
+    attention.qkv = step.get<float>("qkv");
+    attention.kv = kv;
+    attention.rope = layer.rope;
+    attention.starts = step.get<std::int32_t>("starts");
+    attention.slots = step.get<std::int32_t>("sequence_slots");
+    attention.positions = step.get<std::int32_t>("first_places");
+    attention.depths = step.get<std::int32_t>("depths");
+    attention.masks = step.get<std::uint64_t>("nodes") + which * step.num_tokens;
+    attention.out = step.get<__nv_bfloat16>("attended");
+    attention.num_sequences = bound.batch;
+    attention.max_tokens = bound.length;
+    attention.num_heads = config_.num_heads;
+    attention.window = config_.window(index);
+    attention.scale = scale;
+    attention.workspace = step.get<std::byte>("tree_attention");
+    kernels::tree_attention_async(attention, step.stream, false);
+  } else if (bound.length == 1) {
     kernels::DecodeAttentionArgs attention;
     attention.qkv = step.get<float>("qkv");
     attention.kv = kv;

@@ -8,16 +8,25 @@
 
 #include "edgellm/adapters.hpp"
 #include "edgellm/arena.hpp"
+#include "edgellm/kernels/attention_tree.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/weights.hpp"
 #include "plan.hpp"
 
 namespace edgellm::nvinfer_double {
 
+constexpr int kMostTreeTokens = kernels::kMaxTreeTokens;
+
 struct BoundLora {
   const void* a = nullptr;  // (in, rank)
   const void* b = nullptr;  // (rank, out)
   int rank = 0;             // 0: no adapter
+};
+
+// Of an engine that takes trees: what a token adds to its scores, for the layers with this window.
+struct BoundMask {
+  int window = 0;
+  const void* data = nullptr;  // (batch, 1, length, capacity)
 };
 
 // What one enqueue has: device memory, and sizes that were set as shapes. Floats are in the decoder's kv_format.
@@ -34,6 +43,10 @@ struct BoundTensors {
   std::vector<void*> values;
   bool together = false;  // a slot's values follow its keys: (batch, 2, kv_heads, capacity, head_dim)
   std::vector<std::array<BoundLora, kNumLinears>> loras;  // one a layer, or none
+  std::vector<BoundMask> masks;
+  const std::int64_t* tree_masks = nullptr;  // (batch, length), of an engine that has bits in place of masks
+
+  bool is_tree() const { return (!masks.empty() || tree_masks != nullptr) && length > 1 && length <= kMostTreeTokens; }
 };
 
 // The largest sizes that a profile allows, and so the workspace that an enqueue with it may need.
@@ -43,8 +56,10 @@ struct Limits {
   int length = 0;
   int num_logits = 0;
   int lora_rank = 0;
+  bool trees = false;
 };
 
+std::vector<int> windows_of(const DecoderConfig& config);  // of its layers, each once
 // No GPU is needed for these two. Throws std::invalid_argument for a profile that the kernels cannot have.
 Limits limits_of(const Plan& plan, const Profile& profile);
 MemoryPlan plan_workspace(const DecoderConfig& config, const Limits& limits);
@@ -63,6 +78,7 @@ class Forward {
   struct Step;
   void layer_async(int index, const Step& step) const;
   void attention_async(int index, const Step& step) const;
+  void check_masks_async(const Step& step) const;
   void linear_async(int index, Linear which, kernels::GemvArgs args, int out_width, const Step& step) const;
   void add_async(int index, Linear which, kernels::GemvArgs args, const __nv_bfloat16* norm, const Step& step) const;
   void gemv_async(kernels::GemvArgs args, int num_tokens, int out_width, bool adapted, cudaStream_t stream) const;

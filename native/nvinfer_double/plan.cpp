@@ -44,6 +44,7 @@ Binding read_binding(const Json& json) {
   binding.role = json.at("role").text();
   binding.layer = static_cast<int>(json.at("layer").integer());
   binding.stem = json.at("stem").text();
+  binding.window = static_cast<int>(json.at("window").integer());
   if (binding.shape.size() > static_cast<std::size_t>(nvinfer1::Dims::MAX_DIMS)) {
     throw std::invalid_argument(binding.name + " has " + std::to_string(binding.shape.size()) + " axes");
   }

@@ -37,6 +37,7 @@ struct Binding {
   std::string role;
   int layer = -1;
   std::string stem;  // of adapters: attn.qkv, …
+  int window = 0;    // of a mask
 };
 
 struct ShapeRange {

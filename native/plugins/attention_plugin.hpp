@@ -8,7 +8,8 @@
 //
 // Token s of sequence b goes to place write_indices[b] + s. Without a tree its position id is that number too; a
 // negative one marks where the sequence's tokens end. With a tree, steps of 2 to 64 tokens are trees: position ids turn
-// the tokens, all see the places before write_indices[b], and of the new ones those in their mask.
+// the tokens, all see the places before write_indices[b], and of the new ones those in their mask; of both what the
+// window leaves, counted in position ids.
 #pragma once
 
 #include "plugin_base.hpp"

@@ -1,66 +1,26 @@
-// Verifying a draft: a chain's or a tree's nodes through the decode kernels as one graph, logits of every node, and
-// the accepted path made linear.
+// Verifying a draft: a chain's or a tree's nodes through the decode kernels as one graph, with logits of every node.
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <stdexcept>
-#include <string>
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_tree.hpp"
-#include "edgellm/kernels/kv_compact.hpp"
 #include "edgellm/verify_inputs.hpp"
 #include "guarded.hpp"
 
 namespace edgellm {
-namespace {
-
-// Node i of a tree after the node before it, or of a chain.
-int parent_of(std::span<const std::int32_t> parents, int node) {
-  return parents.empty() ? node - 1 : parents[static_cast<std::size_t>(node)];
-}
-
-bool is_chain(std::span<const std::int32_t> parents) {
-  for (std::size_t i = 0; i < parents.size(); ++i) {
-    if (parents[i] != static_cast<std::int32_t>(i) - 1) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
 bool Decoder::verifies(const SequenceStep& item) const {
   const auto length = static_cast<int>(item.token_ids.size());
   return length > 1 && length <= std::min(config_.max_verify_tokens, kernels::kMaxGemvTokens) &&
          item.num_logits == length;
 }
 
-void Decoder::upload_verify_inputs_async(const VerifyInputs& inputs) {
-  std::int32_t* host = take_inputs(sizeof(VerifyInputs) / sizeof(std::int32_t));
-  std::memcpy(host, &inputs, sizeof inputs);  // its place may not be aligned for the masks
-  EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::byte>("verify_inputs"), host, sizeof inputs, cudaMemcpyHostToDevice,
-                                   stream_.get()));
-}
-
 StepKey Decoder::prepare_verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
                                       std::span<const std::int32_t> parents, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
-  VerifyInputs inputs{};
-  std::fill_n(inputs.positions, kMaxVerifyTokens, -1);
-  for (int i = 0; i < count; ++i) {
-    const int parent = parent_of(parents, i);
-    inputs.token_ids[i] = token_ids[static_cast<std::size_t>(i)];
-    inputs.positions[i] = position + i;
-    inputs.slots[i] = slot;
-    inputs.depths[i] = parent < 0 ? 0 : inputs.depths[parent] + 1;
-    inputs.masks[i] = (parent < 0 ? 0 : inputs.masks[parent]) | std::uint64_t{1} << i;
-  }
-  inputs.starts[1] = count;
-  inputs.slot = slot;
-  inputs.position = position;
-  upload_verify_inputs_async(inputs);
+  upload_verify_inputs_async(draft_inputs(slot, position, token_ids, parents));
   std::array<std::int32_t, kMaxVerifyTokens> adapters;
   adapters.fill(adapter);
   const unsigned adapted = adapted_linears(adapters);
@@ -168,80 +128,6 @@ void Decoder::warm_up_verify() {
       (void)graph(key);
     }
   }
-}
-
-int Decoder::verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
-                         std::span<const std::int32_t> parents, int adapter) {
-  const auto count = static_cast<int>(token_ids.size());
-  if (count < 1 || count > config_.max_verify_tokens) {
-    throw std::invalid_argument("a draft of " + std::to_string(count) + " nodes exceeds max_verify_tokens " +
-                                std::to_string(config_.max_verify_tokens) + ", or is empty");
-  }
-  if (slot < 0 || slot >= config_.num_slots || position < 0 || position + count > config_.capacity) {
-    throw std::invalid_argument("a draft does not fit its slot: every node needs a place behind the prefix");
-  }
-  if (!parents.empty() && parents.size() != token_ids.size()) {
-    throw std::invalid_argument("a draft has one parent a node");
-  }
-  for (int i = 0; i < count; ++i) {
-    const int parent = parent_of(parents, i);
-    if (parent < -1 || parent >= i) {
-      throw std::invalid_argument("node " + std::to_string(i) + " has parent " + std::to_string(parent) +
-                                  "; parents come before their children, and a root has -1");
-    }
-  }
-  adapters_.check(adapter);
-  return guarded([&] {
-    end_run();
-    inputs_used_ = 0;
-    verify_async(slot, position, token_ids, parents, 0, adapter);
-    stream_.wait();
-    return count;
-  });
-}
-
-void Decoder::accept_path(int slot, int position, std::span<const std::int32_t> nodes) {
-  const auto count = static_cast<int>(nodes.size());
-  if (slot < 0 || slot >= config_.num_slots || position < 0 || count > config_.max_verify_tokens) {
-    throw std::invalid_argument("a path does not fit its slot");
-  }
-  bool moves = false;
-  for (int i = 0; i < count; ++i) {
-    const int node = nodes[static_cast<std::size_t>(i)];
-    if (node < 0 || position + node >= config_.capacity || (i > 0 && node <= nodes[static_cast<std::size_t>(i) - 1])) {
-      throw std::invalid_argument("a path's nodes ascend and lie in the slot, but number " + std::to_string(i) +
-                                  " is node " + std::to_string(node));
-    }
-    moves |= node != i;
-  }
-  if (!moves) return;
-  guarded([&] {
-    wait_for_run();
-    inputs_used_ = 0;
-    VerifyInputs path{};
-    std::copy(nodes.begin(), nodes.end(), path.token_ids);
-    path.starts[0] = count;
-    path.slot = slot;
-    path.position = position;
-    upload_verify_inputs_async(path);
-    const auto* inputs = arena_.get<VerifyInputs>("verify_inputs");
-    const kernels::KvLayer cache = cache_.layer(0);
-    kernels::KvCompactArgs args;
-    args.cache = cache.data;
-    args.format = cache.format;
-    args.num_layers = config_.num_layers;
-    args.num_slots = config_.num_slots;
-    args.num_kv_heads = cache.num_kv_heads;
-    args.capacity = cache.capacity;
-    args.head_dim = cache.head_dim;
-    args.slots = &inputs->slot;
-    args.positions = &inputs->position;
-    args.paths = inputs->token_ids;
-    args.counts = inputs->starts;
-    args.max_nodes = kMaxVerifyTokens;
-    kernels::kv_compact_async(args, stream_.get(), false);
-    stream_.wait();  // the pinned inputs are the next call's
-  });
 }
 
 std::vector<float> Decoder::time_verify(int slot, int position, int num_tokens, int num_steps) {

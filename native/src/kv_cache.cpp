@@ -5,6 +5,7 @@
 #include <cassert>
 
 #include "edgellm/cuda_try.hpp"
+#include "edgellm/kernels/kv_compact.hpp"
 
 namespace edgellm {
 
@@ -74,6 +75,23 @@ void KvCache::save_prefix_async(int slot_index, int length, std::byte* host, cud
 void KvCache::load_prefix_async(int slot_index, int length, const std::byte* host, cudaStream_t stream) const {
   // CUDA's struct has one pointer type for both directions; the source is only read.
   copy_async(prefix(const_cast<std::byte*>(host), length), slot(slot_index), length, cudaMemcpyHostToDevice, stream);
+}
+
+void KvCache::keep_path_async(const VerifyInputs& path, cudaStream_t stream) const {
+  kernels::KvCompactArgs args;
+  args.cache = data_;
+  args.format = format_;
+  args.num_slices = num_slices_;
+  args.num_slots = num_slots_;
+  args.num_heads = rows_per_slot_;
+  args.capacity = capacity_;
+  args.head_dim = head_dim_;
+  args.slots = &path.slot;
+  args.positions = &path.position;
+  args.paths = path.token_ids;
+  args.counts = path.starts;
+  args.max_nodes = kMaxVerifyTokens;
+  kernels::kv_compact_async(args, stream, false);
 }
 
 void KvCache::clear_async(cudaStream_t stream) const {

@@ -24,19 +24,55 @@ void TrtDecoder::forget(int adapter) {
   });
 }
 
-kernels::EngineInputs TrtDecoder::group_inputs(int first_slot) const {
+TrtDecoder::Inputs TrtDecoder::group_inputs(int first_slot) const {
   const auto slot = static_cast<std::size_t>(first_slot);
   const auto rows = static_cast<std::size_t>(trt_.rows_per_group());
   const std::size_t ints = slot * trt_stride(rows * sizeof(std::int64_t));
   const auto at = [&](const char* name) { return reinterpret_cast<std::int64_t*>(arena_.get<std::byte>(name) + ints); };
-  kernels::EngineInputs inputs;
-  inputs.embeds =
+  Inputs inputs;
+  inputs.each.embeds =
       arena_.get<std::byte>("trt.embeds") + slot * trt_stride(rows * static_cast<std::size_t>(config_.hidden_size) * 2);
-  inputs.positions = at("trt.positions");
-  inputs.write_indices = at("trt.write_indices");
-  inputs.logit_indices = at("trt.logit_indices");
-  inputs.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  inputs.each.positions = at("trt.positions");
+  inputs.each.write_indices = at("trt.write_indices");
+  inputs.each.logit_indices = at("trt.logit_indices");
+  if (arena_.plan().contains("trt.tree_masks")) inputs.each.tree_masks = at("trt.tree_masks");
+  inputs.each.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  const std::size_t mask = slot * trt_stride(rows * static_cast<std::size_t>(trt_.engine_capacity) * 2);
+  for (const int window : windows_) {
+    inputs.masks.push_back(arena_.get<std::byte>("trt.mask." + std::to_string(window)) + mask);
+  }
   return inputs;
+}
+
+TrtDecoder::Inputs TrtDecoder::chunk_inputs() const {
+  Inputs inputs;
+  inputs.each.embeds = arena_.get<std::byte>("trt.chunk_embeds");
+  inputs.each.positions = arena_.get<std::int64_t>("trt.chunk_positions");
+  inputs.each.write_indices = arena_.get<std::int64_t>("trt.chunk_write_indices");
+  inputs.each.logit_indices = arena_.get<std::int64_t>("trt.chunk_logit_indices");
+  if (arena_.plan().contains("trt.chunk_tree_masks")) {
+    inputs.each.tree_masks = arena_.get<std::int64_t>("trt.chunk_tree_masks");
+  }
+  inputs.each.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  for (const int window : windows_) {
+    inputs.masks.push_back(arena_.get<std::byte>("trt.chunk_mask." + std::to_string(window)));
+  }
+  return inputs;
+}
+
+void TrtDecoder::record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree, int prefix) {
+  kernels::EngineMaskArgs args;
+  args.positions = inputs.each.positions;
+  args.num_tokens = num_tokens;
+  args.capacity = trt_.engine_capacity;
+  args.tree = tree != nullptr ? tree->masks : nullptr;
+  args.prefix = prefix;
+  args.is_bf16 = inputs.each.is_bf16;
+  for (std::size_t i = 0; i < windows_.size(); ++i) {
+    args.window = windows_[i];
+    args.mask = inputs.masks[i];
+    kernels::engine_mask_async(args, stream_.get());
+  }
 }
 
 float* TrtDecoder::group_logits(int first_slot) const {
@@ -45,8 +81,8 @@ float* TrtDecoder::group_logits(int first_slot) const {
                                       trt_stride(static_cast<std::size_t>(config_.num_rows()) * sizeof(float)));
 }
 
-void TrtDecoder::bind(TrtContext& context, const kernels::EngineInputs& inputs, float* logits, const ContextKey& key,
-                      int length) {
+void TrtDecoder::bind(TrtContext& context, const Inputs& inputs, float* logits, const ContextKey& key, int length) {
+  std::size_t mask = 0;
   for (std::size_t i = 0; i < trt_.tensors.size(); ++i) {
     const TrtTensor& tensor = trt_.tensors[i];
     std::vector<std::int64_t> dims = tensor.dims;
@@ -54,19 +90,19 @@ void TrtDecoder::bind(TrtContext& context, const kernels::EngineInputs& inputs, 
       case TrtRole::embeds:
         dims[0] = key.num_rows;
         dims[1] = length;
-        context.set_address(tensor.name, inputs.embeds);
+        context.set_address(tensor.name, inputs.each.embeds);
         break;
       case TrtRole::positions:
         dims = {key.num_rows, length};
-        context.set_address(tensor.name, inputs.positions);
+        context.set_address(tensor.name, inputs.each.positions);
         break;
       case TrtRole::write_indices:
         dims = {key.num_rows};
-        context.set_address(tensor.name, inputs.write_indices);
+        context.set_address(tensor.name, inputs.each.write_indices);
         break;
       case TrtRole::logit_indices:
         dims = {key.num_logits};
-        context.set_address(tensor.name, inputs.logit_indices);
+        context.set_address(tensor.name, inputs.each.logit_indices);
         break;
       case TrtRole::logits:
         context.set_address(tensor.name, logits);
@@ -89,6 +125,14 @@ void TrtDecoder::bind(TrtContext& context, const kernels::EngineInputs& inputs, 
       case TrtRole::present_kv:
         context.set_address(tensor.name, cache_.tensor(tensor.layer, 0, key.first_slot));
         continue;
+      case TrtRole::mask:
+        dims = {key.num_rows, 1, length, trt_.engine_capacity};
+        context.set_address(tensor.name, inputs.masks[mask++]);
+        break;
+      case TrtRole::tree_masks:
+        dims = {key.num_rows, length};
+        context.set_address(tensor.name, inputs.each.tree_masks);
+        break;
       case TrtRole::lora_a:
         dims[1] = lora_rank(key.adapter, tensor);
         context.set_address(tensor.name, lora_address(key.adapter, i));

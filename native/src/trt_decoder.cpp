@@ -20,6 +20,7 @@ TrtDecoder::TrtDecoder(TrtEngine& engine, TrtDecoderConfig config)
       engine_(engine),
       trt_(std::move(config)),
       cache_(arena_.get<std::byte>("kv"), config_, trt_.kv_order(), trt_.engine_capacity),
+      windows_(trt_.mask_windows()),
       chunk_context_(engine.make_context(arena_.get<std::byte>("trt.context"))),
       loras_(static_cast<std::size_t>(config_.max_adapters) + 1) {
   embedding_.format = config_.embedding_format;
@@ -191,8 +192,10 @@ void TrtDecoder::record_group_async(const Group& group, int batch) {
   args.first_slot = group.first_slot;
   args.num_rows = group.num_rows;
   args.idle_place = trt_.engine_capacity - 1;
-  args.out = group_inputs(group.first_slot);
+  const Inputs group_in = group_inputs(group.first_slot);
+  args.out = group_in.each;
   kernels::engine_rows_async(args, stream_.get());
+  record_masks_async(group_in, group.num_rows);
   contexts_.at(context_key(group)).enqueue_async(stream_.get());
 }
 
@@ -244,8 +247,15 @@ void TrtDecoder::several_async(const SequenceStep& item, int first_row) {
   }
 }
 
-void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int num_logits, int first_row,
-                             int profile) {
+void TrtDecoder::verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
+                              std::span<const std::int32_t> parents, int first_row, int adapter) {
+  const auto count = static_cast<int>(token_ids.size());
+  upload_verify_inputs_async(draft_inputs(slot, position, token_ids, parents));
+  chunk_async({slot, token_ids, position, count, adapter}, 0, count, count, first_row, 0, true);
+}
+
+void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int num_logits, int first_row, int profile,
+                             bool is_tree) {
   std::int32_t* inputs = take_inputs(static_cast<std::size_t>(count));
   std::copy_n(item.token_ids.begin() + start, count, inputs);
   auto* tokens = arena_.get<std::int32_t>("trt.tokens");
@@ -260,15 +270,18 @@ void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int
   args.hidden = config_.hidden_size;
   args.position = item.position + start;
   args.num_logits = std::max(num_logits, 1);  // the engine computes one at least
-  args.out.embeds = arena_.get<std::byte>("trt.chunk_embeds");
-  args.out.positions = arena_.get<std::int64_t>("trt.chunk_positions");
-  args.out.write_indices = arena_.get<std::int64_t>("trt.chunk_write_indices");
-  args.out.logit_indices = arena_.get<std::int64_t>("trt.chunk_logit_indices");
-  args.out.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  const VerifyInputs* tree = is_tree ? arena_.get<VerifyInputs>("verify_inputs") : nullptr;
+  if (is_tree) {
+    args.depths = tree->depths;
+    args.masks = tree->masks;
+  }
+  const Inputs inputs_of_engine = chunk_inputs();
+  args.out = inputs_of_engine.each;
   kernels::engine_chunk_async(args, stream_.get());
+  record_masks_async(inputs_of_engine, count, tree, args.position);
   chunk_context_.use_profile_async(profile, stream_.get());
   const ContextKey key{item.slot, 1, args.num_logits, item.adapter};
-  bind(chunk_context_, args.out, arena_.get<float>("logits"), key, count);
+  bind(chunk_context_, inputs_of_engine, arena_.get<float>("logits"), key, count);
   chunk_context_.enqueue_async(stream_.get());
   if (num_logits > 0) {
     copy_logits_async(arena_.get<float>("logits"), static_cast<std::size_t>(first_row),

@@ -17,7 +17,7 @@ void require(bool condition, const std::string& message) {
 TrtRole trt_role_from_name(const std::string& name) {
   constexpr std::array kNames = {"embeds",   "positions",  "write_indices", "logit_indices", "logits",
                                  "past_key", "past_value", "present_key",   "present_value", "lora_a",
-                                 "lora_b",   "past_kv",    "present_kv"};
+                                 "lora_b",   "past_kv",    "present_kv",    "mask",          "tree_masks"};
   const auto found = std::find(kNames.begin(), kNames.end(), name);
   if (found == kNames.end()) throw std::invalid_argument("no tensor of an engine has the role " + name);
   return static_cast<TrtRole>(found - kNames.begin());
@@ -33,6 +33,14 @@ void TrtDecoderConfig::check() const {
               loop.embedding_format == kernels::WeightFormat::fp16 ||
               loop.embedding_format == kernels::WeightFormat::int8,
           "the embedding must be bf16, fp16 or int8");
+  require(loop.max_verify_tokens == 0 || has(TrtRole::mask) || has(TrtRole::tree_masks),
+          "the engine has no masks as inputs, so it takes no trees; build it with --trees");
+  require(loop.max_verify_tokens >= 0 && loop.max_verify_tokens <= kMaxVerifyTokens &&
+              loop.max_verify_tokens <= std::min(decode_tokens, max_logits),
+          "trees of " + std::to_string(loop.max_verify_tokens) + " nodes exceed the " +
+              std::to_string(std::min({decode_tokens, max_logits, kMaxVerifyTokens})) +
+              " tokens that a decode step of the engine takes; build it with a larger --max-verify, at most " +
+              std::to_string(kMaxVerifyTokens));
   const int reserved = rows_per_group() > 1 ? 1 : 0;
   require(loop.capacity + reserved <= engine_capacity,
           "slots hold " + std::to_string(loop.capacity) + " tokens and the engine's cache " +
@@ -45,10 +53,18 @@ void TrtDecoderConfig::check() const {
               "--max-context that is a multiple of 64, or use one slot");
 }
 
-KvOrder TrtDecoderConfig::kv_order() const {
-  const bool together = std::any_of(tensors.begin(), tensors.end(),
-                                    [](const TrtTensor& tensor) { return tensor.role == TrtRole::past_kv; });
-  return together ? KvOrder::together : KvOrder::apart;
+bool TrtDecoderConfig::has(TrtRole role) const {
+  return std::any_of(tensors.begin(), tensors.end(), [&](const TrtTensor& tensor) { return tensor.role == role; });
+}
+
+KvOrder TrtDecoderConfig::kv_order() const { return has(TrtRole::past_kv) ? KvOrder::together : KvOrder::apart; }
+
+std::vector<int> TrtDecoderConfig::mask_windows() const {
+  std::vector<int> windows;
+  for (const TrtTensor& tensor : tensors) {
+    if (tensor.role == TrtRole::mask) windows.push_back(tensor.window);
+  }
+  return windows;
 }
 
 int TrtDecoderConfig::rows_per_group() const { return std::min(max_batch, loop.num_slots); }
@@ -95,10 +111,18 @@ MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_b
   plan.add("workspace", "trt.chunk_write_indices", sizeof(std::int64_t));
   plan.add("workspace", "trt.chunk_logit_indices", static_cast<std::size_t>(config.max_logits) * sizeof(std::int64_t));
   plan.add("workspace", "trt.chunk_embeds", tokens * hidden * 2);
+  if (config.has(TrtRole::tree_masks)) {
+    plan.add("workspace", "trt.tree_masks", slots * trt_stride(rows * sizeof(std::int64_t)));
+    plan.add("workspace", "trt.chunk_tree_masks", tokens * sizeof(std::int64_t));
+  }
+  for (const int window : config.mask_windows()) {
+    const std::size_t row = static_cast<std::size_t>(config.engine_capacity) * 2;
+    plan.add("workspace", "trt.mask." + std::to_string(window), slots * trt_stride(rows * row));
+    plan.add("workspace", "trt.chunk_mask." + std::to_string(window), tokens * row);
+  }
+  if (loop.max_verify_tokens > 0) plan.add("workspace", "verify_inputs", sizeof(VerifyInputs));
   const std::size_t adapters = static_cast<std::size_t>(loop.max_adapters) * config.adapter_bytes();
-  const bool adapted = std::any_of(config.tensors.begin(), config.tensors.end(),
-                                   [](const TrtTensor& tensor) { return tensor.role == TrtRole::lora_a; });
-  if (adapted) {
+  if (config.has(TrtRole::lora_a)) {
     // Behind the adapters, what an empty tensor is bound to: TensorRT wants an address of every input.
     plan.add("adapters", "trt.lora", adapters + MemoryPlan::kAlignment);
   }

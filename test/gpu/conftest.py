@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
-from edgellm_ros.config import EngineConfig
+from edgellm_ros.config import BuildOptions, EngineConfig
+from edgellm_ros.executors import Executor, create_executor
 from edgellm_ros.executors.cuda import CudaExecutor
 
 HERE = Path(__file__).parent
@@ -142,3 +144,40 @@ def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     yield
     gc.collect()
     assert "nvinfer double: " not in capfd.readouterr().err
+
+
+@pytest.fixture
+def with_engine(gpu_bundle: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
+    """`with_engine(kind, weights, **plan)` is a bundle of the test's own with an engine of the double for this GPU."""
+
+    def get(kind: str = "gpu_qwen3", weights: str = "fp16", bundle: Bundle | None = None, **plan: Any) -> Bundle:
+        from double_plan import write_double_engine
+        from double_steps import BUILD
+
+        source = bundle or gpu_bundle(kind, weights)
+        path = tmp_path / f"{kind}-{weights}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(source.path, path)
+        copied = Bundle.open(path)
+        major, minor = native.load().device_info()["compute_capability"]
+        options = BuildOptions(**{**BUILD, **plan.pop("build", {})})
+        write_double_engine(copied, options, f"sm{major}{minor}", **plan)
+        return copied
+
+    return get
+
+
+@pytest.fixture
+def open_one(with_engine: Callable[..., Bundle]) -> Iterator[Callable[..., Executor]]:
+    """`open_one(name, bundle, **settings)` is an executor, closed after the test."""
+    opened: list[Executor] = []
+
+    def get(name: str, bundle: Bundle, **settings: Any) -> Executor:
+        from double_steps import config
+
+        opened.append(create_executor(bundle, config(name, **settings)))
+        assert opened[-1].info.name == name
+        return opened[-1]
+
+    yield get
+    for executor in opened:
+        executor.close()

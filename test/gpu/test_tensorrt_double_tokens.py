@@ -7,93 +7,27 @@ must be as likely as the cuda executor's own choice within that.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import double_driver
 import numpy as np
 import pytest
-from double_plan import write_double_engine
+from double_steps import CONTEXT, KINDS, config, needed, one, prompt, relative_error
 
-from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle
-from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.core import Request, SamplingParams
 from edgellm_ros.errors import BundleError, DeviceError, UnsupportedError
-from edgellm_ros.executors import Executor, SequenceStep, create_executor
+from edgellm_ros.executors import Executor, SequenceStep
 from edgellm_ros.llm import LLM
 
-MODULE = native.import_module()[0]
 pytestmark = [
     pytest.mark.usefixtures("use_the_double"),
     pytest.mark.skipif(bool(double_driver.NO_DOUBLE), reason=double_driver.NO_DOUBLE),
 ]
-RNG = np.random.default_rng(17)
-CONTEXT = 120  # of the cache's 128: one place is for slots without a token where slots are batched
-BUILD = {"max_batch": 4, "max_input": 32, "max_context": 128, "max_verify": 8, "activations": "bf16"}
-KINDS = ("gpu_llama", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
-
-
-def config(executor: str, **settings: Any) -> EngineConfig:
-    return EngineConfig(**{"executor": executor, "max_slots": 4, "max_context": CONTEXT, "kv_cache": "bf16", **settings})
-
-
-@pytest.fixture
-def with_engine(gpu_bundle: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
-    """`with_engine(kind, weights, **plan)` is a bundle of the test's own with an engine of the double for this GPU."""
-
-    def get(kind: str = "gpu_qwen3", weights: str = "fp16", bundle: Bundle | None = None, **plan: Any) -> Bundle:
-        source = bundle or gpu_bundle(kind, weights)
-        path = tmp_path / f"{kind}-{weights}-{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(source.path, path)
-        copied = Bundle.open(path)
-        major, minor = MODULE.device_info()["compute_capability"]
-        options = BuildOptions(**{**BUILD, **plan.pop("build", {})})
-        write_double_engine(copied, options, f"sm{major}{minor}", **plan)
-        return copied
-
-    return get
-
-
-@pytest.fixture
-def open_one(with_engine: Callable[..., Bundle]) -> Iterator[Callable[..., Executor]]:
-    """`open_one(name, bundle, **settings)` is an executor, closed after the test."""
-    opened: list[Executor] = []
-
-    def get(name: str, bundle: Bundle, **settings: Any) -> Executor:
-        opened.append(create_executor(bundle, config(name, **settings)))
-        assert opened[-1].info.name == name
-        return opened[-1]
-
-    yield get
-    for executor in opened:
-        executor.close()
-
-
-def needed(dialect: str) -> str:
-    """The dialect; skips the test where its plugin library is not built. The double loads it, and uses none of it."""
-    if dialect == "plugin":
-        try:
-            trt_plugins.find_library()
-        except UnsupportedError as error:
-            pytest.skip(str(error))
-    return dialect
-
-
-def prompt(length: int) -> np.ndarray:
-    return RNG.integers(5, 300, length).astype(np.int32)
-
-
-def one(executor: Executor, slot: int, ids: Any, position: int, num_logits: int = 1, adapter: int = 0) -> np.ndarray:
-    return executor.step([SequenceStep(slot, np.asarray(ids, np.int32), position, num_logits, adapter)]).copy()
-
-
-def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected - expected.mean(-1, keepdims=True)))
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plugin"])

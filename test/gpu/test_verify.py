@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from draft_trees import TREES, path_to
 from test_executor_contract import prompt, step
 
 from edgellm_ros import native
@@ -14,14 +15,6 @@ from edgellm_ros.executors.cuda import CudaExecutor
 OpenCuda = Callable[..., CudaExecutor]
 # Every head_dim, bias, norm, window; GELU and norms on outputs.
 KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
-TREES = {
-    "binary": [-1, 0, 0, 1, 1, 2, 2],
-    "star": [-1, 0, 0, 0, 0],
-    "two roots": [-1, -1, 0, 1, 1, 2, 3],
-    "deep": [-1, 0, 0, 1, 3, 2, 4, 6, 5, 7, 9, 9],
-    "one": [-1],
-    "sixteen": [-1, 0, 0, 0, 1, 1, 2, 2, 3, 4, 4, 5, 8, 9, 13, 14],
-}
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -32,13 +25,6 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 def single_steps(executor: CudaExecutor, slot: int, ids: np.ndarray, position: int) -> np.ndarray:
     # Copies: a step's array is valid until the next one.
     return np.concatenate([executor.step([step(slot, ids[i : i + 1], position + i)]).copy() for i in range(len(ids))])
-
-
-def path_to(parents: list[int], node: int) -> list[int]:
-    path = [node]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    return path[::-1]
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])

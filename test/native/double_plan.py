@@ -71,8 +71,9 @@ def plan_facts(
     model, graph = bundle.manifest.model, bundle.manifest.graph
     dtype = activation_dtype(options, graph)
     contract = decoder_contract(
-        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect
-    )
+        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect,
+        trees=options.trees,
+    )  # fmt: skip
     inputs = {tensor.name: tensor.sizes for tensor in contract if tensor.is_input}
     ranks = lora_ranks(model, graph) if options.lora else {}
     settings = cuda._settings(bundle, EngineConfig(max_context=options.max_context or 0, kv_cache=_KV[dtype]))
@@ -89,7 +90,7 @@ def plan_facts(
         "bindings": [
             {
                 "name": t.name, "is_input": t.is_input, "dtype": t.dtype, "shape": list(t.sizes),
-                "role": t.role, "layer": t.layer, "stem": t.stem,
+                "role": t.role, "layer": t.layer, "stem": t.stem, "window": t.window,
             }
             for t in contract
         ],

@@ -190,7 +190,15 @@ def tree_of(count: int, seed: int) -> list[int]:
 def test_trees_see_the_prefix_and_their_ancestors(
     shape: tuple[int, int, int], kind: int, cache: int | None, count: int
 ) -> None:
-    layer = Layer(shape, [0, 77], kind, cache, tree=True, normed=shape[0] == 80)
+    check_tree(Layer(shape, [0, 77], kind, cache, tree=True, normed=shape[0] == 80), count)
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_a_window_hides_what_lies_before_it_along_a_trees_path(window: int) -> None:
+    check_tree(Layer((64, 9, 3), [0, 77], window=window, tree=True), 19)
+
+
+def check_tree(layer: Layer, count: int) -> None:
     parents = tree_of(count, count)
     paths: list[list[int]] = []
     for i, parent in enumerate(parents):
@@ -204,7 +212,9 @@ def test_trees_see_the_prefix_and_their_ancestors(
         for i, path in enumerate(paths):
             position = prefix + len(path) - 1
             layer.check_written(b, i, prefix + i, position)
-            expected = layer.wanted(b, i, position, [*range(prefix), *(prefix + j for j in path)])
+            oldest = max(0, position - layer.window + 1) if layer.window else 0
+            seen = [*range(oldest, prefix), *(prefix + j for depth, j in enumerate(path) if prefix + depth >= oldest)]
+            expected = layer.wanted(b, i, position, seen)
             assert torch.allclose(out[b, i], expected, rtol=2**-6, atol=8e-3), (b, i, path)
 
 

@@ -1,6 +1,6 @@
 """The decode loop over an engine, run on the CPU: its own code over stand-ins of CUDA and of the engine (trt_loop/).
 
-Random steps, runs, prefixes and adapters of six slots; every token is compared with what a plain list of tokens says. It
+Random steps, runs, trees of drafts, prefixes and adapters of six slots; every token is compared with what a plain list of tokens says. It
 shows which slot, row, place, profile and adapter each enqueue is bound to; nothing of a GPU or of TensorRT.
 """
 
@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    "token_loop", "token_loop_run", "token_loop_sampling", "trt_decoder", "trt_contexts", "trt_adapters", "trt_plan", "kv_cache", "arena", "memory", "tensor",
+    "token_loop", "token_loop_drafts", "token_loop_run", "token_loop_sampling", "trt_decoder", "trt_contexts", "trt_adapters", "trt_plan", "kv_cache", "arena", "memory", "tensor",
     "cuda_try", "decoder_config",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O1", "-ffunction-sections", "-Wall", "-Wextra"]
@@ -57,8 +58,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = re.findall(r"batched (\d) together (\d): (\d+) of (\d+) wrong; (\d+) contexts, (\d+) graphs", done.stdout)
-    assert [(batched, together) for batched, together, *_ in found] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
-    for _, _, wrong, compared, contexts, graphs in found:
+    counts = r"(\d+) of (\d+) wrong; (\d+) contexts, (\d+) graphs"
+    found = re.findall(rf"batched (\d) together (\d) trees (\d): {counts}", done.stdout)
+    assert [tuple(map(int, kind)) for *kind, _, _, _, _ in found] == list(product((0, 1), repeat=3))
+    for *_, wrong, compared, contexts, graphs in found:
         assert wrong == "0" and int(compared) > 3000
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128

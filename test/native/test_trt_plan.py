@@ -90,6 +90,35 @@ def test_both_orders_of_the_cache_have_the_same_size(bundle: Bundle, options: Bu
     assert plan["kv_cache"] == 4 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim * 64 * 2
 
 
+@pytest.mark.parametrize(("dialect", "windows"), [("standard", 2), ("plugin", 0)])
+def test_trees_take_masks_for_each_window_or_bits(tmp_path: Path, dialect: str, windows: int) -> None:
+    model = replace(MODEL, sliding_windows=(16, 0))
+    bundle = with_embedding(make_bundle(tmp_path / "windows", model), LinearFormat("int8", 32))
+    found = [
+        settings(write_engine(bundle, key, replace(OPTIONS, dialect=dialect, trees=trees)), bundle)
+        for key, trees in (("without", False), ("with", True))
+    ]
+    assert [each.loop.max_verify_tokens for each in found] == [0, OPTIONS.max_verify]
+    without, with_trees = (NATIVE.plan_trt_memory(each, 0)["workspace"] for each in found)
+    masks = 2 * 64 * (32 + 4 * 1)  # fp16, of a context of 64: a prompt's 32 tokens, and one of each of 4 slots
+    assert windows * masks <= with_trees - without - 256 <= windows * masks + 8 * 1024, "more is padding and the nodes"
+
+
+def test_trees_beyond_what_the_engine_takes_are_refused(bundle: Bundle) -> None:
+    found = settings(write_engine(bundle, options=replace(OPTIONS, trees=True)), bundle)
+    loop = found.loop
+    loop.max_verify_tokens = 9
+    found.loop = loop
+    with pytest.raises(ValueError, match="trees of 9 nodes exceed the 8 tokens .* build it with a larger --max-verify"):
+        found.check()
+    plain = settings(write_engine(bundle, "plain"), bundle)
+    loop = plain.loop
+    loop.max_verify_tokens = 4
+    plain.loop = loop
+    with pytest.raises(ValueError, match="takes no trees; build it with --trees"):
+        plain.check()
+
+
 def test_a_cache_whose_slots_tensorrt_could_not_take_is_refused(tmp_path: Path) -> None:
     model = replace(MODEL, head_dim=8, num_heads=8)
     bundle = with_embedding(make_bundle(tmp_path / "odd", model), LinearFormat("int8", 32))
@@ -107,5 +136,5 @@ def test_activations_in_fp32_are_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_role_is_no_tensor_of_an_engine() -> None:
     config = NATIVE.TrtDecoderConfig()
-    with pytest.raises(ValueError, match="role mask"):
-        config.set_tensors([("mask", "mask", -1, [1], 0)])
+    with pytest.raises(ValueError, match="role bias"):
+        config.set_tensors([("bias", "bias", -1, [1], 0, 0)])

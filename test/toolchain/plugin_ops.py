@@ -43,8 +43,9 @@ class EdgeLLMAttention(OpRun):
             present[b, :, :, first : first + tokens] = np.stack([k[b], v[b]]).transpose(0, 2, 1, 3)
             for t in range(tokens):
                 if tree and 1 < tokens <= 64:
-                    word = int(rest[-1][b, t])
-                    seen = [*range(first), *(first + j for j in range(tokens) if word >> j & 1)]
+                    word, before = int(rest[-1][b, t]), int(ids[b, t]) - window if window else -1
+                    seen = [*range(max(0, before + 1), first)]
+                    seen += [first + j for j in range(tokens) if word >> j & 1 and ids[b, j] > before]
                 else:
                     seen = list(range(max(0, first + t + 1 - window) if window else 0, first + t + 1))
                 keys, values = present[b][:, :, seen].astype(np.float64).repeat(num_heads // num_kv_heads, axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def test_packing_keeps_every_number_in_its_place(rows: int, cols: int, group: in
             assert packed[row // 16, index, row % 8 * 2 + row % 16 // 8] == scales[row, index]
 
 
-def test_the_library_s_own_plugins_take_every_node_of_the_graph(bundle: Bundle, tensorrt: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_the_library_s_own_plugins_take_every_node_of_the_graph(
+    bundle: Bundle, tensorrt: Callable[..., Any], trees: bool
+) -> None:
     library()  # skips where it is not built
     made: list[str] = []
 
@@ -133,13 +137,15 @@ def test_the_library_s_own_plugins_take_every_node_of_the_graph(bundle: Bundle, 
             inputs = [Tensor((-1, -2, width), HALF), cache, Tensor((-1, -2), INT64), Tensor((-1,), INT64)]
         else:
             inputs = [Tensor((-1, -2, attributes["cols"]), HALF)]
+        known["tree_masks"] = Tensor((-1, -2), INT64)
         inputs += [known[name] for name in node.input[len(inputs) :]]
+        assert (node.input[-1] == "tree_masks") == (trees and node.op_type == "EdgeLLMAttention")
         outputs = plugin.outputs(inputs)
         assert plugin.takes([*inputs, *outputs], len(outputs)) == [True] * (len(inputs) + len(outputs))
         plugin.configure(inputs, outputs)
 
     module = tensorrt(check=check)
-    build_engine(bundle, options=SMALL, builder="tensorrt")
+    build_engine(bundle, options=replace(SMALL, trees=trees), builder="tensorrt")
     layers = bundle.manifest.model.num_layers
     assert module.log["libraries"] == [str(trt_plugins.find_library())]
     assert made.count("edgellm::EdgeLLMAttention 1") == layers and len(made) == 5 * layers + 1

@@ -40,7 +40,10 @@ def make_bundle(root: Path, model: ModelSpec = MODEL, graph: GraphSpec = GRAPH) 
 
 def ranges(bundle: Bundle, options: BuildOptions) -> list[dict[str, Any]]:
     """What the build writes as profiles: decode, and prefill where they are split."""
-    contract = decoder_contract(bundle.manifest.model, bundle.manifest.graph, lora=options.lora, capacity=options.max_context or 0)
+    contract = decoder_contract(
+        bundle.manifest.model, bundle.manifest.graph, lora=options.lora, capacity=options.max_context or 0,
+        dialect=options.dialect, trees=options.trees,
+    )  # fmt: skip
     ranks = lora_ranks(bundle.manifest.model, bundle.manifest.graph)
     profiles = []
     for longest in (options.max_verify, options.max_input)[options.profile == "single" :]:
@@ -81,6 +84,7 @@ def bindings_of(engine: Engine, bundle: Bundle) -> list[Binding]:
     contract = decoder_contract(
         bundle.manifest.model, bundle.manifest.graph, lora=engine.options.lora,
         activations=activation_dtype(engine.options, bundle.manifest.graph), capacity=engine.options.max_context or 0,
+        dialect=engine.options.dialect, trees=engine.options.trees,
     )
     return [
         Binding(t.name, t.is_input, t.dtype, t.sizes, False, True, [p[t.name] for p in engine.profiles] if t.is_input else [])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import OPTIONS, ORIN, bindings_of, make_bundle, write_engine
+from engines import MODEL, OPTIONS, ORIN, bindings_of, make_bundle, write_engine
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
@@ -125,10 +125,36 @@ def test_a_report_that_lacks_something_is_a_damaged_engine(bundle: Bundle, field
     assert chosen is None and "not a whole engine" in reasons[0] and field in reasons[0]
 
 
-@pytest.mark.parametrize("options", [OPTIONS, replace(OPTIONS, lora=True), replace(OPTIONS, profile="single", activations="bf16")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS, replace(OPTIONS, lora=True), replace(OPTIONS, profile="single", activations="bf16"),
+        replace(OPTIONS, trees=True), replace(OPTIONS, trees=True, dialect="plugin"),
+    ],
+)  # fmt: skip
 def test_an_engine_that_is_what_it_claims_passes(bundle: Bundle, options: BuildOptions) -> None:
     engine = write_engine(bundle, options=options)
     check_bindings(engine, bundle.manifest, bindings_of(engine, bundle), len(engine.profiles))
+
+
+def test_masks_are_compared_as_every_input_is(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "windows", replace(MODEL, sliding_windows=(16, 0)))
+    engine = write_engine(bundle, options=replace(OPTIONS, trees=True))
+    found = bindings_of(engine, bundle)
+    assert [b.name for b in found if b.name.startswith("mask")] == ["mask.0", "mask.16"]
+    check_bindings(engine, bundle.manifest, found, 2)
+    with pytest.raises(BundleError, match=r"mask\.16 is float16 \(-1, 1, -1, 32\); the manifest says float16 \(-1, 1, -1, 64\)"):
+        check_bindings(engine, bundle.manifest, change("mask.16", dims=(-1, 1, -1, 32))(found), 2)
+    with pytest.raises(BundleError, match=r"input mask\.0 .* is not in the manifest"):
+        check_bindings(write_engine(bundle, "plain"), bundle.manifest, found, 2)
+
+
+def test_an_engine_that_takes_trees_is_taken_before_one_that_does_not(bundle: Bundle) -> None:
+    write_engine(bundle, "a")
+    trees = write_engine(bundle, "b", replace(OPTIONS, trees=True))
+    assert choose_engine(bundle, DEFAULT, ORIN)[0] == trees
+    faults = choose_engine(bundle, EngineConfig(max_loras=1, max_lora_rank=8), ORIN)[1]
+    assert any("--lora --trees" in fault for fault in faults)
 
 
 def change(which: str, **changed: Any) -> Callable[[list[Binding]], list[Binding]]:

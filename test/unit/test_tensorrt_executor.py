@@ -105,6 +105,7 @@ class NativeOfATest:
         class TrtDecoder:
             def __init__(self, engine: Any, settings: Any) -> None:
                 calls.append("decoder")
+                self.config = SimpleNamespace(max_verify_tokens=0)
 
             def load_embedding(self, values: np.ndarray, scale: Any) -> None:
                 calls.append(f"embedding {values.dtype} {values.shape}")
@@ -153,6 +154,15 @@ def test_an_engine_is_planned_loaded_compared_and_then_memory_is_taken(
     executor.close()
     with pytest.raises(DeviceError, match="the tensorrt executor is closed"):
         executor.step([])
+
+
+def test_trees_without_an_engine_of_them_are_refused_with_the_build_that_makes_it(
+    load_with: Callable[..., tuple[Any, NativeOfATest]]
+) -> None:
+    executor, _ = load_with(free=1 << 30)
+    assert executor.max_tree_nodes == 0
+    with pytest.raises(UnsupportedError, match=r"takes chains of drafts, as steps, and no trees; build .* --trees`"):
+        executor.verify_tree(0, 0, np.zeros(2, np.int32), np.array([-1, -1], np.int32))
 
 
 def test_memory_that_is_short_is_refused_before_the_engine_is_loaded(

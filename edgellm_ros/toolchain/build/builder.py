@@ -32,6 +32,7 @@ from edgellm_ros.toolchain.build import plugins, targets, timing
 from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
 from edgellm_ros.toolchain.build.check import check_network
 from edgellm_ros.toolchain.build.kernels import check_kernels, kernel_counts
+from edgellm_ros.toolchain.build.trees import take_trees
 from edgellm_ros.toolchain.build.profiles import add_profiles, profile_ranges
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.trt_plugins import DOMAIN
@@ -111,6 +112,8 @@ def _build(
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     name = engines.graph_file(options.lora, options.dialect)
     graph = targets.load_graph(bundle, name, options.max_context)
+    if options.trees:
+        take_trees(graph, bundle.manifest, options)
     if options.activations == "bf16":
         to_bfloat16(graph)
     log: list[tuple[str, str]] = []
@@ -129,7 +132,7 @@ def _build(
     table = check_network(network, graph, bundle.manifest, options, warnings)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
     model, names = bundle.manifest.model, bundle.manifest.graph
-    contract = decoder_contract(model, names, lora=options.lora, dialect=options.dialect)
+    contract = decoder_contract(model, names, lora=options.lora, dialect=options.dialect, trees=options.trees)
     profiles = profile_ranges(inputs, contract, options, lora_ranks(model, names) if options.lora else {})
     config = maker.create_builder_config()
     add_profiles(maker, config, profiles)

@@ -47,7 +47,7 @@ def _tensors(network: Any, manifest: Manifest, options: BuildOptions) -> list[st
     assert options.max_context is not None, "options are resolved"
     wanted = decoder_contract(
         manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context,
-        activations=activation_dtype(options, manifest.graph), dialect=options.dialect,
+        activations=activation_dtype(options, manifest.graph), dialect=options.dialect, trees=options.trees,
     )  # fmt: skip
     found_in = [network.get_input(i) for i in range(network.num_inputs)]
     found_out = [network.get_output(i) for i in range(network.num_outputs)]

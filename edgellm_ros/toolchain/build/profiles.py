@@ -54,8 +54,10 @@ def _range(name: str, shape: Shape, role: str, options: BuildOptions, length: Sh
     rows: list[Shape]
     if role == "embeds":
         rows = [(b, s, shape[2]) for b, s in zip(batches, length, strict=True)]
-    elif role == "positions":
+    elif role in ("positions", "tree_masks"):
         rows = [(b, s) for b, s in zip(batches, length, strict=True)]
+    elif role == "mask":
+        rows = [(b, 1, s, shape[3]) for b, s in zip(batches, length, strict=True)]
     elif role == "write_indices":
         rows = [(b,) for b in batches]
     elif role == "logit_indices":

@@ -12,6 +12,7 @@ def engine_key(builder: str, version: str, target: str, options: BuildOptions) -
     parts = [builder, version, target, f"b{options.max_batch}", f"s{options.max_input}", f"c{options.max_context}"]
     parts += [f"v{options.max_verify}", options.profile]
     parts += ["lora"] if options.lora else []
+    parts += ["trees"] if options.trees else []
     parts += ["plugin"] if options.dialect == "plugin" else []
     parts += ["bf16"] if options.activations == "bf16" else []
     return "-".join(parts + ([f"m{options.memory_limit}"] if options.memory_limit else []))

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm_ros.bundle import NO_ROPE, GraphSpec, ModelSpec, QuantSpec, WeightFile
-from edgellm_ros.executors.contract import decoder_contract
+from edgellm_ros.executors.contract import MASK, decoder_contract, mask_windows
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
 
@@ -43,7 +43,7 @@ class PortableDecoder:
         self.dtype, self.np_dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
         self.g = GraphBuilder(weights)
         self._declare()
-        self._masks = {window: self._mask(window) for window in sorted(set(model.sliding_windows or (0,)))}
+        self._masks = {window: self._mask(window) for window in mask_windows(model)}
         table = (model.max_context, model.num_rotated // 2)
         self._ropes = {
             kind: [self._rope_table(f"{stem}.{part}", table) for part in ("cos", "sin")]
@@ -67,7 +67,7 @@ class PortableDecoder:
 
     def _mask(self, window: int) -> str:
         """[B, 1, S, capacity]: 0 where the cached position may be attended to, else very negative."""
-        g, at = self.g, f"mask.{window}"
+        g, at = self.g, MASK.format(window=window)
         shape = g.node("Shape", [self.graph.past_key.format(layer=0)], f"{at}.shape", start=2, end=3)
         capacity = g.node("Squeeze", [shape], f"{at}.capacity")
         zero, one = g.constant("zero", 0, np.int64), g.constant("one", 1, np.int64)

@@ -46,14 +46,6 @@ class Decoder final : public TokenLoop {
   void load_adapter(int index, std::span<const AdapterTensors> tensors);
   void unload_adapter(int index);
 
-  // Computes a draft whose nodes follow the prefix of `position` tokens, parents before their children (a root has -1;
-  // no parents: a chain). Node i's key and value are at cache position `position` + i until accept_path, and its row of
-  // logits() sees the prefix, its ancestors and itself. At most max_verify_tokens nodes; returns their number. Waits.
-  int verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
-                  std::span<const std::int32_t> parents, int adapter = 0);
-  // Keeps a path of the draft just verified, as node indices from a root down: their keys and values move to positions
-  // `position`, `position` + 1, … and the slot is linear again.
-  void accept_path(int slot, int position, std::span<const std::int32_t> nodes);
   // Milliseconds on the device of each of `num_steps` verifications of a chain, without the copy of its logits.
   std::vector<float> time_verify(int slot, int position, int num_tokens, int num_steps);
 
@@ -69,6 +61,7 @@ class Decoder final : public TokenLoop {
   int splits_for(int length) const override;
   void record_step_async(const StepKey& key) override;
   void several_async(const SequenceStep& item, int first_row) override;
+  const KvCache& cache() const override { return cache_; }
   const kernels::WeightView& embedding() const override { return weights_.embedding(); }
   const std::int32_t* row_tokens() const override { return weights_.vocab_map(); }
   void copy_prefix_async(int source, int target, int length) override;
@@ -98,11 +91,10 @@ class Decoder final : public TokenLoop {
 
   // Whether a step of several tokens verifies a draft: it asks for every token's logits, and is short.
   bool verifies(const SequenceStep& item) const;
-  void upload_verify_inputs_async(const VerifyInputs& inputs);
   StepKey prepare_verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
                                std::span<const std::int32_t> parents, int adapter);
   void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
-                    std::span<const std::int32_t> parents, int first_row, int adapter);
+                    std::span<const std::int32_t> parents, int first_row, int adapter) override;
   void record_verify_attention_async(int layer, const StepKey& key, bool pdl);
   void record_exact_chain_attention_async(int layer, int count, bool pdl);
   // A product of a decode step, cut where it has more tokens than one kernel takes; with its adapters if it has

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "edgellm/decoder_config.hpp"
+#include "edgellm/verify_inputs.hpp"
 
 namespace edgellm {
 
@@ -35,6 +36,8 @@ class KvCache {
   void copy_prefix_async(int source, int target, int length, cudaStream_t stream) const;
   void save_prefix_async(int slot, int length, std::byte* host, cudaStream_t stream) const;
   void load_prefix_async(int slot, int length, const std::byte* host, cudaStream_t stream) const;
+  // Moves an accepted path's tokens together. path, in device memory: see VerifyInputs.
+  void keep_path_async(const VerifyInputs& path, cudaStream_t stream) const;
   // All zeros, so that what was never written is at least finite.
   void clear_async(cudaStream_t stream) const;
 

@@ -16,9 +16,11 @@
 #include "edgellm/graph.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/sampling.hpp"
+#include "edgellm/kv_cache.hpp"
 #include "edgellm/memory.hpp"
 #include "edgellm/run.hpp"
 #include "edgellm/stream.hpp"
+#include "edgellm/verify_inputs.hpp"
 
 namespace edgellm {
 
@@ -70,6 +72,15 @@ class TokenLoop {
   const float* logits() const noexcept { return host_logits_.as<float>(); }
   int num_logit_rows() const noexcept { return num_logit_rows_; }
 
+  // Computes a draft whose nodes follow the prefix of `position` tokens, parents before their children (a root has -1;
+  // no parents: a chain). Node i's key and value are at cache position `position` + i until accept_path, and its row of
+  // logits() sees the prefix, its ancestors and itself. At most max_verify_tokens nodes; returns their number. Waits.
+  int verify_tree(int slot, int position, std::span<const std::int32_t> token_ids,
+                  std::span<const std::int32_t> parents, int adapter = 0);
+  // Keeps a path of the draft just verified, as node indices from a root down: their keys and values move to positions
+  // `position`, `position` + 1, … and the slot is linear again.
+  void accept_path(int slot, int position, std::span<const std::int32_t> nodes);
+
   // The fast path: starts a run in which every sampled token feeds the next step on the device. At most kMaxBatch
   // sequences. A step() ends it: what was launched can still be read, and no more be launched.
   void start_run(std::span<const RunSequence> sequences);
@@ -118,6 +129,10 @@ class TokenLoop {
   virtual float* step_logits(const StepKey&) const { return arena_.get<float>("logits"); }
   // One sequence of several tokens; its rows of logits go to host_logits_ from `first_row` on.
   virtual void several_async(const SequenceStep& item, int first_row) = 0;
+  // A draft, as verify_tree has checked it; its rows of logits go to host_logits_ from `first_row` on.
+  virtual void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
+                            std::span<const std::int32_t> parents, int first_row, int adapter) = 0;
+  virtual const KvCache& cache() const = 0;
   virtual const kernels::WeightView& embedding() const = 0;
   virtual const std::int32_t* row_tokens() const { return nullptr; }  // DecodeState::row_tokens
   virtual void copy_prefix_async(int source, int target, int length) = 0;
@@ -140,6 +155,8 @@ class TokenLoop {
   void wait_for_run();
   // A step ends the run: what was launched can still be read, and no more be launched.
   void end_run();
+  // To what the plan calls verify_inputs.
+  void upload_verify_inputs_async(const VerifyInputs& inputs);
   // Copies `count` rows of logits on the device to the host's rows from `first_row` on.
   void copy_logits_async(const float* rows, std::size_t first_row, std::size_t count);
 

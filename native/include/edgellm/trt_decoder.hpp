@@ -31,6 +31,8 @@ enum class TrtRole : std::uint8_t {
   lora_b,
   past_kv,  // of an engine with plugins: keys and values of a layer as one tensor
   present_kv,
+  mask,        // of an engine that takes trees: what attention adds to its scores, one for each window
+  tree_masks,  // of one with plugins: which of the new tokens each of them sees, as bits
 };
 TrtRole trt_role_from_name(const std::string& name);  // throws std::invalid_argument
 
@@ -40,11 +42,13 @@ struct TrtTensor {
   int layer = -1;
   std::vector<std::int64_t> dims;  // -1 varies
   int max_rank = 0;                // of an adapter's tensor: the largest R of the engine's profiles
+  int window = 0;                  // of a mask
 };
 
 struct TrtDecoderConfig {
   // Sizes of the model, the cache's format (fp16 or bf16, which the embeddings have too), the embedding's format (bf16,
-  // fp16 or int8), slots, adapters; capacity is what a slot may hold and max_tokens the most of one enqueue.
+  // fp16 or int8), slots, adapters; capacity is what a slot may hold and max_tokens the most of one enqueue;
+  // max_verify_tokens the nodes of a tree, which the engine has to take, or 0.
   DecoderConfig loop;
   int engine_capacity = 0;  // of the engine's cache; one more than loop.capacity, or more, where slots are batched
   int max_batch = 1;        // slots of one enqueue; 1: each sequence alone, so that its results depend on nothing else
@@ -57,6 +61,8 @@ struct TrtDecoderConfig {
   int rows_per_group() const;
   KvOrder kv_order() const;
   std::size_t adapter_bytes() const;  // of one
+  std::vector<int> mask_windows() const;
+  bool has(TrtRole role) const;
 };
 
 // Bytes from one tensor to the next: TensorRT wants addresses in multiples of 256.
@@ -127,6 +133,9 @@ class TrtDecoder final : public TokenLoop {
   void record_step_async(const StepKey& key) override;
   float* step_logits(const StepKey& key) const override;
   void several_async(const SequenceStep& item, int first_row) override;
+  void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
+                    std::span<const std::int32_t> parents, int first_row, int adapter) override;
+  const KvCache& cache() const override { return cache_; }
   StepTail sampling_class(std::span<const RunSequence> sequences) const override;
   const kernels::WeightView& embedding() const override { return embedding_; }
   const std::int32_t* row_tokens() const override;
@@ -137,14 +146,25 @@ class TrtDecoder final : public TokenLoop {
   const Layout& layout(const StepKey& key) const { return layouts_[static_cast<std::size_t>(key.layout)]; }
   static ContextKey context_key(const Group& group);
   void record_group_async(const Group& group, int batch);
-  // Where a group of slots from `first_slot` on has its inputs, and its rows of logits.
-  kernels::EngineInputs group_inputs(int first_slot) const;
+  // Where an enqueue has its inputs; masks in the order of mask_windows.
+  struct Inputs {
+    kernels::EngineInputs each;
+    std::vector<std::byte*> masks;
+  };
+  // Of a group of slots from `first_slot` on, and its rows of logits.
+  Inputs group_inputs(int first_slot) const;
   float* group_logits(int first_slot) const;
   TrtContext make_context(const ContextKey& key);
-  void bind(TrtContext& context, const kernels::EngineInputs& inputs, float* logits, const ContextKey& key, int length);
+  // Of several tokens of one sequence.
+  Inputs chunk_inputs() const;
+  // tree: of its nodes, in device memory, behind `prefix` places; null: each token sees those before it.
+  void record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree = nullptr, int prefix = 0);
+  void bind(TrtContext& context, const Inputs& inputs, float* logits, const ContextKey& key, int length);
   std::byte* lora_address(int adapter, std::size_t tensor) const;
   int lora_rank(int adapter, const TrtTensor& tensor) const;
-  void chunk_async(const SequenceStep& item, int start, int count, int num_logits, int first_row, int profile);
+  // is_tree: verify_inputs has the depths and masks of these tokens.
+  void chunk_async(const SequenceStep& item, int start, int count, int num_logits, int first_row, int profile,
+                   bool is_tree = false);
   void warm_up();
   // Of the contexts, and so of the graphs, those that are bound to adapter `index`; -1: all.
   void forget(int adapter);
@@ -152,6 +172,7 @@ class TrtDecoder final : public TokenLoop {
   TrtEngine& engine_;
   TrtDecoderConfig trt_;
   KvCache cache_;
+  std::vector<int> windows_;  // that have a mask of their own as an input
   kernels::WeightView embedding_;
   TrtContext chunk_context_;
   std::map<ContextKey, TrtContext> contexts_;

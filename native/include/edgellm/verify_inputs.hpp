@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "edgellm/kernels/attention_tree.hpp"
 
@@ -28,5 +29,10 @@ struct VerifyInputs {
   std::uint64_t masks[kMaxVerifyTokens];
 };
 static_assert(sizeof(VerifyInputs) % sizeof(std::int32_t) == 0);
+
+// Node i of a draft follows the node before it, unless `parents` says which one.
+bool is_chain(std::span<const std::int32_t> parents);
+VerifyInputs draft_inputs(int slot, int position, std::span<const std::int32_t> token_ids,
+                          std::span<const std::int32_t> parents);
 
 }  // namespace edgellm

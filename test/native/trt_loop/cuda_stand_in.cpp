@@ -9,6 +9,7 @@
 
 #include "edgellm/kernels/embedding.hpp"
 #include "edgellm/kernels/engine_inputs.hpp"
+#include "edgellm/kernels/kv_compact.hpp"
 #include "edgellm/kernels/sampling.hpp"
 #include "stand_in.hpp"
 
@@ -177,6 +178,7 @@ void engine_rows_async(const EngineRowsArgs& args, cudaStream_t) {
   launch([args] {
     for (int row = 0; row < args.num_rows; ++row) {
       args.out.positions[row] = 0;
+      if (args.out.tree_masks != nullptr) args.out.tree_masks[row] = 1;
       args.out.write_indices[row] = args.idle_place;
       for (int i = 0; i < args.hidden; ++i) store(args.out, static_cast<std::size_t>(row * args.hidden + i), 0.0F);
     }
@@ -197,9 +199,50 @@ void engine_chunk_async(const EngineChunkArgs& args, cudaStream_t) {
   launch([args] {
     args.out.write_indices[0] = args.position;
     for (int i = 0; i < args.num_logits; ++i) args.out.logit_indices[i] = args.num_tokens - args.num_logits + i;
-    for (int token = 0; token < args.num_tokens; ++token) args.out.positions[token] = args.position + token;
+    for (int token = 0; token < args.num_tokens; ++token) {
+      args.out.positions[token] = args.position + (args.depths != nullptr ? args.depths[token] : token);
+      if (args.out.tree_masks == nullptr) continue;
+      std::uint64_t mask = args.masks != nullptr ? args.masks[token] : 0;
+      for (int i = 0; args.masks == nullptr && i <= token && i < 64; ++i) mask |= std::uint64_t{1} << i;
+      args.out.tree_masks[token] = static_cast<std::int64_t>(mask);
+    }
     for (int i = 0; i < args.num_tokens * args.hidden; ++i) {
       store(args.out, static_cast<std::size_t>(i), args.residual[i]);
+    }
+  });
+}
+
+void engine_mask_async(const EngineMaskArgs& args, cudaStream_t) {
+  launch([args] {
+    auto* out = static_cast<__half*>(args.mask);
+    for (int i = 0; i < args.num_tokens * args.capacity; ++i) out[i] = __float2half(-65504.0F);
+    for (int token = 0; token < args.num_tokens; ++token) {
+      const auto show = [&](std::int64_t place, std::int64_t position) {
+        if (args.window > 0 && position <= args.positions[token] - args.window) return;
+        out[token * args.capacity + place] = __float2half(0.0F);
+      };
+      const std::int64_t before = args.tree != nullptr ? args.prefix : args.positions[token] + 1;
+      for (std::int64_t place = 0; place < before; ++place) show(place, place);
+      for (int node = 0; args.tree != nullptr && node < args.num_tokens; ++node) {
+        if ((args.tree[token] >> node & 1) != 0) show(args.prefix + node, args.positions[node]);
+      }
+    }
+  });
+}
+
+void kv_compact_async(const KvCompactArgs& args, cudaStream_t, bool) {
+  launch([args] {
+    const std::size_t row = static_cast<std::size_t>(args.head_dim) * kv_element_bytes(args.format);
+    const auto capacity = static_cast<std::size_t>(args.capacity), heads = static_cast<std::size_t>(args.num_heads);
+    for (int slice = 0; slice < args.num_slices; ++slice) {
+      for (std::size_t head = 0; head < heads; ++head) {
+        const std::size_t slot = static_cast<std::size_t>(slice * args.num_slots + args.slots[0]);
+        char* first = static_cast<char*>(args.cache) + (slot * heads + head) * capacity * row;
+        for (int i = 0; i < args.counts[0]; ++i) {
+          std::memmove(first + static_cast<std::size_t>(args.positions[0] + i) * row,
+                       first + static_cast<std::size_t>(args.positions[0] + args.paths[i]) * row, row);
+        }
+      }
     }
   });
 }

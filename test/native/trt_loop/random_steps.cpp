@@ -1,5 +1,6 @@
-// Random steps, runs, prefixes and adapters through TrtDecoder over the toy engine; each token is compared with what a
-// plain list of the sequence's tokens says. Prints how many were compared, and how many were wrong.
+// Random steps, runs, trees of drafts, prefixes and adapters through TrtDecoder over the toy engine; each token is
+// compared with what a plain list of the sequence's tokens says. Prints how many were compared, and how many were
+// wrong.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -14,11 +15,12 @@ namespace {
 using edgellm::RunSequence;
 using edgellm::SequenceStep;
 
-constexpr int kSlots = 6;
+constexpr int kSlots = 6, kMostNodes = 5;
 
 class Walk {
  public:
-  Walk(bool batched, bool together, unsigned seed) : random_(seed), decoder_(engine_, config(batched, together)) {
+  Walk(bool batched, bool together, bool trees, unsigned seed)
+      : random_(seed), trees_(trees), decoder_(engine_, config(batched, together, trees)) {
     std::vector<__half> table(static_cast<std::size_t>(toy::kVocab * toy::kHidden));
     for (std::size_t i = 0; i < table.size(); ++i) {
       table[i] = __float2half(static_cast<float>(toy::value(static_cast<int>(i) / toy::kHidden)));
@@ -36,6 +38,7 @@ class Walk {
     const std::vector<int> slots = some_slots();
     step(slots);
     run(slots);
+    if (trees_) verify(slots.front());
     copy();
   }
 
@@ -49,7 +52,7 @@ class Walk {
     int adapter = 0;
   };
 
-  static edgellm::TrtDecoderConfig config(bool batched, bool together) {
+  static edgellm::TrtDecoderConfig config(bool batched, bool together, bool trees) {
     edgellm::TrtDecoderConfig config;
     edgellm::DecoderConfig& loop = config.loop;
     loop.num_layers = toy::kLayers;
@@ -62,13 +65,13 @@ class Walk {
     loop.num_slots = kSlots;
     loop.capacity = toy::kCapacity - (batched ? 1 : 0);
     loop.max_tokens = 10;
-    loop.max_verify_tokens = 0;
+    loop.max_verify_tokens = trees ? kMostNodes : 0;
     loop.max_adapters = 2;
     config.engine_capacity = toy::kCapacity;
     config.max_batch = batched ? 4 : 1;
-    config.decode_tokens = 4;
+    config.decode_tokens = kMostNodes;
     config.max_logits = 6;
-    config.tensors = toy::tensors(together);
+    config.tensors = toy::tensors(together, trees);
     return config;
   }
 
@@ -176,6 +179,38 @@ class Walk {
     for (const int slot : slots) at(slot).tokens.pop_back();  // drawn last, and never computed
   }
 
+  // A random tree behind a slot's tokens, and one of its paths kept, or none.
+  void verify(int slot) {
+    Sequence& sequence = at(slot);
+    if (sequence.tokens.empty() || sequence.tokens.size() > 45) return;
+    const auto position = static_cast<int>(sequence.tokens.size());
+    const int count = below(kMostNodes) + 1;
+    std::vector<std::int32_t> tokens, parents;
+    std::vector<std::vector<std::int32_t>> paths;  // nodes from a root to each
+    for (int i = 0; i < count; ++i) {
+      tokens.push_back(below(toy::kVocab));
+      parents.push_back(below(i + 1) - 1);
+      paths.push_back(parents.back() < 0 ? std::vector<std::int32_t>{}
+                                         : paths[static_cast<std::size_t>(parents.back())]);
+      paths.back().push_back(i);
+    }
+    const auto taken = [&](const std::vector<std::int32_t>& path) {
+      Sequence longer = sequence;
+      for (const std::int32_t node : path) longer.tokens.push_back(tokens[static_cast<std::size_t>(node)]);
+      return longer;
+    };
+    decoder_.verify_tree(slot, position, tokens, parents, sequence.adapter);
+    const float* row = decoder_.logits();
+    for (const auto& path : paths) {
+      compare(static_cast<int>(std::max_element(row, row + toy::kVocab) - row), taken(path));
+      row += toy::kVocab;
+    }
+    if (below(4) == 0) return;
+    const auto& kept = paths[static_cast<std::size_t>(below(count))];
+    decoder_.accept_path(slot, position, kept);
+    sequence = taken(kept);
+  }
+
   void copy() {
     const int source = below(kSlots), target = below(kSlots), restored = below(kSlots);
     const auto length = static_cast<int>(at(source).tokens.size());
@@ -189,6 +224,7 @@ class Walk {
   }
 
   std::mt19937 random_;
+  bool trees_;
   edgellm::TrtEngine engine_{"", {}};
   edgellm::TrtDecoder decoder_;
   std::array<Sequence, kSlots> sequences_;
@@ -203,12 +239,14 @@ int main() {
   int wrong = 0;
   for (const bool batched : {false, true}) {
     for (const bool together : {false, true}) {
-      Walk walk(batched, together, batched ? 1 : 2);
-      for (int i = 0; i < 300; ++i) walk.round();
-      const auto [contexts, graphs] = walk.made();
-      std::printf("batched %d together %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together, walk.wrong(),
-                  walk.compared(), contexts, graphs);
-      wrong += walk.wrong();
+      for (const bool trees : {false, true}) {
+        Walk walk(batched, together, trees, batched ? 1 : 2);
+        for (int i = 0; i < 250; ++i) walk.round();
+        const auto [contexts, graphs] = walk.made();
+        std::printf("batched %d together %d trees %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together,
+                    trees, walk.wrong(), walk.compared(), contexts, graphs);
+        wrong += walk.wrong();
+      }
     }
   }
   return wrong == 0 ? 0 : 1;

@@ -47,10 +47,48 @@ float adapter_of(const Bound& bound, int layer) {
   return sum;
 }
 
+// What a token sees of the cache, and where: a place's own position is that of the new token in it, if there is one.
+class View {
+ public:
+  View(const Bound& bound, std::int64_t row, int window) : bound_(bound), row_(row), window_(window) {
+    length_ = bound.shapes.at("embeds")[1];
+    first_ = bound.get<std::int64_t>("write_indices")[row / length_];
+  }
+  bool sees(std::int64_t place) const {
+    const std::string mask = "mask." + std::to_string(window_);
+    if (bound_.addresses.contains(mask)) {
+      require(
+          bound_.shapes.at(mask) == std::vector<std::int64_t>({bound_.shapes.at("embeds")[0], 1, length_, kCapacity}),
+          "a mask of another shape");
+      const float value = __half2float(bound_.get<__half>(mask)[row_ * kCapacity + place]);
+      require(value == 0.0F || value == -65504.0F, "a mask that neither shows nor hides");
+      return value == 0.0F;
+    }
+    const bool near = window_ == 0 || position_of(place) > position() - window_;
+    if (bound_.addresses.contains("tree_masks") && length_ > 1 && place >= first_) {
+      const auto bits = static_cast<std::uint64_t>(bound_.get<std::int64_t>("tree_masks")[row_]);
+      return near && place < first_ + length_ && (bits >> (place - first_) & 1) != 0;
+    }
+    return near && place <= position();
+  }
+  std::int64_t position_of(std::int64_t place) const {
+    const bool is_new = place >= first_ && place < first_ + length_;
+    return is_new ? bound_.get<std::int64_t>("positions")[row_ / length_ * length_ + place - first_] : place;
+  }
+
+ private:
+  std::int64_t position() const { return bound_.get<std::int64_t>("positions")[row_]; }
+
+  const Bound& bound_;
+  std::int64_t row_;
+  int window_;
+  std::int64_t length_ = 0;
+  std::int64_t first_ = 0;
+};
+
 void compute(const Bound& bound) {
   const std::int64_t batch = bound.shapes.at("embeds")[0], length = bound.shapes.at("embeds")[1];
   const auto* embeds = bound.get<__half>("embeds");
-  const auto* positions = bound.get<std::int64_t>("positions");
   const auto* places = bound.get<std::int64_t>("write_indices");
   for (std::int64_t row = 0; row < batch * length; ++row) {
     const std::int64_t place = places[row / length] + row % length;
@@ -63,10 +101,13 @@ void compute(const Bound& bound) {
     const std::int64_t row = bound.get<std::int64_t>("logit_indices")[i];
     require(row >= 0 && row < batch * length, "a row of logits outside the step");
     float score = adapter_of(bound, 0) + adapter_of(bound, kLayers - 1);
-    for (std::int64_t p = 0; p <= positions[row]; ++p) {
-      const float key = __half2float(bound.cell(0, 0, row / length, p));
-      require(key == __half2float(bound.cell(kLayers - 1, 1, row / length, p)), "keys and values of different tokens");
-      score += static_cast<float>(p % 5 + 1) * key;
+    const View all(bound, row, 0), near(bound, row, kWindow);
+    for (std::int64_t place = 0; place < kCapacity; ++place) {
+      const float key = __half2float(bound.cell(0, 0, row / length, place));
+      const float value = __half2float(bound.cell(kLayers - 1, 1, row / length, place));
+      require(!all.sees(place) || key == value, "keys and values of different tokens");
+      if (all.sees(place)) score += static_cast<float>(all.position_of(place) % 5 + 1) * key;
+      if (near.sees(place)) score += static_cast<float>(near.position_of(place) % 3) * value;
     }
     for (int v = 0; v < kVocab; ++v) {
       bound.get<float>("logits")[i * kVocab + v] = -std::abs(static_cast<float>(v - static_cast<int>(score) % kVocab));
@@ -80,16 +121,24 @@ int value(int token) { return token % 7 + 1; }
 
 int expected(const std::vector<int>& tokens, int adapter) {
   int score = 2 * adapter;
-  for (std::size_t p = 0; p < tokens.size(); ++p) score += static_cast<int>(p % 5 + 1) * value(tokens[p]);
+  for (std::size_t p = 0; p < tokens.size(); ++p) {
+    score += static_cast<int>(p % 5 + 1) * value(tokens[p]);
+    if (p + kWindow >= tokens.size()) score += static_cast<int>(p % 3) * value(tokens[p]);
+  }
   return score % kVocab;
 }
 
-std::vector<edgellm::TrtTensor> tensors(bool together) {
-  std::vector<edgellm::TrtTensor> all = {{"embeds", TrtRole::embeds, -1, {-1, -1, kHidden}, 0},
-                                         {"positions", TrtRole::positions, -1, {-1, -1}, 0},
-                                         {"write_indices", TrtRole::write_indices, -1, {-1}, 0},
-                                         {"logit_indices", TrtRole::logit_indices, -1, {-1}, 0},
-                                         {"logits", TrtRole::logits, -1, {-1, kVocab}, 0}};
+std::vector<edgellm::TrtTensor> tensors(bool together, bool trees) {
+  std::vector<edgellm::TrtTensor> all = {{"embeds", TrtRole::embeds, -1, {-1, -1, kHidden}, 0, 0},
+                                         {"positions", TrtRole::positions, -1, {-1, -1}, 0, 0},
+                                         {"write_indices", TrtRole::write_indices, -1, {-1}, 0, 0},
+                                         {"logit_indices", TrtRole::logit_indices, -1, {-1}, 0, 0},
+                                         {"logits", TrtRole::logits, -1, {-1, kVocab}, 0, 0}};
+  if (trees && together) all.push_back({"tree_masks", TrtRole::tree_masks, -1, {-1, -1}, 0});
+  for (const int window : {0, kWindow}) {
+    if (!trees || together) continue;
+    all.push_back({"mask." + std::to_string(window), TrtRole::mask, -1, {-1, 1, -1, kCapacity}, 0, window});
+  }
   const std::vector<std::int64_t> cache = {-1, kKvHeads, kCapacity, kHeadDim};
   for (int layer = 0; layer < kLayers; ++layer) {
     const std::string at = std::to_string(layer);

@@ -12,6 +12,7 @@ struct EngineInputs {
   std::int64_t* positions = nullptr;      // (batch, length)
   std::int64_t* write_indices = nullptr;  // (batch)
   std::int64_t* logit_indices = nullptr;  // (num_logits) rows of (batch * length)
+  std::int64_t* tree_masks = nullptr;     // (batch, length), bit j: the token sees the j-th; null: no such input
   bool is_bf16 = false;
 };
 
@@ -31,15 +32,33 @@ struct EngineRowsArgs {
 };
 void engine_rows_async(const EngineRowsArgs& args, cudaStream_t stream);
 
-// Several tokens of one sequence, from `position` on, with the logits of the last num_logits.
+// Several tokens of one sequence, behind `position` others, with the logits of the last num_logits: each after the one
+// before it, or, with depths and masks, a tree of at most 64 (see TreeAttentionArgs).
 struct EngineChunkArgs {
   const float* residual = nullptr;  // (num_tokens, hidden)
   int num_tokens = 0;
   int hidden = 0;
   int position = 0;
   int num_logits = 1;
+  const std::int32_t* depths = nullptr;  // (num_tokens)
+  const std::uint64_t* masks = nullptr;  // (num_tokens)
   EngineInputs out;
 };
 void engine_chunk_async(const EngineChunkArgs& args, cudaStream_t stream);
+
+// What each token adds to its scores: 0 for a place of the cache that it sees, a number that softmax makes 0 for
+// others. It sees its own position and those before, the last `window` of them (0: all); with `tree`, which one
+// sequence has, what TreeAttentionArgs says.
+struct EngineMaskArgs {
+  const std::int64_t* positions = nullptr;  // (num_tokens)
+  int num_tokens = 0;
+  int capacity = 0;
+  int window = 0;
+  const std::uint64_t* tree = nullptr;  // (num_tokens) masks of a tree's nodes
+  int prefix = 0;                       // places before the tree
+  void* mask = nullptr;                 // (num_tokens, capacity) fp16 or bf16
+  bool is_bf16 = false;
+};
+void engine_mask_async(const EngineMaskArgs& args, cudaStream_t stream);
 
 }  // namespace edgellm::kernels

@@ -5,14 +5,15 @@
 
 namespace edgellm::kernels {
 
-// In every layer, position P + i of the slot gets what position P + paths[s][i] has, for i below counts[s]. A path's
-// nodes ascend (parents come before their children), so no source is overwritten before it is read: in place.
+// In every slice (a layer's keys and values, or one of the two), position P + i of the slot gets what position P +
+// paths[s][i] has, for i below counts[s]. A path's nodes ascend (parents come before their children), so no source is
+// overwritten before it is read: in place.
 struct KvCompactArgs {
-  void* cache = nullptr;  // (num_layers, num_slots, 2, kv_heads, capacity, head_dim)
+  void* cache = nullptr;  // (num_slices, num_slots, num_heads, capacity, head_dim)
   KvFormat format = KvFormat::bf16;
-  int num_layers = 0;
+  int num_slices = 0;
   int num_slots = 0;
-  int num_kv_heads = 0;
+  int num_heads = 0;  // KV heads of a slice, twice as many where it has keys and values
   int capacity = 0;
   int head_dim = 0;                    // 64, 80, 96, 128 or 256
   const int32_t* slots = nullptr;      // (num_sequences), distinct
