@@ -50,7 +50,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = pdl && device_traits().has_dependent_launch ? 1 : 0;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  const cudaError_t code = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (code != cudaSuccess) throw_launch_error(code, reinterpret_cast<const void*>(kernel), __FILE__, __LINE__);
   EDGELLM_CUDA_TRY(cudaGetLastError());
 }
 

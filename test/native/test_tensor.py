@@ -187,6 +187,16 @@ def test_a_device_error_names_place_and_call_and_is_not_blamed_on_the_next_one()
 
 
 @needs_gpu
+def test_a_launch_that_fails_names_its_kernel() -> None:
+    from edgellm_ros.errors import DeviceError
+
+    x, gain, out = NATIVE.Tensor("float32", [0, 16]), NATIVE.Tensor("bfloat16", [16]), NATIVE.Tensor("bfloat16", [0, 16])
+    with pytest.raises(DeviceError, match=r"launch.hpp:\d+: the launch of .*rms_norm_kernel.* failed: cudaErrorInvalid"):
+        NATIVE.kernels.rms_norm(x, gain, 1e-5, out)  # a grid of no blocks
+    NATIVE.Tensor("int8", [16]).to_numpy()
+
+
+@needs_gpu
 def test_every_allocation_is_counted() -> None:
     device, pinned = NATIVE.allocation_count()
     tensors = [NATIVE.Tensor("int8", [16]), NATIVE.Tensor("int8", [16], True)]

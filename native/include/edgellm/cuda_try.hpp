@@ -21,6 +21,9 @@ class CudaError : public std::runtime_error {
 // Clears CUDA's sticky error, so that the next call is not blamed for this one, and throws CudaError.
 [[noreturn]] void throw_cuda_error(cudaError_t code, const char* call, const char* file, int line);
 
+// The same for a kernel (its host function) that could not be launched, with its name.
+[[noreturn]] void throw_launch_error(cudaError_t code, const void* kernel, const char* file, int line);
+
 // For destructors, which must not throw: prints the same message to stderr.
 void warn_cuda_error(cudaError_t code, const char* call, const char* file, int line) noexcept;
 

@@ -28,7 +28,11 @@ class Event {
 
   cudaEvent_t get() const noexcept { return event_; }
   void record(cudaStream_t stream) { EDGELLM_CUDA_TRY(cudaEventRecord(event_, stream)); }
-  void wait() const { EDGELLM_CUDA_TRY(cudaEventSynchronize(event_)); }
+  // An error that the device reports here is named with the caller's place, as Stream::wait's is.
+  void wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    const cudaError_t code = cudaEventSynchronize(event_);
+    if (code != cudaSuccess) throw_cuda_error(code, "cudaEventSynchronize", file, line);
+  }
   float elapsed_ms(const Event& start) const {
     float ms = 0.0F;
     EDGELLM_CUDA_TRY(cudaEventElapsedTime(&ms, start.event_, event_));
@@ -55,7 +59,10 @@ class Stream {
   }
 
   cudaStream_t get() const noexcept { return stream_; }
-  void wait() const { EDGELLM_CUDA_TRY(cudaStreamSynchronize(stream_)); }
+  void wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    const cudaError_t code = cudaStreamSynchronize(stream_);
+    if (code != cudaSuccess) throw_cuda_error(code, "cudaStreamSynchronize", file, line);
+  }
 
  private:
   cudaStream_t stream_ = nullptr;
