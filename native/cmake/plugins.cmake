@@ -1,5 +1,5 @@
 # libedgellm_plugins.so: the project's kernels as TensorRT plugins, where NvInfer.h is found. It reuses the objects of
-# the kernels in _native and links no TensorRT: the registry that loads it is the one it talks to.
+# the kernels in _native, and of what finds cuBLASLt, and links no TensorRT: the registry that loads it is the one it talks to.
 option(EDGELLM_PLUGINS "Build the TensorRT plugin library where NvInfer.h is found" ON)
 option(EDGELLM_TEST_DRIVERS "Build what the tests call the plugins with" OFF)
 include("${CMAKE_CURRENT_LIST_DIR}/find_nvinfer.cmake")
@@ -9,7 +9,7 @@ endif()
 
 file(GLOB plugin_sources CONFIGURE_DEPENDS
   "${CMAKE_CURRENT_SOURCE_DIR}/plugins/*.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/plugins/*.cu")
-set(kernel_objects "$<FILTER:$<TARGET_OBJECTS:_native>,INCLUDE,/kernels/|/src/cuda_try>")
+set(kernel_objects "$<FILTER:$<TARGET_OBJECTS:_native>,INCLUDE,/kernels/|/src/cuda_try|/src/cublaslt>")
 add_library(edgellm_plugins SHARED ${plugin_sources} "${kernel_objects}")
 target_include_directories(edgellm_plugins PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/include")
 target_include_directories(edgellm_plugins SYSTEM PRIVATE "${EDGELLM_NVINFER_INCLUDE_DIR}")

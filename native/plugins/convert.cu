@@ -40,6 +40,15 @@ void convert(const From* in, To* out, std::size_t count, cudaStream_t stream) {
   kernels::launch(convert_kernel<From, To>, dim3(blocks_for(count)), dim3(kThreads), 0, stream, false, in, out, count);
 }
 
+template <class To>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const FinishArgs p) {
+  const int row = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x), token = blockIdx.y;
+  if (row >= p.num_rows) return;
+  const float value = p.y[static_cast<std::size_t>(token) * p.num_rows + row];
+  static_cast<To*>(p.out)[static_cast<std::size_t>(token) * p.stride + row] =
+      from_float<To>(p.bias == nullptr ? value : value + p.bias[row]);
+}
+
 // A block a sequence; the first one also has the counters and gains.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareArgs p) {
   const int b = static_cast<int>(blockIdx.x), tid = static_cast<int>(threadIdx.x);
@@ -94,6 +103,14 @@ void to_fp16_async(const float* in, void* out_fp16, std::size_t count, cudaStrea
 }
 void to_fp16_async(const __nv_bfloat16* in, void* out_fp16, std::size_t count, cudaStream_t stream) {
   convert(in, static_cast<__half*>(out_fp16), count, stream);
+}
+
+void finish_async(const FinishArgs& args, cudaStream_t stream) {
+  const dim3 grid(blocks_for(static_cast<std::size_t>(args.num_rows)), static_cast<unsigned>(args.num_tokens));
+  const auto run = [&](auto kernel) { kernels::launch(kernel, grid, dim3(kThreads), 0, stream, false, args); };
+  if (args.float_output) return run(finish_kernel<float>);
+  if (args.type == Activation::fp16) return run(finish_kernel<__half>);
+  run(finish_kernel<__nv_bfloat16>);
 }
 
 void prepare_async(const PrepareArgs& args, cudaStream_t stream) {

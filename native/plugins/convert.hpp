@@ -16,6 +16,19 @@ void to_bf16_async(const void* in_fp16, __nv_bfloat16* out, std::size_t count, c
 void to_fp16_async(const float* in, void* out_fp16, std::size_t count, cudaStream_t stream);
 void to_fp16_async(const __nv_bfloat16* in, void* out_fp16, std::size_t count, cudaStream_t stream);
 
+// Part of a product, with its bias, to where the engine wants it.
+struct FinishArgs {
+  const float* y = nullptr;     // (num_tokens, num_rows)
+  const float* bias = nullptr;  // (num_rows), or null
+  int num_tokens = 0;
+  int num_rows = 0;
+  int stride = 0;  // from a token's row of `out` to the next
+  void* out = nullptr;
+  Activation type = Activation::fp16;
+  bool float_output = false;
+};
+void finish_async(const FinishArgs& args, cudaStream_t stream);
+
 // Everything that the attention kernels want beside qkv. Sequence b writes its token s at write_indices[b] + s. It has
 // as many tokens as come before the first with a negative position id or no room in the cache; the others get zeros.
 struct PrepareArgs {

@@ -5,6 +5,7 @@
 #include "convert.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "prompt_products.hpp"
 
 namespace edgellm::plugins {
 
@@ -114,7 +115,12 @@ void GemmPlugin<kBits>::check_tensors(const PluginTensorDesc* in, std::int32_t n
 
 template <int kBits>
 std::size_t GemmPlugin<kBits>::workspace_bytes(const nvinfer1::DynamicPluginTensorDesc* in) const {
-  return in[0].desc.type == DataType::kHALF ? Scratch(nullptr, this->settings_.rows, this->settings_.cols).used : 0;
+  const GemmSettings& s = this->settings_;
+  const bool half = in[0].desc.type == DataType::kHALF;
+  std::int64_t most = 1;
+  for (std::int32_t i = 0; i + 1 < in[0].desc.dims.nbDims; i++) most *= std::max<std::int64_t>(1, largest(in[0], i));
+  const std::size_t few = half ? Scratch(nullptr, s.rows, s.cols).used : 0;
+  return std::max(few, prompt_workspace_bytes(s.rows, s.cols, most, half ? Activation::fp16 : Activation::bf16));
 }
 
 template <int kBits>
@@ -134,6 +140,19 @@ std::int32_t GemmPlugin<kBits>::enqueue(const PluginTensorDesc* in, const Plugin
     args.bias = s.bias ? static_cast<const float*>(inputs[3]) : nullptr;
     args.epilogue = as_float ? kernels::Epilogue::store_f32 : kernels::Epilogue::store_bf16;
     const std::int64_t count = num_tokens(in[0].dims);
+    if (count >= kFewestPromptTokens) {
+      PromptProduct prompt;
+      prompt.weight = args.weight;
+      prompt.bias = args.bias;
+      prompt.x = inputs[0];
+      prompt.y = outputs[0];
+      prompt.type = half ? Activation::fp16 : Activation::bf16;
+      prompt.float_output = s.float_output != 0;
+      prompt.num_tokens = count;
+      prompt.workspace = workspace;
+      prompt.stream = stream;
+      if (prompt_product_async(prompt)) return 0;
+    }
     for (std::int64_t t = 0; t < count; t += kernels::kMaxGemvTokens) {
       const auto tokens = static_cast<int>(std::min<std::int64_t>(count - t, kernels::kMaxGemvTokens));
       const std::size_t x_at = static_cast<std::size_t>(t) * s.cols, y_at = static_cast<std::size_t>(t) * s.rows;

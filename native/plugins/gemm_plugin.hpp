@@ -5,6 +5,7 @@
 // Weights of 8 bits are as a bundle stores them: [rows, cols], scales [rows, cols / group]. Those of 4 bits are in the
 // order of the tensor cores' fragments (kernels/quantized.cu): [tiles, blocks, 512] and scales [tiles, groups, 16], for
 // tiles of 16 rows and blocks of 64 columns; `edgellm build` brings them into it.
+// Up to 64 tokens go through the decode kernels, 16 at a time; more are a prompt (prompt_products.hpp).
 #pragma once
 
 #include <type_traits>

@@ -94,13 +94,16 @@ class Layout {
 };
 
 constexpr cudaDataType data_type(ProductType type) { return type == ProductType::fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16BF; }
+constexpr cudaDataType result_type(ProductType type) {
+  return type == ProductType::bf16_to_fp32 ? CUDA_R_32F : CUDA_R_16BF;
+}
 
 // The three matrices of a product as cuBLASLt sees them: Y^T = W X^T, column-major.
 struct Layouts {
   Layouts(ProductType type, int num_rows, int out_features, int in_features, int stride)
       : weight(data_type(type), in_features, out_features, in_features),
         x(data_type(type), in_features, num_rows, in_features),
-        y(CUDA_R_16BF, out_features, num_rows, stride) {}
+        y(result_type(type), out_features, num_rows, stride) {}
 
   Layout weight;
   Layout x;
@@ -129,8 +132,9 @@ struct MatrixProducts::State {
   using Sums = std::array<unsigned long long, kMaxClasses>;
 
   cublasLtHandle_t handle = nullptr;
-  std::array<cublasLtMatmulDesc_t, 2> products{};  // by ProductType
+  std::array<cublasLtMatmulDesc_t, 3> products{};  // by ProductType
   std::byte* workspace = nullptr;
+  std::size_t workspace_bytes = kWorkspaceBytes;
   unsigned long long* sums = nullptr;  // (kMaxClasses), device
   int max_rows = 0;
   bool row_invariant = true;
@@ -154,8 +158,10 @@ struct MatrixProducts::State {
     const float zero = 0.0F;
     EDGELLM_CUBLAS_TRY(cublasLtMatmul(handle, product(type), &one, weight, layouts.weight.get(), x, layouts.x.get(),
                                       &zero, y, layouts.y.get(), y, layouts.y.get(), &algorithm, own_workspace,
-                                      kWorkspaceBytes, stream));
+                                      workspace_bytes, stream));
   }
+
+  void create();
 
   // cuBLASLt's guesses for num_rows rows, the best first, that also take fewest_rows.
   std::vector<cublasLtMatmulAlgo_t> candidates(ProductType type, int num_rows, int fewest_rows, int out_features,
@@ -174,7 +180,7 @@ std::vector<cublasLtMatmulAlgo_t> MatrixProducts::State::candidates(ProductType 
   EDGELLM_CUBLAS_TRY(cublasLtMatmulPreferenceCreate(&preference));
   const std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, void (*)(cublasLtMatmulPreference_t)> owner(
       preference, [](cublasLtMatmulPreference_t p) { (void)library().cublasLtMatmulPreferenceDestroy(p); });
-  const std::size_t most_workspace = kWorkspaceBytes;
+  const std::size_t most_workspace = workspace_bytes;
   EDGELLM_CUBLAS_TRY(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                           &most_workspace, sizeof(most_workspace)));
   if (row_invariant) {  // a split K's sum has an order, and with it bits, that depend on the number of rows
@@ -201,7 +207,7 @@ std::vector<cublasLtMatmulAlgo_t> MatrixProducts::State::candidates(ProductType 
     const bool any_rows =
         library().cublasLtMatmulAlgoCheck(handle, product(type), few.weight.get(), few.x.get(), few.y.get(),
                                           few.y.get(), &results[i].algo, &checked) == CUBLAS_STATUS_SUCCESS &&
-        checked.workspaceSize <= kWorkspaceBytes;
+        checked.workspaceSize <= workspace_bytes;
     if (any_rows && (splits <= 1 || !row_invariant)) found.push_back(results[i].algo);
   }
   return found;
@@ -249,15 +255,26 @@ std::string MatrixProducts::unavailable_reason() { return library().reason; }
 
 MatrixProducts::MatrixProducts(std::byte* memory, int max_rows, bool row_invariant)
     : state_(std::make_unique<State>()) {
-  if (!library().reason.empty()) throw std::runtime_error(library().reason);
   static_assert(sizeof(State::Sums) <= kDeviceBytes - kWorkspaceBytes);
   state_->workspace = memory;
   state_->sums = reinterpret_cast<unsigned long long*>(memory + kWorkspaceBytes);
   state_->max_rows = max_rows;
   state_->row_invariant = row_invariant;
-  EDGELLM_CUBLAS_TRY(cublasLtCreate(&state_->handle));
-  for (const ProductType type : {ProductType::bf16, ProductType::fp8}) {
-    cublasLtMatmulDesc_t& product = state_->products[static_cast<std::size_t>(type)];
+  state_->create();
+}
+
+MatrixProducts::MatrixProducts(int max_rows, std::size_t workspace_bytes) : state_(std::make_unique<State>()) {
+  state_->workspace_bytes = workspace_bytes;
+  state_->max_rows = max_rows;
+  state_->row_invariant = false;
+  state_->create();
+}
+
+void MatrixProducts::State::create() {
+  if (!library().reason.empty()) throw std::runtime_error(library().reason);
+  EDGELLM_CUBLAS_TRY(cublasLtCreate(&handle));
+  for (const ProductType type : {ProductType::bf16, ProductType::fp8, ProductType::bf16_to_fp32}) {
+    cublasLtMatmulDesc_t& product = products[static_cast<std::size_t>(type)];
     EDGELLM_CUBLAS_TRY(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     const cublasOperation_t transpose = CUBLAS_OP_T;
     EDGELLM_CUBLAS_TRY(
@@ -325,6 +342,22 @@ bool MatrixProducts::prepare(ProductType type, int out_features, int in_features
   return true;
 }
 
+bool MatrixProducts::guess(ProductType type, int out_features, int in_features) {
+  const State::Key key{type, out_features, in_features};
+  if (state_->algorithms.contains(key)) return true;
+  std::vector<RowClass> classes;
+  for (std::size_t i = 0; i <= kRowClasses.size(); ++i) {
+    const int rows = i < kRowClasses.size() ? std::min(kRowClasses[i], state_->max_rows) : state_->max_rows;
+    const int fewest = classes.empty() ? std::min(2, rows) : classes.back().most_rows + 1;
+    if (fewest > rows) break;
+    const auto found = state_->candidates(type, rows, fewest, out_features, in_features);
+    if (found.empty()) return false;
+    classes.push_back({rows, found.front()});
+  }
+  state_->algorithms.emplace(key, std::move(classes));
+  return true;
+}
+
 void MatrixProducts::run_async(ProductType type, const void* x, const void* weight, void* y, int num_rows,
                                int out_features, int in_features, int stride, cudaStream_t stream,
                                std::byte* workspace) {
@@ -353,7 +386,11 @@ MatrixProducts::MatrixProducts(std::byte*, int, bool) { throw std::runtime_error
 
 MatrixProducts::~MatrixProducts() = default;
 
+MatrixProducts::MatrixProducts(int, std::size_t) { throw std::runtime_error(unavailable_reason()); }
+
 bool MatrixProducts::prepare(ProductType, int, int, const ProductTrial&, cudaStream_t) { return false; }
+
+bool MatrixProducts::guess(ProductType, int, int) { return false; }
 
 void MatrixProducts::run_async(ProductType, const void*, const void*, void*, int, int, int, int, cudaStream_t,
                                std::byte*) {}

@@ -12,7 +12,8 @@
 namespace edgellm {
 
 // Of x and weight; y is bf16. fp8 is E4M3 without scales: y stands for the product once its reader has applied them.
-enum class ProductType : std::uint8_t { bf16, fp8 };
+// bf16_to_fp32 has y in fp32.
+enum class ProductType : std::uint8_t { bf16, fp8, bf16_to_fp32 };
 
 // Device memory on which algorithms are tried at load; what it holds is lost. Types as ProductType says.
 struct ProductTrial {
@@ -37,6 +38,9 @@ class MatrixProducts {
   // taken only if it computes, bit for bit on random inputs, what the first choice for max_rows computes.
   // Throws CudaError when cuBLASLt fails, std::runtime_error when it is not there.
   MatrixProducts(std::byte* memory, int max_rows, bool row_invariant);
+  // For products whose shapes are not known at load: nothing is tried, no memory kept, and rows may differ in bits with
+  // their number. run_async needs a workspace of workspace_bytes.
+  MatrixProducts(int max_rows, std::size_t workspace_bytes);
   ~MatrixProducts();
   MatrixProducts(const MatrixProducts&) = delete;
   MatrixProducts& operator=(const MatrixProducts&) = delete;
@@ -44,6 +48,8 @@ class MatrixProducts {
   // Chooses the algorithms of a weight shape; at load, because it takes time and waits for the stream. False when
   // cuBLASLt has none for this type and shape on this GPU.
   bool prepare(ProductType type, int out_features, int in_features, const ProductTrial& trial, cudaStream_t stream);
+  // The same by cuBLASLt's first guesses, which takes no device and no time.
+  bool guess(ProductType type, int out_features, int in_features);
 
   // x: (num_rows, in), at least two rows; weight: (out, in); y: (num_rows, out) bf16 whose rows are `stride` elements
   // apart; device memory, 256-byte aligned. workspace: kWorkspaceBytes, or null for the one in `memory`; products that
