@@ -8,6 +8,7 @@ EDGELLM_SHORT_RUN holds what is left out (`_leave_out`), EDGELLM_SHORT_RUN_BUNDL
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import time
@@ -36,11 +37,13 @@ GREEDY = SamplingParams(temperature=0.0, seed=1)
 PLAIN = SamplingParams(temperature=0.8, top_k=20, seed=2)
 
 
-# kind, weights, KV cache; those that others quantised are named by their packer
+# kind, weights, KV cache, decode_batching; weights that others quantised are named by their packer. Only "fast" has the
+# kernels of a single token.
 CASES = [
-    ("short_llama", "int4", "bf16"), ("short_qwen3", "fp16", "fp8"), ("short_mistral", "int8", "fp16"),
-    ("short_gemma3", "int4", "bf16"), ("short_gemma3", "fp16", "fp8"), ("short_llama_bias", "fp8_rows", "bf16"),
-    ("short_qwen3", "int4_order", "bf16"),
+    ("short_llama", "int4", "bf16", "exact"), ("short_llama", "int4", "bf16", "fast"),
+    ("short_qwen3", "fp16", "fp8", "exact"), ("short_mistral", "int8", "fp16", "exact"),
+    ("short_gemma3", "int4", "bf16", "exact"), ("short_gemma3", "fp16", "fp8", "fast"),
+    ("short_llama_bias", "fp8_rows", "bf16", "fast"), ("short_qwen3", "int4_order", "bf16", "exact"),
 ]  # fmt: skip
 PACKED: dict[str, tuple[Any, Any]] = {
     "fp8_rows": (packers.ct_fp8(True),
@@ -56,30 +59,40 @@ def bundle_of(
     """`bundle_of("short_llama", "int4")`, made by the first process that asks: under a tool that takes much longer."""
 
     def get(kind: str, weights: str) -> Bundle:
-        output = Path(os.environ.get("EDGELLM_SHORT_RUN_BUNDLES", tmp_path)) / f"{kind}-{weights}"
-        if (output / "manifest.json").is_file():
-            return Bundle.open(output)
-        model, source = gpu_model(kind)
-        if weights not in PACKED:
-            return export_bundle(source, output, weights=weights)
-        monkeypatch.setattr(packers, "make_model", lambda _: copy.deepcopy(model))
-        packers.save_quantized(kind, tmp_path / "source", *PACKED[weights])
-        return export_bundle(tmp_path / "source", output)
+        kept = os.environ.get("EDGELLM_SHORT_RUN_BUNDLES")
+        output = Path(kept or tmp_path) / f"{kind}-{weights}"
+        if not output.is_dir():
+            model, source = gpu_model(kind)
+            if weights in PACKED:
+                monkeypatch.setattr(packers, "make_model", lambda _: copy.deepcopy(model))
+                packers.save_quantized(kind, tmp_path / "source", *PACKED[weights])
+                source = tmp_path / "source"
+            made = output.with_name(f"{output.name}.{os.getpid()}")
+            export_bundle(source, made, **({} if weights in PACKED else {"weights": weights}))
+            with contextlib.suppress(OSError):  # another process was faster: its bundle is the same
+                made.rename(output)
+        return Bundle.open(output)
 
     return get
 
 
-@pytest.mark.parametrize(("kind", "weights", "kv_cache"), CASES)
+@pytest.mark.parametrize(("kind", "weights", "kv_cache", "batching"), CASES)
 def test_every_path_once(
-    kind: str, weights: str, kv_cache: str, bundle_of: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind: str, weights: str, kv_cache: str, batching: str, bundle_of: Callable[[str, str], Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def same(got: np.ndarray, expected: np.ndarray) -> bool:
+        if batching == "exact":
+            return np.array_equal(got, expected)
+        return bool(np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected - expected.mean()))
+
     _leave_out(os.environ.get("EDGELLM_SHORT_RUN", ""), monkeypatch)
     part = _Parts()
     bundle = bundle_of(kind, weights)
     part.ends("bundle")
     config = EngineConfig(
         max_slots=3, max_context=128, prefill_chunk=48, kv_cache=kv_cache, max_loras=1, max_lora_rank=8,
-        executor="cuda",
+        executor="cuda", decode_batching=batching,
     )  # fmt: skip
     executor = CudaExecutor(bundle, config)
     try:
@@ -91,7 +104,7 @@ def test_every_path_once(
             [step(slot, np.array([first], np.int32), len(prompts[slot])) for slot, first in enumerate(firsts)]
         ).copy()
         alone = executor.step([step(1, np.array([firsts[1]], np.int32), 33)])
-        assert np.array_equal(alone[0], together[1])
+        assert same(alone[0], together[1])
         part.ends("steps")
 
         run = executor.run
@@ -105,7 +118,7 @@ def test_every_path_once(
         for _ in range(3):
             run.launch()
         steps = [run.read() for _ in range(3)]
-        assert steps[0].token_ids[1] == int(together[1].argmax())
+        assert batching == "fast" or steps[0].token_ids[1] == int(together[1].argmax())
         assert all(0 <= token < executor.info.vocab_size for read in steps for token in read.token_ids)
         part.ends("run")
 
@@ -119,7 +132,7 @@ def test_every_path_once(
         saved = executor.save_prefix(1, 33)
         executor.copy_prefix(1, 2, 20)
         executor.load_prefix(2, saved, 33)
-        assert np.array_equal(executor.step([step(2, np.array([firsts[1]], np.int32), 33)])[0], together[1])
+        assert same(executor.step([step(2, np.array([firsts[1]], np.int32), 33)])[0], together[1])
         part.ends("prefixes")
 
         model = bundle.manifest.model
@@ -132,7 +145,7 @@ def test_every_path_once(
             [SequenceStep(1, tokens[1], 33, 1, loaded.index), SequenceStep(2, tokens[1], 33)]
         )  # fmt: skip
         assert not np.array_equal(adapted[0], together[1])
-        assert np.array_equal(adapted[1], together[1])
+        assert same(adapted[1], together[1])
         part.ends("adapters")
     finally:
         executor.close()
