@@ -6,7 +6,7 @@ import logging
 
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import BundleError, UnsupportedError
+from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors.base import DecodeRun, Executor, ExecutorInfo, RunSequence, RunStep, SequenceStep
 
 __all__ = ["DecodeRun", "Executor", "ExecutorInfo", "RunSequence", "RunStep", "SequenceStep", "create_executor"]
@@ -49,22 +49,30 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
 def _tensorrt(bundle: Bundle, config: EngineConfig) -> tuple[Executor | None, str]:
     """The executor of the engine that fits, and why it is this one; or None, and why none does.
 
-    Only a name in the configuration makes an engine that cannot be loaded an error; auto warns and goes on.
+    Only a name in the configuration makes it an error that an engine cannot be loaded, fails, or does not give the
+    self-test's logits; auto warns and goes on.
     """
     from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
 
     engine, reasons = choose_engine(bundle, config, probe_machine())
     if engine is None:
         return None, "; ".join(reasons)
+    from edgellm_ros.executors.selftest import run_self_test
     from edgellm_ros.executors.tensorrt import TensorRTExecutor
 
+    executor: Executor | None = None
     try:
-        return TensorRTExecutor(bundle, config, engine), f"engines/{engine.key} fits"
-    except (BundleError, UnsupportedError) as error:
+        executor = TensorRTExecutor(bundle, config, engine)
+        if config.executor == "auto" and config.self_test and bundle.manifest.self_test.cases:
+            run_self_test(executor, bundle.manifest)
+    except (BundleError, UnsupportedError, ConfigError, DeviceError) as error:
+        if executor is not None:
+            executor.close()
         if config.executor == "tensorrt":
             raise
-        _log.warning("an engine fits and cannot be loaded: %s", error)
+        _log.warning("an engine fits and cannot be used: %s", error)
         return None, str(error)
+    return executor, f"engines/{engine.key} fits"
 
 
 def _cuda_reason(bundle: Bundle) -> str:

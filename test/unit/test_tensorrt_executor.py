@@ -18,6 +18,7 @@ from edgellm_ros.executors import create_executor, engine_preflight
 from edgellm_ros.executors import tensorrt as executor_module
 from edgellm_ros.executors.engines import list_engines, read_engine
 from edgellm_ros.executors.tensorrt import balance, half_bits
+from edgellm_ros.llm import LLM
 
 RNG = np.random.default_rng(1)
 
@@ -64,7 +65,13 @@ class Refuses:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [UnsupportedError("TensorRT refuses the plan"), BundleError("logits is float16")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnsupportedError("TensorRT refuses the plan"), BundleError("logits is float16"), ConfigError("9 MB are free"),
+        DeviceError("TensorRT: enqueueV3 failed"),
+    ],
+)  # fmt: skip
 def test_auto_goes_on_without_an_engine_that_cannot_be_loaded_and_says_so(
     error: Exception, engine_here: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,6 +86,36 @@ def test_auto_goes_on_without_an_engine_that_cannot_be_loaded_and_says_so(
     assert any(f"tensorrt: {error}; cuda: no NVIDIA GPU" in r.message for r in caplog.records)
     with pytest.raises(type(error), match=str(error)):
         create_executor(engine_here, EngineConfig(executor="tensorrt"))
+
+
+class Wrong:
+    """Stands for the executor of an engine whose logits are wrong."""
+
+    closed = False
+
+    def __init__(self, bundle: Bundle, *_: Any) -> None:
+        self.info = SimpleNamespace(name="tensorrt", device="Orin", vocab_map=None, rounding=0.03)
+        self._vocab = bundle.manifest.model.vocab_size
+
+    def step(self, batch: Any) -> np.ndarray:
+        return np.tile(np.arange(self._vocab, dtype=np.float32), (sum(item.num_logits for item in batch), 1))
+
+    def close(self) -> None:
+        Wrong.closed = True
+
+
+def test_auto_goes_on_without_an_engine_whose_logits_are_not_the_bundles(
+    engine_here: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(executor_module, "TensorRTExecutor", Wrong)
+    monkeypatch.setattr("edgellm_ros.executors._cuda_reason", lambda bundle: "no NVIDIA GPU")
+    made = create_executor(engine_here, EngineConfig())
+    made.close()
+    assert made.info.name == "onnxruntime" and Wrong.closed
+    assert any(r.levelno == logging.WARNING and "self-test failed: tensorrt's logits differ" in r.message for r in caplog.records)
+    assert create_executor(engine_here, EngineConfig(self_test=False)).info.name == "tensorrt"
+    with pytest.raises(BundleError, match="self-test failed: tensorrt's logits .* build the engine again"):
+        LLM.open(engine_here, EngineConfig(executor="tensorrt"))
 
 
 class NativeOfATest:
@@ -191,6 +228,6 @@ def test_the_engine_that_fits_is_handed_over_and_the_choice_is_logged(
 
     monkeypatch.setattr(executor_module, "TensorRTExecutor", make)
     with caplog.at_level(logging.INFO):
-        create_executor(engine_here, EngineConfig())
+        create_executor(engine_here, EngineConfig(self_test=False))
     assert given == ["tensorrt-10.13.3.9-sm87"]
     assert any("executor: tensorrt on Orin" in r.message and "tensorrt-10.13.3.9-sm87 fits" in r.message for r in caplog.records)
