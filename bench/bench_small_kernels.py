@@ -18,6 +18,7 @@ from kernel_timing import NATIVE, K, measure_us, print_machine
 SHAPES = {"1b": (2048, 8192, 128256), "4b": (2560, 9728, 151936), "8b": (4096, 14336, 128256)}  # hidden, MLP, vocab
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of RoPE and of moved keys and values
 LAYERS, RANK = 32, 16
+CAPACITY = 4096  # of an engine's mask
 NUM_CALLS = 16
 DISTINCT_BYTES = 1 << 28  # of buffers in turn: five times the L2
 
@@ -55,7 +56,7 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
     def ints(values: Iterable[int]) -> Any:
         return torch.tensor(list(values), device="cuda", dtype=torch.int32)
 
-    lora_tokens, logit_rows = min(n, 16), min(n, 16)  # of a decode step
+    lora_tokens, logit_rows, rows = min(n, 16), min(n, 16), min(n, 8)  # of a decode step
     table = (NATIVE.WeightFormat.bf16, floats(vocab, hidden), None, vocab, hidden, 0)
 
     def embedding() -> Callable[[int], Any]:
@@ -132,6 +133,23 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         ids, counts = ints(range(n)), torch.zeros(vocab, device="cuda", dtype=torch.int32)
         return lambda stream: K.count_tokens(ids, n // 2, counts, stream=stream)
 
+    def engine_out(rows: int, sequences: int) -> tuple[Any, ...]:
+        longs = [empty(count, dtype=torch.int64) for count in (rows, sequences, rows, rows)]
+        return empty(rows, hidden, dtype=torch.float16), *longs
+
+    def engine_rows() -> Callable[[int], Any]:
+        x, at, out = floats(rows, hidden, dtype=f32), ints(range(rows)), engine_out(rows, rows)
+        members = (1 << rows) - 1
+        return lambda stream: K.engine_rows(x, at, at, members, 0, rows, 0, out, stream=stream)
+
+    def engine_chunk() -> Callable[[int], Any]:
+        x, out = floats(n, hidden, dtype=f32), engine_out(n, 1)
+        return lambda stream: K.engine_chunk(x, 0, 1, out, stream=stream)
+
+    def engine_mask() -> Callable[[int], Any]:
+        at, mask = ints(range(n)).long(), empty(n, CAPACITY, dtype=torch.float16)
+        return lambda stream: K.engine_mask(at, mask, stream=stream)
+
     def dequantize() -> Callable[[int], Any]:
         data = torch.randint(-127, 128, (hidden, hidden), device="cuda", dtype=torch.int8)
         scales = torch.full((hidden, hidden // 64), 0.01, device="cuda", dtype=torch.float16)
@@ -161,6 +179,9 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         "rows to FP8": (row * 3, fp8_rows),
         "int8 to bf16": (hidden * hidden * 3, dequantize),
         "int4 into order": (hidden * hidden, repack_int4),
+        "engine's rows": (rows * hidden * 6, engine_rows),
+        "engine's chunk": (row * 6, engine_chunk),
+        "engine's mask": (n * CAPACITY * 2, engine_mask),
     }
 
 

@@ -21,6 +21,7 @@ void bind_kernels(pybind11::module_& module) {
   bind_soft_cap(kernels);
   bind_kv_compact(kernels);
   bind_sampling(kernels);
+  bind_engine_inputs(kernels);
 }
 
 }  // namespace edgellm

@@ -18,9 +18,6 @@ WITHOUT = {
     "fill_random_bf16": "numbers to try cuBLASLt's algorithms on",
     "fill_random_fp8": "the same",
     "checksum": "whether those algorithms agree: test_products.py",
-    "engine_rows": "inputs of an engine's step: test_trt_loop.py, test/gpu/test_tensorrt_double_tokens.py",
-    "engine_chunk": "the same",
-    "engine_mask": "the same",
 }
 
 
