@@ -6,6 +6,24 @@
 namespace edgellm {
 namespace {
 
+// "To continue using CUDA, the process must be terminated and relaunched" (driver_types.h, of these codes).
+bool ends_the_context(cudaError_t code) {
+  switch (code) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+      return true;
+    default:
+      return false;
+  }
+}
+
 std::string describe(cudaError_t code, const char* call, const char* file, int line) {
   const char* slash = std::strrchr(file, '/');
   return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line) + ": " + call +
@@ -16,7 +34,8 @@ std::string describe(cudaError_t code, const char* call, const char* file, int l
 
 void throw_cuda_error(cudaError_t code, const char* call, const char* file, int line) {
   (void)cudaGetLastError();
-  throw CudaError(code, describe(code, call, file, line));
+  const char* remedy = ends_the_context(code) ? "; this process can use the GPU no more: start it again" : "";
+  throw CudaError(code, describe(code, call, file, line) + remedy);
 }
 
 void warn_cuda_error(cudaError_t code, const char* call, const char* file, int line) noexcept {

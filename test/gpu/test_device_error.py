@@ -83,6 +83,7 @@ def run(script: str, bundle: Bundle) -> list[str]:
 def test_the_executor_names_the_place_and_then_refuses_everything(gpu_bundle: Callable[..., Bundle]) -> None:
     first, second, copy, closed = run(_EXECUTOR, gpu_bundle("gpu_llama", "int4"))
     assert first.startswith("DeviceError ") and "cudaErrorIllegalAddress" in first
+    assert first.endswith("start it again")
     place = first.removeprefix("DeviceError ")
     assert re.match(r"[a-z_]+\.[ch]pp:\d+: cuda[A-Z]", place), place  # token_loop.cpp:90: cudaStreamSynchronize failed
     for later in (second, copy):
