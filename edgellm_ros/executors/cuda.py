@@ -37,6 +37,7 @@ from edgellm_ros.executors.cuda_tiles import apply_tiles
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
+from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
 
 _log = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ class CudaExecutor(NativeExecutor):
         plan = plan_memory(bundle, config)
         info: dict[str, Any] = module.device_info()
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
-        _log.info("GPU memory planned: %s; %.0f MB are free", planned, info["free_bytes"] / 1e6)
+        free = free_device_memory(info)
+        _log.info("GPU memory planned: %s; %.0f MB are free", planned, free / 1e6)
         for line in widenings(bundle.manifest.model, bundle.manifest.quantization):
             _log.info("weights without kernels are widened: %s", line)
-        _check_memory(plan, info, settings)
+        _check_memory(plan, free, settings)
         self._decoder: Any = module.Decoder(settings)
         if self._decoder.products_reason:
             reason = self._decoder.products_reason
@@ -196,8 +198,8 @@ def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:
     return bool(decoder.has_fp8_products) or settings.kv_format.name == "fp8"
 
 
-def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> None:
-    if plan["total"] <= info["free_bytes"]:
+def _check_memory(plan: dict[str, int], free: int, settings: Any) -> None:
+    if plan["total"] <= free:
         return
     adapters, remedy = "", "max_slots, max_context or prefill_chunk"
     if "adapters" in plan:
@@ -209,7 +211,7 @@ def _check_memory(plan: dict[str, int], info: dict[str, Any], settings: Any) -> 
         f"the plan needs {plan['total'] / 1e6:.0f} MB of GPU memory ({plan['weights'] / 1e6:.0f} MB weights, max_slots "
         f"{settings.num_slots} x max_context {settings.capacity} x {settings.kv_bytes_per_token} bytes of KV cache, "
         f"{plan['workspace'] / 1e6:.0f} MB workspace for prefill_chunk {settings.max_tokens}{adapters}) but "
-        f"{info['free_bytes'] / 1e6:.0f} MB are free; lower {remedy}"
+        f"{free / 1e6:.0f} MB are free; lower {remedy}"
     )
 
 

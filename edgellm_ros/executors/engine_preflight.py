@@ -22,7 +22,7 @@ from edgellm_ros.executors.engines import (
     list_engines,
     read_engine,
 )
-from edgellm_ros.executors.memory import available_memory
+from edgellm_ros.executors.memory import free_device_memory
 
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
 _SHOWN = 12  # differences in one message
@@ -70,9 +70,7 @@ def probe_machine() -> Machine:
     if reason:
         return Machine(reason, path, tuple(version))
     info = module.device_info()
-    free = int(info["free_bytes"])
-    if info["integrated"]:  # one memory with the CPU: what CUDA calls free may hold files that can be dropped, or not
-        free = min(free, available_memory())
+    free = free_device_memory(info)
     return Machine("", path, tuple(version), info["name"], tuple(info["compute_capability"]), free)
 
 

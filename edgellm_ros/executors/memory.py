@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def available_memory() -> int:
@@ -16,6 +17,16 @@ def available_memory() -> int:
     if limit is not None and used is not None:
         available = min(available, max(limit - used, 0))
     return available
+
+
+def free_device_memory(info: dict[str, Any]) -> int:
+    """Bytes that a GPU can still give, of `_native.device_info()`.
+
+    Where it has one memory with the CPU, as on a Jetson, what CUDA calls free may hold files that can be dropped, or
+    not, and knows no container's limit: the smaller of both counts.
+    """
+    free = int(info["free_bytes"])
+    return min(free, available_memory()) if info["integrated"] else free
 
 
 def physical_cores() -> int:

@@ -29,7 +29,7 @@ from edgellm_ros.executors.engine_settings import CACHE_DTYPES, engine_settings
 from edgellm_ros.executors.engines import Engine, activation_dtype, build_command, check_engine
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
-from edgellm_ros.executors.memory import available_memory
+from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
 
 _log = logging.getLogger(__name__)
@@ -171,9 +171,7 @@ def _plan(module: Any, settings: Any, engine: Engine, context_bytes: int) -> dic
 
 def _check_memory(plan: dict[str, int], info: dict[str, Any], config: EngineConfig) -> None:
     """Raise ConfigError when what is planned is not free."""
-    free = int(info["free_bytes"])
-    if info["integrated"]:
-        free = min(free, available_memory())
+    free = free_device_memory(info)
     if plan["total"] > free:
         parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items() if name != "total")
         raise ConfigError(

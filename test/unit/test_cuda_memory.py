@@ -1,0 +1,66 @@
+"""The CUDA executor compares its plan with what is free before it takes anything; no GPU: the native module is a stand-in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError
+from edgellm_ros.executors import cuda, memory
+
+PLAN = {"weights": 1_500_000_000, "kv_cache": 400_000_000, "workspace": 100_000_000, "total": 2_000_000_000}
+
+
+class Taken(Exception):
+    """The decoder is made: memory would be taken."""
+
+
+def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int) -> None:
+    def take(settings: Any) -> None:
+        raise Taken
+
+    module = SimpleNamespace(
+        device_info=lambda: {"free_bytes": free, "integrated": integrated}, Decoder=take
+    )  # fmt: skip
+    settings = SimpleNamespace(
+        num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
+        kv_format=SimpleNamespace(name="bf16"),
+    )  # fmt: skip
+    quantization: Any = SimpleNamespace(quantization=None, model=None)
+    bundle: Any = SimpleNamespace(manifest=quantization, vocab_map=lambda: None)
+    monkeypatch.setattr(cuda.native, "load", lambda: module)
+    monkeypatch.setattr(cuda, "_settings", lambda *arguments: settings)
+    monkeypatch.setattr(cuda, "plan_memory", lambda *arguments: PLAN)
+    monkeypatch.setattr(cuda, "widenings", lambda *arguments: [])
+    monkeypatch.setattr(memory, "available_memory", lambda: available)
+    cuda.CudaExecutor(bundle, EngineConfig())
+
+
+@pytest.mark.parametrize(
+    ("free", "integrated", "available", "told"),
+    [
+        (1_900_000_000, False, 9_000_000_000, 1900),
+        (1_900_000_000, True, 9_000_000_000, 1900),
+        (9_000_000_000, True, 1_200_000_000, 1200),  # on a Jetson the CPU's programs and containers count too
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_numbers_and_remedies(
+    free: int, integrated: bool, available: int, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=rf"needs 2000 MB of GPU memory .* but {told} MB are free; lower max_slots") as refusal:
+        open_with(monkeypatch, free, integrated, available)
+    assert "max_slots 4 x max_context 4096 x 24576 bytes of KV cache" in str(refusal.value)
+    assert "set kv_cache to fp8" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("free", "integrated", "available"), [(2_000_000_000, False, 0), (9_000_000_000, True, 2_000_000_000)])
+def test_a_plan_that_fits_is_told_and_then_taken(
+    free: int, integrated: bool, available: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(Taken):
+        open_with(monkeypatch, free, integrated, available)
+    assert "GPU memory planned: weights 1500 MB, kv_cache 400 MB, workspace 100 MB, total 2000 MB" in caplog.text
+    assert f"{min(free, available) // 10**6 if integrated else free // 10**6} MB are free" in caplog.text
