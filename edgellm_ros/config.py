@@ -136,6 +136,10 @@ class BuildOptions:
     )
     lora: bool = setting(False, "take adapters as inputs, from rank 0 to what the bundle was exported for")
     trees: bool = setting(False, "verify trees of drafts too, of up to max-verify nodes: attention's mask is an input")
+    kv_cache: str = setting(
+        "auto", "auto: what the engine computes in; fp8: E4M3 without scales, half the memory, with plugins only",
+        choices=("auto", "fp8"),
+    )  # fmt: skip
     activations: str = setting(
         "auto", "fp16, or bf16 for models whose numbers exceed fp16; auto is what the model needs",
         choices=("auto", "fp16", "bf16"),

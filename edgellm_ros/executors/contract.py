@@ -34,7 +34,7 @@ class TensorContract:
     name: str
     role: str  # of ROLES
     shape: tuple[int | str, ...]
-    dtype: str  # float16, bfloat16, float32, int64
+    dtype: str  # float16, bfloat16, float32, int64, int8
     layer: int = -1  # of cache and adapters
     stem: str = ""  # of adapters: the linear layer, such as attn.qkv
     window: int = 0  # of a mask
@@ -52,13 +52,14 @@ class TensorContract:
 
 def decoder_contract(
     model: ModelSpec, graph: GraphSpec, *, lora: bool = False, activations: str = "", capacity: int = 0,
-    dialect: str = "standard", trees: bool = False,
+    dialect: str = "standard", trees: bool = False, cache_dtype: str = "",
 ) -> tuple[TensorContract, ...]:
     """Every input and output of `decoder.onnx`; with `lora`, of `decoder.lora.onnx`.
 
     activations: their dtype where it is not the graph's own (an engine in bfloat16). capacity: the cache's, where it is
     fixed, as an engine needs it; 0 leaves it open. dialect: one of DIALECTS,
     or auto as reports of older engines have it, which is standard. trees: as `edgellm build --trees` makes it.
+    cache_dtype: the cache's where it is not the activations' (int8: bytes of E4M3).
     """
     dtype = activations or graph.activation_dtype
     found = [
@@ -74,7 +75,8 @@ def decoder_contract(
         cache, roles = (BATCH, 2, *cache[1:]), ["past_kv", "present_kv"]
     for layer in range(model.num_layers):
         for role in roles:
-            found.append(TensorContract(getattr(graph, role).format(layer=layer), role, cache, dtype, layer))
+            name = getattr(graph, role).format(layer=layer)
+            found.append(TensorContract(name, role, cache, cache_dtype or dtype, layer))
     if trees and dialect == "plugin":
         found.append(TensorContract(TREE_MASKS, "tree_masks", (BATCH, SEQUENCE), "int64"))
     elif trees:

@@ -12,12 +12,14 @@ from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle, Manifest
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, UnsupportedError
-from edgellm_ros.executors.contract import decoder_contract, tensor_faults
-from edgellm_ros.executors.engine_settings import CACHE_DTYPES, batched_slots, usable_context
+from edgellm_ros.executors.contract import tensor_faults
+from edgellm_ros.executors.engine_settings import batched_slots, usable_context
 from edgellm_ros.executors.engines import (
     Engine,
-    activation_dtype,
     build_command,
+    cache_dtype,
+    cache_format,
+    engine_contract,
     is_of,
     list_engines,
     read_engine,
@@ -118,7 +120,7 @@ def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine:
 def memory_needed(engine: Engine, bundle: Bundle, config: EngineConfig) -> dict[str, int]:
     """Bytes by purpose, by the report, for choosing; the executor plans them exactly before it loads anything."""
     model, options = bundle.manifest.model, engine.options
-    element = 4 if activation_dtype(options, bundle.manifest.graph) == "float32" else 2
+    element = {"float32": 4, "int8": 1}.get(cache_dtype(options, bundle.manifest.graph), 2)
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
     return {
         "engine": engine.size,
@@ -145,10 +147,7 @@ def binding_faults(
 ) -> list[str]:
     """Every difference in names, directions, shapes, dtypes, places, layouts and profiles."""
     options = engine.options
-    contract = decoder_contract(
-        manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context or 0,
-        activations=activation_dtype(options, manifest.graph), dialect=options.dialect, trees=options.trees,
-    )  # fmt: skip
+    contract = engine_contract(manifest, options)
     inputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if b.is_input}
     outputs = {b.name: (tuple(b.dims), b.dtype) for b in bindings if not b.is_input}
     faults = tensor_faults(contract, inputs, outputs)
@@ -198,8 +197,11 @@ def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> lis
         command = build_command(bundle, options, max_context=config.max_context + kept)
         asked = f"max_context {config.max_context}"
         faults.append(f"{asked} exceeds the engine's {capacity}{idle}; rebuild with `{command}`")
-    cache = CACHE_DTYPES[activation_dtype(options, graph)]
-    if config.kv_cache not in ("auto", cache):
+    cache = cache_format(options, graph)
+    if config.kv_cache == "fp8" and cache != "fp8":
+        command = build_command(bundle, options, kv_cache="fp8", dialect="plugin")
+        faults.append(f"kv_cache is 'fp8' and the engine's is {cache}; build one with `{command}`, or set it to auto")
+    elif config.kv_cache not in ("auto", cache):
         faults.append(f"kv_cache is {config.kv_cache!r} and the engine's is {cache}; set it to auto")
     if config.max_loras and not options.lora:
         command = build_command(bundle, options, lora=True)
@@ -213,8 +215,9 @@ def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> lis
 
 
 def _preference(options: BuildOptions, config: EngineConfig) -> tuple[int, ...]:
-    """Smaller is better: no adapter inputs without need, the context that was asked for, decoding together, trees."""
+    """Smaller is better: no needless adapter inputs or fp8 cache, the context asked for, decoding together, trees."""
     context = options.max_context or 0
     batched = batched_slots(options, config)
     needless = int(options.lora and not config.max_loras)
-    return (needless, context if config.max_context else -context, -batched, -int(options.trees))
+    coarse = int(options.kv_cache == "fp8" and config.kv_cache != "fp8")
+    return (needless, coarse, context if config.max_context else -context, -batched, -int(options.trees))

@@ -7,12 +7,9 @@ from typing import Any
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import UnsupportedError
-from edgellm_ros.executors.contract import decoder_contract, lora_ranks
+from edgellm_ros.executors.contract import lora_ranks
 from edgellm_ros.executors.cuda_formats import native_format
-from edgellm_ros.executors.engines import Engine, activation_dtype
-
-CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
-
+from edgellm_ros.executors.engines import CACHE_DTYPES, Engine, activation_dtype, cache_format, engine_contract
 
 _MOST_NODES = 64  # of a tree: bits of a mask
 
@@ -31,8 +28,7 @@ def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineC
     """The native TrtDecoderConfig; raises UnsupportedError for what the decode loop cannot have. Needs no GPU."""
     model, graph, options = bundle.manifest.model, bundle.manifest.graph, engine.options
     dtype = activation_dtype(options, graph)
-    cache = CACHE_DTYPES[dtype]
-    if cache not in ("fp16", "bf16"):
+    if CACHE_DTYPES[dtype] not in ("fp16", "bf16"):
         raise UnsupportedError(f"the engine computes in {dtype}; the decode loop takes fp16 and bf16: export again")
     loop = module.DecoderConfig()
     for name in (
@@ -40,7 +36,7 @@ def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineC
         "head_rows", "embed_scale",
     ):  # fmt: skip
         setattr(loop, name, getattr(model, name))
-    loop.kv_format = module.KvFormat.__members__[cache]
+    loop.kv_format = module.KvFormat.__members__[cache_format(options, graph)]
     loop.embedding_format, loop.group_size = _embedding_format(module, bundle)
     loop.num_slots = config.max_slots
     loop.capacity = min(config.max_context or usable_context(options, config), usable_context(options, config))
@@ -50,15 +46,13 @@ def engine_settings(module: Any, engine: Engine, bundle: Bundle, config: EngineC
     loop.max_tokens = profiles[-1][graph.embeds][2][1]
     settings = module.TrtDecoderConfig()
     settings.loop = loop
+    settings.is_bf16 = dtype == "bfloat16"
     settings.engine_capacity = options.max_context
     settings.max_batch = batched_slots(options, config)
     settings.decode_tokens = profiles[0][graph.embeds][2][1]
     settings.max_logits = min(profile[graph.logit_indices][2][0] for profile in profiles)
     ranks = lora_ranks(model, graph) if options.lora else {}
-    contract = decoder_contract(
-        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect,
-        trees=options.trees,
-    )  # fmt: skip
+    contract = engine_contract(bundle.manifest, options)
     settings.set_tensors(
         [
             (

@@ -19,11 +19,14 @@ from edgellm_ros.bundle import (
     WEIGHTS,
     Bundle,
     GraphSpec,
+    Manifest,
     hash_file,
 )
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import BundleError, ToolchainError
+from edgellm_ros.executors.contract import TensorContract, decoder_contract
 
+CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
 ENGINES, ENGINE, REPORT, LAYERS = "engines", "decoder.engine", "report.json", "layers.json"
 _REMEDY = "build it again with --force"
 
@@ -89,6 +92,25 @@ def activation_dtype(options: BuildOptions, graph: GraphSpec) -> str:
     return "bfloat16" if options.activations == "bf16" else graph.activation_dtype
 
 
+def cache_dtype(options: BuildOptions, graph: GraphSpec) -> str:
+    """The dtype of an engine's cache; int8 stands for bytes of E4M3, which GPUs before compute capability 8.9 lack."""
+    return "int8" if options.kv_cache == "fp8" else activation_dtype(options, graph)
+
+
+def cache_format(options: BuildOptions, graph: GraphSpec) -> str:
+    """The same as the setting kv_cache has it."""
+    return "fp8" if options.kv_cache == "fp8" else CACHE_DTYPES[activation_dtype(options, graph)]
+
+
+def engine_contract(manifest: Manifest, options: BuildOptions) -> tuple[TensorContract, ...]:
+    """Every input and output of an engine that is built with these options, which are resolved."""
+    return decoder_contract(
+        manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context or 0,
+        activations=activation_dtype(options, manifest.graph), dialect=options.dialect, trees=options.trees,
+        cache_dtype=cache_dtype(options, manifest.graph),
+    )  # fmt: skip
+
+
 def graph_file(lora: bool, dialect: str = "standard") -> str:
     """The decoder that an engine with or without adapters is made from."""
     if dialect == "plugin":
@@ -147,5 +169,6 @@ def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:
             parts.append(f"--{field.replace('_', '-')} {getattr(wanted, field)}")
     parts += ["--lora"] if wanted.lora else []
     parts += ["--trees"] if wanted.trees else []
+    parts += [f"--kv-cache {wanted.kv_cache}"] if wanted.kv_cache != "auto" else []
     parts += ["--dialect plugin"] if wanted.dialect == "plugin" else []
     return " ".join(parts)

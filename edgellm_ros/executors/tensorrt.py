@@ -25,8 +25,15 @@ from edgellm_ros.executors.base import ExecutorInfo, LoadedAdapter
 from edgellm_ros.executors.cuda_run import CudaRun
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.engine_preflight import Binding, check_bindings, choose_engine, probe_machine
-from edgellm_ros.executors.engine_settings import CACHE_DTYPES, engine_settings
-from edgellm_ros.executors.engines import Engine, activation_dtype, build_command, check_engine
+from edgellm_ros.executors.engine_settings import engine_settings
+from edgellm_ros.executors.engines import (
+    CACHE_DTYPES,
+    Engine,
+    activation_dtype,
+    build_command,
+    cache_format,
+    check_engine,
+)
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
 from edgellm_ros.executors.memory import free_device_memory
@@ -35,6 +42,7 @@ from edgellm_ros.executors.native_executor import NativeExecutor
 _log = logging.getLogger(__name__)
 
 _ROUNDING = 3e-2  # relative error of logits that 16-bit activations add: the cuda executor's; no engine was measured
+_FP8_ROUNDING = 8e-2  # the cuda executor's too
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING}
 
 
@@ -81,17 +89,19 @@ class TensorRTExecutor(NativeExecutor):
         self.run = CudaRun(self._open, settings.loop.vocab_size, vocab_map)
         version = ".".join(map(str, self._engine.version[:3]))
         dtype = CACHE_DTYPES[activation_dtype(engine.options, bundle.manifest.graph)]
+        cache = cache_format(engine.options, bundle.manifest.graph)
+        self._is_bf16 = dtype == "bf16"
         self.info = ExecutorInfo(
             name="tensorrt",
             device=f"{machine.gpu}, TensorRT {version}",
-            precision=f"{bundle.manifest.quantization.weights} weights, {dtype} activations and KV cache",
+            precision=f"{bundle.manifest.quantization.weights} weights, {dtype} activations, {cache} KV cache",
             num_slots=settings.loop.num_slots,
             capacity=settings.loop.capacity,
             vocab_size=settings.loop.vocab_size,
             vocab_map=vocab_map,
             kv_bytes_per_token=settings.loop.kv_bytes_per_token,
             memory_bytes=self.memory_plan["total"],
-            rounding=_ROUNDING,
+            rounding=_FP8_ROUNDING if cache == "fp8" else _ROUNDING,
         )
         _log.info("engine %s; memory planned: %s", engine.key,
                   ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in self.memory_plan.items()))  # fmt: skip
@@ -111,13 +121,12 @@ class TensorRTExecutor(NativeExecutor):
             adapter = fit(found, model, self._config.max_lora_rank, remedy)
             matrices, _ = pack_matrices(adapter, model)
             fingerprint = adapter.fingerprint
-        is_bf16 = self._open().config.kv_format.name == "bf16"
         tensors = []
         for (layer, stem), pair in matrices.items():
             a, b = balance(*pair)
             if a.shape[1]:
                 for pattern, values in ((graph.lora_a, a), (graph.lora_b, b)):
-                    data = np.ascontiguousarray(half_bits(values, is_bf16)).view(np.uint8).reshape(-1)
+                    data = np.ascontiguousarray(half_bits(values, self._is_bf16)).view(np.uint8).reshape(-1)
                     tensors.append((pattern.format(layer=layer, stem=stem), a.shape[1], data))
         try:
             self._open().load_adapter(index, tensors)

@@ -21,7 +21,7 @@ py::tuple binding_tuple(const TrtBinding& binding) {
                         binding.profiles);
 }
 
-// tensors: (name, rank, bytes in the cache's format) of those that are not empty.
+// tensors: (name, rank, bytes in what the engine computes in) of those that are not empty.
 void load_adapter(
     TrtDecoder& decoder, int index,
     const std::vector<std::tuple<std::string, int, py::array_t<std::uint8_t, py::array::c_style>>>& tensors) {
@@ -56,6 +56,7 @@ void bind_trt_decoder(py::module_& module) {
   py::class_<TrtDecoderConfig>(module, "TrtDecoderConfig", "What an engine is as a decoder, and how much it may hold.")
       .def(py::init<>())
       .def_readwrite("loop", &TrtDecoderConfig::loop)
+      .def_readwrite("is_bf16", &TrtDecoderConfig::is_bf16)
       .def_readwrite("engine_capacity", &TrtDecoderConfig::engine_capacity)
       .def_readwrite("max_batch", &TrtDecoderConfig::max_batch)
       .def_readwrite("decode_tokens", &TrtDecoderConfig::decode_tokens)

@@ -111,8 +111,9 @@ __global__ void gather_rows_kernel(const bf16* x, const std::int32_t* rows, int 
   out[static_cast<std::size_t>(blockIdx.y) * width + column] = value;
 }
 
-// fp16 and bf16 have the same size, so elements travel as bits.
-__global__ void store_new_kernel(const StoreArgs p, std::uint16_t mark) {
+// Elements travel as bits.
+template <class Element>
+__global__ void store_new_kernel(const StoreArgs p, Element mark) {
   const std::size_t i = thread_index();
   const auto head_dim = static_cast<std::size_t>(p.kv.head_dim), heads = static_cast<std::size_t>(p.kv.num_kv_heads);
   const std::size_t dim = i % head_dim, head = i / head_dim % heads, row = i / (head_dim * heads);
@@ -122,11 +123,11 @@ __global__ void store_new_kernel(const StoreArgs p, std::uint16_t mark) {
   if (at < 0 || at >= p.kv.capacity) return;
   const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
   const std::size_t inside = static_cast<std::size_t>(at) * head_dim + dim;
-  const auto* key = static_cast<const std::uint16_t*>(p.kv.data) + (sequence * 2 * heads + head) * head_size + inside;
+  const auto* key = static_cast<const Element*>(p.kv.data) + (sequence * 2 * heads + head) * head_size + inside;
   const std::size_t to = sequence * p.slot_elements + head * head_size + inside;
   const bool padding = p.places[row] < 0;
-  static_cast<std::uint16_t*>(p.keys)[to] = padding ? mark : *key;
-  static_cast<std::uint16_t*>(p.values)[to] = padding ? mark : key[heads * head_size];
+  static_cast<Element*>(p.keys)[to] = padding ? mark : *key;
+  static_cast<Element*>(p.values)[to] = padding ? mark : key[heads * head_size];
 }
 
 __global__ void pack_lora_kernel(const PackLoraArgs p) {
@@ -196,10 +197,15 @@ void gather_rows_async(const bf16* x, const std::int32_t* rows, int num_rows, in
 void store_new_async(const StoreArgs& args, cudaStream_t stream) {
   const std::size_t count =
       static_cast<std::size_t>(args.batch) * args.length * args.kv.num_kv_heads * args.kv.head_dim;
+  if (args.kv.format == kernels::KvFormat::fp8) {
+    constexpr std::uint8_t kLargest = 0x7e;  // 448
+    launch(store_new_kernel<std::uint8_t>, blocks_for(count), dim3(kThreads), 0, stream, false, args, kLargest);
+    return;
+  }
   const std::uint16_t mark = args.kv.format == kernels::KvFormat::bf16
                                  ? __nv_bfloat16_raw(__float2bfloat16(kPaddingMark)).x
                                  : __half_raw(__float2half(kPaddingMark)).x;
-  launch(store_new_kernel, blocks_for(count), dim3(kThreads), 0, stream, false, args, mark);
+  launch(store_new_kernel<std::uint16_t>, blocks_for(count), dim3(kThreads), 0, stream, false, args, mark);
 }
 
 void pack_lora_async(const PackLoraArgs& args, cudaStream_t stream) {

@@ -149,6 +149,7 @@ MemoryPlan plan_workspace(const DecoderConfig& config, const Limits& limits) {
 
 Forward::Forward(const Plan& plan)
     : config_(plan.decoder),
+      is_bf16_(plan.is_bf16),
       faults_(plan.faults),
       arena_(plan_memory(weights_only(config_))),
       weights_(arena_, config_),
@@ -216,8 +217,8 @@ void Forward::enqueue_async(const BoundTensors& bound, const MemoryPlan& workspa
 
   auto* residual_bf16 = step.get<__nv_bfloat16>("residual_bf16");
   const auto hidden = static_cast<std::size_t>(config_.hidden_size);
-  embed_async(bound.embeds, config_.kv_format == kernels::KvFormat::bf16,
-              static_cast<std::size_t>(step.num_tokens) * hidden, step.get<float>("residual"), residual_bf16, stream);
+  embed_async(bound.embeds, is_bf16_, static_cast<std::size_t>(step.num_tokens) * hidden, step.get<float>("residual"),
+              residual_bf16, stream);
   for (int index = 0; index < config_.num_layers; ++index) layer_async(index, step);
 
   auto* gathered = step.get<__nv_bfloat16>("gathered");
@@ -292,7 +293,7 @@ void Forward::add_async(int index, Linear which, GemvArgs args, const __nv_bfloa
 void Forward::check_masks_async(const Step& step) const {
   const BoundTensors& bound = step.bound;
   CheckMaskArgs check;
-  check.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  check.is_bf16 = is_bf16_;
   check.is_tree = bound.is_tree();
   check.positions = bound.positions;
   check.write_indices = bound.write_indices;
@@ -423,7 +424,7 @@ void Forward::linear_async(int index, Linear which, GemvArgs args, int out_width
     PackLoraArgs pack;
     pack.bound_a = lora.a;
     pack.bound_b = lora.b;
-    pack.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+    pack.is_bf16 = is_bf16_;
     pack.rank = lora.rank;
     pack.in = args.weight.cols;
     pack.out = args.weight.rows;

@@ -29,7 +29,7 @@ struct BoundMask {
   const void* data = nullptr;  // (batch, 1, length, capacity)
 };
 
-// What one enqueue has: device memory, and sizes that were set as shapes. Floats are in the decoder's kv_format.
+// What one enqueue has: device memory, and sizes that were set as shapes. Floats are fp16 or bf16, as the plan says.
 struct BoundTensors {
   int batch = 0;
   int length = 0;  // tokens a sequence, padding included
@@ -84,6 +84,7 @@ class Forward {
   void gemv_async(kernels::GemvArgs args, int num_tokens, int out_width, bool adapted, cudaStream_t stream) const;
 
   DecoderConfig config_;
+  bool is_bf16_;
   Faults faults_;
   Arena arena_;
   Weights weights_;

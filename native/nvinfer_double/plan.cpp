@@ -11,11 +11,9 @@ namespace {
 
 using nvinfer1::DataType;
 
-const std::map<std::string, DataType, std::less<>> kDataTypes = {{"float32", DataType::kFLOAT},
-                                                                 {"float16", DataType::kHALF},
-                                                                 {"bfloat16", DataType::kBF16},
-                                                                 {"int64", DataType::kINT64},
-                                                                 {"int32", DataType::kINT32}};
+const std::map<std::string, DataType, std::less<>> kDataTypes = {
+    {"float32", DataType::kFLOAT}, {"float16", DataType::kHALF}, {"bfloat16", DataType::kBF16},
+    {"int64", DataType::kINT64},   {"int32", DataType::kINT32},  {"int8", DataType::kINT8}};
 const std::map<std::string, kernels::WeightFormat, std::less<>> kWeightFormats = {
     {"bf16", kernels::WeightFormat::bf16},
     {"fp8", kernels::WeightFormat::fp8},
@@ -23,8 +21,8 @@ const std::map<std::string, kernels::WeightFormat, std::less<>> kWeightFormats =
     {"int4", kernels::WeightFormat::int4},
     {"int8_offset", kernels::WeightFormat::int8_offset},
     {"fp8_blocks", kernels::WeightFormat::fp8_blocks}};
-const std::map<std::string, kernels::KvFormat, std::less<>> kKvFormats = {{"bf16", kernels::KvFormat::bf16},
-                                                                          {"fp16", kernels::KvFormat::fp16}};
+const std::map<std::string, kernels::KvFormat, std::less<>> kKvFormats = {
+    {"bf16", kernels::KvFormat::bf16}, {"fp16", kernels::KvFormat::fp16}, {"fp8", kernels::KvFormat::fp8}};
 const std::map<std::string, kernels::Activation, std::less<>> kActivations = {
     {"silu", kernels::Activation::silu}, {"gelu_tanh", kernels::Activation::gelu_tanh}};
 
@@ -167,6 +165,7 @@ Plan parse_plan(std::span<const std::byte> blob) {
   for (const Json& profile : json.at("profiles").array()) plan.profiles.push_back(read_profile(profile, plan));
   if (plan.profiles.empty()) throw std::invalid_argument("the plan has no profile");
   plan.decoder = read_decoder(json.at("decoder"));
+  plan.is_bf16 = json.at("decoder").at("is_bf16").flag();
   for (const Json& weight : json.at("weights").array()) plan.weights.push_back(read_weight(weight, data));
   if (json.has("faults")) plan.faults = read_faults(json.at("faults"));
   return plan;
@@ -179,6 +178,8 @@ std::size_t size_of(DataType dtype) {
     case DataType::kHALF:
     case DataType::kBF16:
       return 2;
+    case DataType::kINT8:
+      return 1;
     default:
       return 4;
   }

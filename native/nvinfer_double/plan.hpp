@@ -66,6 +66,7 @@ struct Plan {
   std::vector<Binding> bindings;
   std::vector<Profile> profiles;
   DecoderConfig decoder;
+  bool is_bf16 = false;  // embeddings, masks and adapters; else fp16
   std::vector<StoredWeight> weights;
   Faults faults;
 

@@ -36,7 +36,7 @@ TrtDecoder::Inputs TrtDecoder::group_inputs(int first_slot) const {
   inputs.each.write_indices = at("trt.write_indices");
   inputs.each.logit_indices = at("trt.logit_indices");
   if (arena_.plan().contains("trt.tree_masks")) inputs.each.tree_masks = at("trt.tree_masks");
-  inputs.each.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  inputs.each.is_bf16 = trt_.is_bf16;
   const std::size_t mask = slot * trt_stride(rows * static_cast<std::size_t>(trt_.engine_capacity) * 2);
   for (const int window : windows_) {
     inputs.masks.push_back(arena_.get<std::byte>("trt.mask." + std::to_string(window)) + mask);
@@ -53,7 +53,7 @@ TrtDecoder::Inputs TrtDecoder::chunk_inputs() const {
   if (arena_.plan().contains("trt.chunk_tree_masks")) {
     inputs.each.tree_masks = arena_.get<std::int64_t>("trt.chunk_tree_masks");
   }
-  inputs.each.is_bf16 = config_.kv_format == kernels::KvFormat::bf16;
+  inputs.each.is_bf16 = trt_.is_bf16;
   for (const int window : windows_) {
     inputs.masks.push_back(arena_.get<std::byte>("trt.chunk_mask." + std::to_string(window)));
   }

@@ -26,8 +26,9 @@ TrtRole trt_role_from_name(const std::string& name) {
 void TrtDecoderConfig::check() const {
   require(loop.num_slots > 0 && loop.capacity > 0 && max_batch > 0 && decode_tokens > 0 && max_logits > 0,
           "a size of the engine is zero");
-  require(loop.kv_format == kernels::KvFormat::fp16 || loop.kv_format == kernels::KvFormat::bf16,
-          "an engine's cache is fp16 or bf16");
+  const auto own = is_bf16 ? kernels::KvFormat::bf16 : kernels::KvFormat::fp16;
+  require(loop.kv_format == own || (loop.kv_format == kernels::KvFormat::fp8 && has(TrtRole::past_kv)),
+          "an engine's cache is what it computes in, fp16 or bf16, or fp8 with plugins");
   require(loop.max_tokens >= decode_tokens, "the engine's prefill takes fewer tokens than its decode step");
   require(loop.embedding_format == kernels::WeightFormat::bf16 ||
               loop.embedding_format == kernels::WeightFormat::fp16 ||
@@ -46,7 +47,7 @@ void TrtDecoderConfig::check() const {
           "slots hold " + std::to_string(loop.capacity) + " tokens and the engine's cache " +
               std::to_string(engine_capacity) + (reserved > 0 ? ", whose last place is for idle slots" : ""));
   const std::size_t slot_bytes = static_cast<std::size_t>(loop.num_kv_heads) * static_cast<std::size_t>(loop.head_dim) *
-                                 static_cast<std::size_t>(engine_capacity) * 2;
+                                 static_cast<std::size_t>(engine_capacity) * kernels::kv_element_bytes(loop.kv_format);
   require(loop.num_slots == 1 || slot_bytes % MemoryPlan::kAlignment == 0,
           "a slot of " + std::to_string(engine_capacity) + " tokens has " + std::to_string(slot_bytes) +
               " bytes of keys in a layer, and TensorRT wants addresses in multiples of 256; build the engine with a "

@@ -42,6 +42,24 @@ def test_single_tokens_have_the_bits_of_the_cuda_executor(
         assert np.array_equal(one(tensorrt, 2, [token], i), one(cuda, 2, [token], i)), i
 
 
+@pytest.mark.parametrize("kind", ["gpu_llama", "gpu_mistral", "gpu_gemma3"])
+def test_a_cache_in_fp8_has_the_cuda_executors_bits_too(
+    kind: str, with_engine: Callable[..., Bundle], open_one: Callable[..., Executor]
+) -> None:
+    bundle = with_engine(kind, build={"dialect": needed("plugin"), "kv_cache": "fp8"})
+    tensorrt, cuda = (open_one(name, bundle, kv_cache="fp8") for name in ("tensorrt", "cuda"))
+    assert "fp8 KV cache" in tensorrt.info.precision
+    assert tensorrt.info.kv_bytes_per_token == cuda.info.kv_bytes_per_token
+    ids = prompt(60)
+    for i in range(30):
+        assert np.array_equal(one(tensorrt, 2, ids[i : i + 1], i), one(cuda, 2, ids[i : i + 1], i)), i
+    assert np.array_equal(tensorrt.save_prefix(2, 30), cuda.save_prefix(2, 30))
+    rows = [np.concatenate([one(e, 1, ids[:50], 0, 4), one(e, 1, ids[50:51], 50)]) for e in (tensorrt, cuda)]
+    assert relative_error(rows[0], rows[1]) < 0.08
+    tensorrt.copy_prefix(1, 3, 51)
+    assert np.array_equal(one(tensorrt, 3, ids[51:52], 51), one(tensorrt, 1, ids[51:52], 51))
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 5}])
 @pytest.mark.parametrize("batching", ["exact", "fast"])
 def test_answers_that_start_from_one_token_are_the_cuda_executors(

@@ -17,14 +17,23 @@ import numpy as np
 from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.executors import cuda
-from edgellm_ros.executors.contract import decoder_contract, lora_ranks
-from edgellm_ros.executors.engines import ENGINE, ENGINES, REPORT, Engine, activation_dtype, read_engine, source_hashes
+from edgellm_ros.executors.contract import lora_ranks
+from edgellm_ros.executors.engines import (
+    ENGINE,
+    ENGINES,
+    REPORT,
+    Engine,
+    activation_dtype,
+    cache_format,
+    engine_contract,
+    read_engine,
+    source_hashes,
+)
 from edgellm_ros.toolchain.build.profiles import profile_ranges
 
 MAGIC = b"edgellm_ros double of nvinfer 1\n"
 TENSORRT = (10, 14, 1, 48)  # whose headers the double is compiled with; the last one is not in the plan
 ALIGNMENT = 256
-_KV = {"float16": "fp16", "bfloat16": "bf16"}
 _NUMBERS = (
     "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
     "head_rows", "num_positions", "capacity", "rms_norm_eps", "attention_scale", "qk_norm", "tied_head",
@@ -55,7 +64,8 @@ def refusal(bundle: Bundle, options: BuildOptions) -> str:
     model = bundle.manifest.model
     dtype = activation_dtype(options, bundle.manifest.graph)
     found = {
-        f"activations in {dtype}": dtype not in _KV,
+        f"activations in {dtype}": dtype not in ("float16", "bfloat16"),
+        "fp8 cache of its own attention": options.kv_cache == "fp8" and options.dialect != "plugin",
         "adapters with a rope of part of a head": options.lora and bool(model.rotary_dim),
     }
     return ", ".join(name for name, needed in found.items() if needed)
@@ -70,19 +80,16 @@ def plan_facts(
         raise ValueError(f"the double has no {reason}")
     model, graph = bundle.manifest.model, bundle.manifest.graph
     dtype = activation_dtype(options, graph)
-    contract = decoder_contract(
-        model, graph, lora=options.lora, capacity=options.max_context or 0, activations=dtype, dialect=options.dialect,
-        trees=options.trees,
-    )  # fmt: skip
+    contract = engine_contract(bundle.manifest, options)
     inputs = {tensor.name: tensor.sizes for tensor in contract if tensor.is_input}
     ranks = lora_ranks(model, graph) if options.lora else {}
-    settings = cuda._settings(bundle, EngineConfig(max_context=options.max_context or 0, kv_cache=_KV[dtype]))
+    settings = cuda._settings(bundle, EngineConfig(max_context=options.max_context or 0, kv_cache=cache_format(options, graph)))
     if settings.ordered or settings.factored:
         raise ValueError("the double has no order or factor of a layer's input")
     recorder = _Recorder()
     cuda._upload(recorder, bundle)
     decoder = {name: getattr(settings, name) for name in _NUMBERS}
-    decoder |= {"kv_format": settings.kv_format.name, "activation": settings.activation.name}
+    decoder |= {"is_bf16": dtype == "bfloat16", "kv_format": settings.kv_format.name, "activation": settings.activation.name}
     decoder["formats"] = {stem: {"format": form.name, "group": group} for stem, (form, group) in settings.formats.items()}
     decoder |= {name: list(getattr(settings, name)) for name in ("sliding_windows", "layer_ropes", "biases")}
     facts = {

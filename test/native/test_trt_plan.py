@@ -119,6 +119,18 @@ def test_trees_beyond_what_the_engine_takes_are_refused(bundle: Bundle) -> None:
         plain.check()
 
 
+def test_a_cache_in_fp8_is_half_as_large_and_of_engines_with_plugins_alone(bundle: Bundle) -> None:
+    options = replace(OPTIONS, dialect="plugin")
+    sizes = {}
+    for kv_cache in ("auto", "fp8"):
+        found = settings(write_engine(bundle, kv_cache, replace(options, kv_cache=kv_cache)), bundle)
+        sizes[found.loop.kv_format.name] = NATIVE.plan_trt_memory(found, 0)["kv_cache"]
+        assert not found.is_bf16
+    assert sizes["fp16"] == 2 * sizes["fp8"]
+    with pytest.raises(UnsupportedError, match="an engine's cache is what it computes in, fp16 or bf16, or fp8 with plugins"):
+        settings(write_engine(bundle, "standard", replace(OPTIONS, kv_cache="fp8")), bundle)
+
+
 def test_a_cache_whose_slots_tensorrt_could_not_take_is_refused(tmp_path: Path) -> None:
     model = replace(MODEL, head_dim=8, num_heads=8)
     bundle = with_embedding(make_bundle(tmp_path / "odd", model), LinearFormat("int8", 32))

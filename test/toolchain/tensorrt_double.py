@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from edgellm_ros import trt_plugins
 
-_TYPES = {TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.BFLOAT16: "BF16", TensorProto.INT64: "INT64"}
+_TYPES = {TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF", TensorProto.BFLOAT16: "BF16", TensorProto.INT64: "INT64", TensorProto.INT8: "INT8"}
 
 
 class Tensor:

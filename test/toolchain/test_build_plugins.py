@@ -118,9 +118,9 @@ def test_packing_keeps_every_number_in_its_place(rows: int, cols: int, group: in
             assert packed[row // 16, index, row % 8 * 2 + row % 16 // 8] == scales[row, index]
 
 
-@pytest.mark.parametrize("trees", [False, True])
+@pytest.mark.parametrize(("trees", "kv_cache"), [(False, "auto"), (True, "auto"), (True, "fp8")])
 def test_the_library_s_own_plugins_take_every_node_of_the_graph(
-    bundle: Bundle, tensorrt: Callable[..., Any], trees: bool
+    bundle: Bundle, tensorrt: Callable[..., Any], trees: bool, kv_cache: str
 ) -> None:
     library()  # skips where it is not built
     made: list[str] = []
@@ -133,7 +133,7 @@ def test_the_library_s_own_plugins_take_every_node_of_the_graph(
         known = {name: Tensor(value.shape, _NP[value.dtype.name]) for name, value in weights.items()}
         if node.op_type == "EdgeLLMAttention":
             width = (attributes["num_heads"] + 2 * attributes["num_kv_heads"]) * attributes["head_dim"]
-            cache = Tensor((-1, 2, attributes["num_kv_heads"], 64, attributes["head_dim"]), HALF)
+            cache = Tensor((-1, 2, attributes["num_kv_heads"], 64, attributes["head_dim"]), INT8 if kv_cache == "fp8" else HALF)
             inputs = [Tensor((-1, -2, width), HALF), cache, Tensor((-1, -2), INT64), Tensor((-1,), INT64)]
         else:
             inputs = [Tensor((-1, -2, attributes["cols"]), HALF)]
@@ -145,7 +145,8 @@ def test_the_library_s_own_plugins_take_every_node_of_the_graph(
         plugin.configure(inputs, outputs)
 
     module = tensorrt(check=check)
-    build_engine(bundle, options=replace(SMALL, trees=trees), builder="tensorrt")
+    engine, _ = build_engine(bundle, options=replace(SMALL, trees=trees, kv_cache=kv_cache), builder="tensorrt")
+    assert ("kv_fp8" in engine.key) == (kv_cache == "fp8")
     layers = bundle.manifest.model.num_layers
     assert module.log["libraries"] == [str(trt_plugins.find_library())]
     assert made.count("edgellm::EdgeLLMAttention 1") == layers and len(made) == 5 * layers + 1
@@ -243,6 +244,8 @@ def test_what_is_missing_is_said_with_the_remedy(
         build_engine(plain, options=BuildOptions(max_context=64, dialect="standard"), builder="tensorrt")
     with pytest.raises(ToolchainError, match="TensorRT-RTX takes no plugins; build on the robot"):
         targets.choose_dialect("plugin", "tensorrt_rtx", "1.7", exported, False)
+    with pytest.raises(ToolchainError, match="own attention has no cache in fp8; leave --kv-cache out, or, .* --dialect plugin"):
+        targets.check_cache(BuildOptions(kv_cache="fp8", dialect="standard"))
 
     with pytest.raises(ToolchainError, match="TensorRT 10.2.0 gives no plugin .* 10.3 is the oldest"):
         targets.choose_dialect("auto", "tensorrt", "10.2.0", exported, False)

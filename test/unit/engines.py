@@ -21,9 +21,9 @@ from edgellm_ros.bundle import (
     hash_file,
 )
 from edgellm_ros.config import BuildOptions
-from edgellm_ros.executors.contract import decoder_contract, lora_ranks
+from edgellm_ros.executors.contract import lora_ranks
 from edgellm_ros.executors.engine_preflight import Binding, Machine
-from edgellm_ros.executors.engines import ENGINE, ENGINES, REPORT, Engine, activation_dtype, read_engine, source_hashes
+from edgellm_ros.executors.engines import ENGINE, ENGINES, REPORT, Engine, engine_contract, read_engine, source_hashes
 
 MODEL = ModelSpec("llama", "tiny", 2, 64, 96, 4, 2, 16, 320, 256, 1e-5)
 GRAPH = GraphSpec(activation_dtype="float16", max_lora_rank=8)
@@ -40,10 +40,7 @@ def make_bundle(root: Path, model: ModelSpec = MODEL, graph: GraphSpec = GRAPH) 
 
 def ranges(bundle: Bundle, options: BuildOptions) -> list[dict[str, Any]]:
     """What the build writes as profiles: decode, and prefill where they are split."""
-    contract = decoder_contract(
-        bundle.manifest.model, bundle.manifest.graph, lora=options.lora, capacity=options.max_context or 0,
-        dialect=options.dialect, trees=options.trees,
-    )  # fmt: skip
+    contract = engine_contract(bundle.manifest, options)
     ranks = lora_ranks(bundle.manifest.model, bundle.manifest.graph)
     profiles = []
     for longest in (options.max_verify, options.max_input)[options.profile == "single" :]:
@@ -72,7 +69,7 @@ def write_engine(bundle: Bundle, key: str = "tensorrt-10.13.3.9-sm87", options: 
         "profiles": ranges(bundle, options),
         "activation_memory_bytes": [1 << 20, 2 << 20],
         "engine": {"size": entry.size, "sha256": entry.sha256},
-        "sources": source_hashes(bundle, options.lora),
+        "sources": source_hashes(bundle, options.lora, options.dialect),
         **changed,
     }
     (path / REPORT).write_text(json.dumps(report), encoding="utf-8")
@@ -81,11 +78,7 @@ def write_engine(bundle: Bundle, key: str = "tensorrt-10.13.3.9-sm87", options: 
 
 def bindings_of(engine: Engine, bundle: Bundle) -> list[Binding]:
     """What TensorRT would say of an engine that is as its report says."""
-    contract = decoder_contract(
-        bundle.manifest.model, bundle.manifest.graph, lora=engine.options.lora,
-        activations=activation_dtype(engine.options, bundle.manifest.graph), capacity=engine.options.max_context or 0,
-        dialect=engine.options.dialect, trees=engine.options.trees,
-    )
+    contract = engine_contract(bundle.manifest, engine.options)
     return [
         Binding(t.name, t.is_input, t.dtype, t.sizes, False, True, [p[t.name] for p in engine.profiles] if t.is_input else [])
         for t in contract

@@ -17,7 +17,14 @@ from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError
-from edgellm_ros.executors.engine_preflight import Binding, Machine, check_bindings, choose_engine, probe_machine
+from edgellm_ros.executors.engine_preflight import (
+    Binding,
+    Machine,
+    check_bindings,
+    choose_engine,
+    memory_needed,
+    probe_machine,
+)
 from edgellm_ros.executors.engines import ENGINE, REPORT, check_engine
 
 DEFAULT = EngineConfig()
@@ -70,7 +77,8 @@ def test_an_engine_of_another_machine_is_refused_by_what_differs(
     ("config", "words"),
     [
         ({"max_context": 128}, ["max_context 128", "64", "--max-context 128"]),
-        ({"kv_cache": "fp8"}, ["fp8", "fp16", "auto"]),
+        ({"kv_cache": "fp8"}, ["fp8", "fp16", "--kv-cache fp8 --dialect plugin", "auto"]),
+        ({"kv_cache": "bf16"}, ["bf16", "fp16", "auto"]),
         ({"max_loras": 1, "max_lora_rank": 8}, ["max_loras is 1", "--lora"]),
         ({"max_loras": 1, "max_lora_rank": 16}, ["max_lora_rank 16", "8"]),
     ],
@@ -135,6 +143,20 @@ def test_a_report_that_lacks_something_is_a_damaged_engine(bundle: Bundle, field
 def test_an_engine_that_is_what_it_claims_passes(bundle: Bundle, options: BuildOptions) -> None:
     engine = write_engine(bundle, options=options)
     check_bindings(engine, bundle.manifest, bindings_of(engine, bundle), len(engine.profiles))
+
+
+def test_a_cache_of_bytes_is_half_as_large_and_taken_where_it_is_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("edgellm_ros.trt_plugins.find_library", lambda: Path("libedgellm_plugins.so"))
+    bundle = make_bundle(tmp_path / "plain")
+    plain = write_engine(bundle, "a", replace(OPTIONS, dialect="plugin"))
+    coarse = write_engine(bundle, "b", replace(OPTIONS, dialect="plugin", kv_cache="fp8"))
+    needed = [memory_needed(engine, bundle, DEFAULT)["KV cache"] for engine in (plain, coarse)]
+    assert needed[0] == 2 * needed[1] > 0
+    assert choose_engine(bundle, DEFAULT, ORIN)[0] == plain
+    assert choose_engine(bundle, EngineConfig(kv_cache="fp8"), ORIN)[0] == coarse
+    found = bindings_of(coarse, bundle)
+    assert {b.dtype for b in found if "_kv." in b.name} == {"int8"}
+    check_bindings(coarse, bundle.manifest, found, 2)
 
 
 def test_masks_are_compared_as_every_input_is(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from edgellm_ros.bundle import Bundle, hash_file
 from edgellm_ros.toolchain.whole_output import whole_output
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors import engines
-from edgellm_ros.executors.contract import decoder_contract, lora_ranks
+from edgellm_ros.executors.contract import lora_ranks
 from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, Engine
 from edgellm_ros.toolchain.build import report as reports
 from edgellm_ros.toolchain.build import plugins, targets, timing
@@ -62,6 +62,7 @@ def build_engine(
     flavour, trt = targets.load_builder(builder, target, here)
     dialect = targets.choose_dialect(options.dialect, flavour, trt.__version__, bundle, options.lora)
     options = dataclasses.replace(options, dialect=dialect)
+    targets.check_cache(options)
     final = bundle.path / ENGINES / reports.engine_key(flavour, trt.__version__, target, options)
     if final.exists() and not force:
         engine = engines.read_engine(final)
@@ -116,6 +117,8 @@ def _build(
         take_trees(graph, bundle.manifest, options)
     if options.activations == "bf16":
         to_bfloat16(graph)
+    if options.kv_cache == "fp8":
+        plugins.take_bytes(graph, bundle.manifest)
     log: list[tuple[str, str]] = []
     logger = _logger(trt, log)
     maker = trt.Builder(logger)
@@ -132,7 +135,7 @@ def _build(
     table = check_network(network, graph, bundle.manifest, options, warnings)
     inputs = {t.name: tuple(t.shape) for t in (network.get_input(i) for i in range(network.num_inputs))}
     model, names = bundle.manifest.model, bundle.manifest.graph
-    contract = decoder_contract(model, names, lora=options.lora, dialect=options.dialect, trees=options.trees)
+    contract = engines.engine_contract(bundle.manifest, options)
     profiles = profile_ranges(inputs, contract, options, lora_ranks(model, names) if options.lora else {})
     config = maker.create_builder_config()
     add_profiles(maker, config, profiles)

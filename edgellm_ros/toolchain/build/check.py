@@ -8,11 +8,11 @@ from typing import Any
 from edgellm_ros.bundle import Manifest
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.contract import decoder_contract, tensor_faults
-from edgellm_ros.executors.engines import activation_dtype
+from edgellm_ros.executors.contract import tensor_faults
+from edgellm_ros.executors.engines import engine_contract
 from edgellm_ros.trt_plugins import DOMAIN
 
-_DTYPES = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64"}
+_DTYPES = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "INT64": "int64", "INT8": "int8"}
 
 
 def check_network(
@@ -45,10 +45,7 @@ def _row(layer: Any) -> list[str]:
 
 def _tensors(network: Any, manifest: Manifest, options: BuildOptions) -> list[str]:
     assert options.max_context is not None, "options are resolved"
-    wanted = decoder_contract(
-        manifest.model, manifest.graph, lora=options.lora, capacity=options.max_context,
-        activations=activation_dtype(options, manifest.graph), dialect=options.dialect, trees=options.trees,
-    )  # fmt: skip
+    wanted = engine_contract(manifest, options)
     found_in = [network.get_input(i) for i in range(network.num_inputs)]
     found_out = [network.get_output(i) for i in range(network.num_outputs)]
     return tensor_faults(wanted, _sizes(found_in), _sizes(found_out))

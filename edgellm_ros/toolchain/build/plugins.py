@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros import trt_plugins
-from edgellm_ros.bundle import WEIGHTS, Bundle
+from edgellm_ros.bundle import WEIGHTS, Bundle, Manifest
 from edgellm_ros.errors import ToolchainError, UnsupportedError
 from edgellm_ros.toolchain.build.packing import pack_int4, pack_scales
 
@@ -42,6 +42,17 @@ def load_plugins(trt: Any) -> Path:
         raise ToolchainError(f"TensorRT {trt.__version__} did not take {', '.join(lost)} from {library}; build edgellm_ros "
                              "again on this machine, with this TensorRT's headers")  # fmt: skip
     return library
+
+
+def take_bytes(graph: Any, manifest: Manifest) -> None:
+    """Make the caches of `graph` (an onnx ModelProto) bytes: the attention plugin writes E4M3 into them."""
+    from onnx import TensorProto
+
+    roles = (manifest.graph.past_kv, manifest.graph.present_kv)
+    names = {role.format(layer=layer) for role in roles for layer in range(manifest.model.num_layers)}
+    for value in (*graph.graph.input, *graph.graph.output):
+        if value.name in names:
+            value.type.tensor_type.elem_type = TensorProto.INT8
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ def engine_key(builder: str, version: str, target: str, options: BuildOptions) -
     parts += ["lora"] if options.lora else []
     parts += ["trees"] if options.trees else []
     parts += ["plugin"] if options.dialect == "plugin" else []
+    parts += [f"kv_{options.kv_cache}"] if options.kv_cache != "auto" else []
     parts += ["bf16"] if options.activations == "bf16" else []
     return "-".join(parts + ([f"m{options.memory_limit}"] if options.memory_limit else []))
 

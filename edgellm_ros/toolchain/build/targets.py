@@ -9,7 +9,7 @@ from typing import Any
 
 from edgellm_ros.bundle import WEIGHTS, Bundle
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.config import BUILD_TARGETS
+from edgellm_ros.config import BUILD_TARGETS, BuildOptions
 from edgellm_ros.executors.engines import graph_file
 from edgellm_ros.trt_plugins import DOMAIN
 
@@ -85,6 +85,13 @@ def choose_dialect(asked: str, flavour: str, version: str, bundle: Bundle, lora:
         why = "" if attends else f"; TensorRT {version} has no attention over a cache of its own ({since} has)"
         raise ToolchainError(f"{bundle.path} has no {name}{why}; export the model again with --dialect plugin")
     return dialect
+
+
+def check_cache(options: BuildOptions) -> None:
+    """Raise ToolchainError for a cache that the dialect, which was chosen, cannot have."""
+    if options.kv_cache == "fp8" and options.dialect != "plugin":
+        raise ToolchainError("TensorRT's own attention has no cache in fp8; leave --kv-cache out, or, for TensorRT on the "
+                             "robot, add --dialect plugin")  # fmt: skip
 
 
 def check_formats(bundle: Bundle, target: str) -> None:

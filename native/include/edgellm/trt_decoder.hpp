@@ -46,10 +46,11 @@ struct TrtTensor {
 };
 
 struct TrtDecoderConfig {
-  // Sizes of the model, the cache's format (fp16 or bf16, which the embeddings have too), the embedding's format (bf16,
-  // fp16 or int8), slots, adapters; capacity is what a slot may hold and max_tokens the most of one enqueue;
+  // Sizes of the model, the cache's format (what the engine computes in or, with plugins, fp8), the embedding's format
+  // (bf16, fp16 or int8), slots, adapters; capacity is what a slot may hold and max_tokens the most of one enqueue;
   // max_verify_tokens the nodes of a tree, which the engine has to take, or 0.
   DecoderConfig loop;
+  bool is_bf16 = false;     // what the engine computes in; else fp16
   int engine_capacity = 0;  // of the engine's cache; one more than loop.capacity, or more, where slots are batched
   int max_batch = 1;        // slots of one enqueue; 1: each sequence alone, so that its results depend on nothing else
   int decode_tokens = 1;    // most tokens of a sequence in the first profile
@@ -73,7 +74,7 @@ constexpr std::size_t trt_stride(std::size_t size) {
 // context_bytes: TrtEngine::context_bytes. Beside it TensorRT has the engine's weights.
 MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_bytes);
 
-// One adapter's A or B of one linear layer, in host memory in the cache's format; empty tensors are not given.
+// One adapter's A or B of one linear layer, in host memory in what the engine computes in; empty tensors are not given.
 struct TrtLoraTensor {
   std::string name;
   int rank = 0;
