@@ -32,7 +32,7 @@ pytestmark = [
 ]
 HAS_GPU = bool(MODULE is not None and MODULE.count_devices()[0])
 OPTIONS = BuildOptions(max_batch=2, max_input=32, max_context=64, max_verify=4, lora=True)
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 7, "int64": 8}  # of NvInfer.h
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 7, "int64": 8, "int8": 2}  # of NvInfer.h
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,14 @@ def text(shape: list[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"
 
 
-def test_names_directions_dtypes_shapes_and_profiles_are_the_plans(open_driver: Open, facts: Any) -> None:
-    driver = open_driver()
+@pytest.mark.parametrize("kind", ["plain", "trees", "plugins, trees, bytes"])
+def test_names_directions_dtypes_shapes_and_profiles_are_the_plans(
+    kind: str, open_driver: Open, facts: Any, bundle: Bundle
+) -> None:
+    if kind != "plain":
+        changed = {"dialect": "plugin", "kv_cache": "fp8"} if "plugins" in kind else {}
+        facts = plan_facts(bundle, replace(OPTIONS, trees=True, **changed).resolved(bundle))
+    driver = open_driver(raw=plan_bytes(*facts))
     assert (driver.version, driver.engine) == ("version 101401", "engine made")
     assert "this is a test double of libnvinfer, not TensorRT" in driver.greeting[0]
     first, *rest = driver.call("describe").split(" ; ")
@@ -91,6 +97,15 @@ def test_names_directions_dtypes_shapes_and_profiles_are_the_plans(open_driver: 
         assert line == " ".join(wanted)
     decode, prefill = (int(line.split()[1]) for line in memory)
     assert 0 < decode < prefill and decode % 256 == prefill % 256 == 0
+
+
+def test_a_mask_must_fit_the_cache(open_driver: Open, bundle: Bundle) -> None:
+    found = plan_facts(bundle, replace(OPTIONS, trees=True).resolved(bundle))
+    driver = open_driver(raw=plan_bytes(*found))
+    assert driver.call("create") == "true"
+    assert driver.call("shape", "mask.0", 1, 1, 4, 64) == "true"
+    assert driver.call("shape", "mask.0", 1, 1, 4, 32) == "false" and "outside profile 0" in driver.logs[0]
+    assert driver.call("shape", "mask.0", 1, 1, 5, 64) == "false"
 
 
 @pytest.mark.parametrize("cut", [0, 10, 35, 200, -300])
