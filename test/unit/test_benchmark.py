@@ -18,10 +18,9 @@ import pytest
 from cli_bundle import serve_with_fakes, write_bundle
 from run_double import RunFakeExecutor
 
-from edgellm_ros.benchmark import costs, engine_path, machine, measure
+from edgellm_ros.benchmark import costs, engine_path, machine, measure, ratios
 from edgellm_ros.benchmark.figures import Decode, Prefill, spread
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
-from edgellm_ros.benchmark.ratios import measure_ratios
 from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
 from edgellm_ros.benchmark.report import ratios_line
 from edgellm_ros.bundle import TOKENIZER, Bundle, ModelSpec
@@ -283,8 +282,8 @@ def test_the_engines_time_is_that_of_its_steps_however_many_sequences_share_them
         assert engine_path.time_first_token(llm, [7] * 30, sampling) >= 5.0
 
 
-def test_graphs_and_draws_on_the_device_are_compared_step_by_step() -> None:
-    """A stand-in whose launches cost 3 ms without graphs and 1 ms with them, and whose steps for the host cost 4 ms."""
+def test_graphs_and_draws_on_the_device_are_compared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test's: a launch takes 1 ms with graphs and 3 ms without, a step for the host 4 ms."""
 
     class Decoder:
         graphs = True
@@ -292,18 +291,29 @@ def test_graphs_and_draws_on_the_device_are_compared_step_by_step() -> None:
         def use_graphs(self, use: bool) -> None:
             self.graphs = use
 
-    decoder = Decoder()
-    executor = RunFakeExecutor(num_slots=2, capacity=64, before_step=lambda steps: time.sleep(0.004))
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def pass_ms(self, ms: float) -> None:
+            self.now += ms * 1e-3
+
+    decoder, clock = Decoder(), Clock()
+    monkeypatch.setattr(ratios, "time", clock)
+    executor = RunFakeExecutor(num_slots=2, capacity=64, before_step=lambda steps: clock.pass_ms(4))
     executor.step([SequenceStep(slot, np.full(20, 7, np.int32), 0) for slot in range(2)])
-    executor.run.hook = lambda word: time.sleep((1 if decoder.graphs else 3) * 1e-3) if word == "launch" else None
-    found = measure_ratios(executor, decoder, 2, 20, 6, 3, SamplingParams(temperature=0.9, seed=1))
-    assert all(len(times) == 3 for times in (found.graph_ms, found.plain_ms, found.device_ms, found.host_ms))
+    executor.run.hook = lambda word: clock.pass_ms(1 if decoder.graphs else 3) if word == "launch" else None
+    found = ratios.measure_ratios(executor, decoder, 2, 20, 6, 3, SamplingParams(temperature=0.9, seed=1))
     assert decoder.graphs and set(executor.run.batches) == {(0, 1)}
     told = found.to_dict()
-    assert 1.2 < told["plain_launches_over_graph"] < 6 and 1.2 < told["host_over_device"] < 8
-    assert told["graph_ms"]["median"] >= 1.0 and told["drawn_on_host_ms"]["median"] >= 4.0
+    assert told["graph_ms"]["rounds"] == pytest.approx([1.0] * 3)
+    assert told["plain_launches_ms"]["rounds"] == pytest.approx([3.0] * 3)
+    assert told["drawn_on_host_ms"]["rounds"] == pytest.approx([4.0] * 3)
+    assert told["plain_launches_over_graph"] == pytest.approx(3.0) and told["host_over_device"] == pytest.approx(4.0)
     line = ratios_line(told)
-    assert f"{told['plain_launches_over_graph']:.2f} x a graph's" in line and "on the host" in line
+    assert "plain launches take 3.00 x a graph's 1.000 ms" in line and "on the host takes 4.00 x the 1.000 ms" in line
 
 
 def test_ctrl_c_ends_the_sequences_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
