@@ -146,10 +146,11 @@ class Runs:
     def _stop(self) -> None:
         for job in self._running:
             assert job.process is not None
+            code = job.process.poll()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
-            self._print(job, None)
+            self._print(job, code)
         waiting = [f"{job.tool or 'no tool'} {job.kind}" for job in self._waiting]
         if waiting:
             print(f"never started: {', '.join(waiting)}", flush=True)
@@ -177,7 +178,6 @@ def main(words: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + args.limit_s
     stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     kinds = kinds_of(args.tests, args.python, others)
     if not kinds:
         print(f"error: {args.tests} has no test_every_path_once for {others}", file=sys.stderr)
@@ -186,7 +186,11 @@ def main(words: list[str] | None = None) -> int:
         directory = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         runs = Runs(args, kinds, directory.resolve())
-        runs.go(deadline, stopped)
+        before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+        try:
+            runs.go(deadline, stopped)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return int(runs.failed)
 
 

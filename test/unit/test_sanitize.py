@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +23,15 @@ case "$*" in *--collect-only*) printf 'test_x.py::test_every_path_once[%s]\\n' c
 echo "part load 0.1 s"
 [ -n "$EDGELLM_SHORT_RUN_BUNDLES" ] || exit 1
 [ "$TOOL:$EDGELLM_SHORT_RUN" = "racecheck:no-products short" ] || [ "$TOOL" != racecheck ] || exit 1
-case "$TOOL$*" in [a-z]*slow*) sleep 60 ;; esac
+case "$TOOL$*" in [a-z]*slow*)
+  while [ $(ls "$MARKS" | wc -l) -lt 4 ]; do sleep 0.1; done
+  sleep 1; kill -TERM "$TOLD"; sleep 60 ;;
+esac
 """
 STAND_IN = """#!/bin/bash
 [ "$1 $3 $5" = "--tool --error-exitcode --kernel-name" ] || exit 5
 tool=$2; shift 6
-TOOL=$tool "$@"; code=$?
+TOOL=$tool "$@"; code=$?; touch "$MARKS/$$"
 case "$*" in *racy*) printf '%s' "$RACY"; exit 9 ;; esac
 echo "========= ERROR SUMMARY: 0 errors"; exit $code
 """
@@ -62,7 +66,7 @@ def test_only_a_summary_without_findings_of_a_test_that_passed_is_clean(
     assert found[1].startswith(words)
 
 
-def test_every_kind_and_tool_has_a_line_also_where_the_time_is_up(
+def test_every_kind_and_tool_has_a_line_also_where_it_was_told_to_stop(
     sanitize: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool, python = tmp_path / "compute-sanitizer", tmp_path / "python"
@@ -70,8 +74,10 @@ def test_every_kind_and_tool_has_a_line_also_where_the_time_is_up(
     python.write_text(PYTHON)
     for path in (tool, python):
         path.chmod(0o755)
-    monkeypatch.setenv("RACY", FOUND)
-    code = sanitize.main(["--sanitizer", str(tool), "--python", str(python), "--limit-s", "2", "--jobs", "6"])
+    (tmp_path / "marks").mkdir()
+    for name, value in {"RACY": FOUND, "MARKS": str(tmp_path / "marks"), "TOLD": str(os.getpid())}.items():
+        monkeypatch.setenv(name, value)
+    code = sanitize.main(["--sanitizer", str(tool), "--python", str(python), "--limit-s", "60", "--jobs", "6"])
     assert code == 1
     lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
     for name in ("racecheck", "memcheck"):
