@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,9 +10,12 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cli_bundle import write_bundle
+from run_double import RunFakeExecutor
 
 from edgellm_ros import native
 from edgellm_ros.benchmark.figures import SCHEMA, SCHEMA_VERSION
@@ -19,6 +23,7 @@ from edgellm_ros.benchmark.measure import Benchmark
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.bench import _doubling
 from edgellm_ros.cli.main import main
+from edgellm_ros.config import EngineConfig
 
 NO_GPU = native.unavailable_reason()
 SVG = "{http://www.w3.org/2000/svg}"
@@ -99,8 +104,6 @@ def test_comparing_executors_gives_ratios_to_the_first(
     create = executors.create_executor
 
     def as_cuda(bundle: Bundle, config: Any) -> Any:
-        import dataclasses
-
         made = create(bundle, dataclasses.replace(config, executor="onnxruntime"))
         if config.executor == "cuda":
             made.info = dataclasses.replace(made.info, name="cuda")
@@ -127,6 +130,36 @@ def test_comparing_executors_gives_ratios_to_the_first(
     )
     assert main(["bench", "--bundle", path, "--compare", "cuda", "--executor", "cuda"]) == 2
     assert "--compare names the executors already" in capsys.readouterr().err
+
+
+def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a native executor; both batch sizes have ratios of their own, at the shortest context."""
+    switched: list[bool] = []
+
+    class Native(RunFakeExecutor):
+        decoder = SimpleNamespace(use_graphs=switched.append)
+
+    def create(bundle: Bundle, config: EngineConfig) -> Native:
+        made = Native(config.max_slots, config.max_context, allowed=128)
+        made.info = dataclasses.replace(made.info, name="onnxruntime")  # whose bytes are known
+        return made
+
+    monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
+    monkeypatch.setattr("edgellm_ros.benchmark.measure.NativeExecutor", Native)
+    file = tmp_path / "report.json"
+    options = ("--rounds", "2", "--new-tokens", "8", "--prompt-tokens", "20", "--context", "40", "20", "--batch", "1", "2")
+    assert main(["bench", "--bundle", str(write_bundle(tmp_path / "bundle")), *options, "--json", str(file)]) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert len(report["runs"]) == 2 and switched == [False, True] * 6  # a round that is not counted, then two
+    for run in report["runs"]:
+        ratios = run["ratios"]
+        assert (ratios["context"], ratios["new_tokens"]) == (20, 8)
+        for name in ("graph_ms", "plain_launches_ms", "drawn_on_device_ms", "drawn_on_host_ms"):
+            check_spread(ratios[name], 2)
+        assert ratios["host_over_device"] > 0
+    assert capsys.readouterr().out.count("after 20 tokens: plain launches take") == 2
 
 
 def test_the_plot_is_an_svg_with_a_point_for_each_context(path: str, tmp_path: Path) -> None:
