@@ -127,10 +127,11 @@ class RandomBundle(Bundle):
 
     def read_text(self, name: str) -> str:
         """The tokenizer is made up: one word of letters for each id, decoded as byte-level tokenizers are."""
-        return _tokenizer_json(self.manifest.model.vocab_size) if name == TOKENIZER else super().read_text(name)
+        return word_tokenizer(self.manifest.model.vocab_size) if name == TOKENIZER else super().read_text(name)
 
 
-def _tokenizer_json(vocab_size: int) -> str:
+def word_tokenizer(vocab_size: int) -> str:
+    """The text of a tokenizer.json with that many made-up words."""
     words = map("".join, itertools.product(string.ascii_lowercase, repeat=4))  # 456,976 of them
     vocab = {f"\u0120{word}": i for i, word in enumerate(itertools.islice(words, vocab_size))}
     assert len(vocab) == vocab_size, vocab_size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm_ros.bundle import Manifest
 from edgellm_ros.errors import BundleError
 from edgellm_ros.executors.base import Executor, SequenceStep
+from edgellm_ros.vocab_map import VocabMap
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,27 @@ class SelfTestResult:
 
 def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
     """Run the bundle's self-test cases in slot 0, which must be unused, and measure."""
+    logits = (
+        executor.step([SequenceStep(0, np.asarray(case.prompt_ids, np.int32), 0, len(case.next_ids))])
+        for case in manifest.self_test.cases
+    )
+    return compare_self_test(manifest, logits, executor.info.vocab_map, executor.info.rounding)
+
+
+def compare_self_test(
+    manifest: Manifest,
+    all_logits: Iterable[npt.NDArray[np.float32]],
+    vocab: VocabMap | None,
+    rounding: float = 0.0,
+) -> SelfTestResult:
+    """Measure logits (next ids of the case, rows of the head) that something computed for each case, in order.
+
+    vocab: which token each row is, where the head was cut; rounding: what is allowed beside the self-test's max_error.
+    """
     test = manifest.self_test
-    vocab = executor.info.vocab_map
     difference = reference_energy = 0.0
     agreeing = tokens = 0
-    for case in test.cases:
-        prompt = np.asarray(case.prompt_ids, np.int32)
-        logits = executor.step([SequenceStep(0, prompt, 0, len(case.next_ids))])
+    for case, logits in zip(test.cases, all_logits, strict=True):
         expected = np.asarray(case.logits, np.float64)
         columns, best = np.asarray(case.logit_ids), logits.argmax(-1)
         if vocab is not None:
@@ -45,7 +62,7 @@ def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:
         agreeing += int(np.sum(best == np.asarray(case.next_ids)))
         tokens += len(case.next_ids)
     error = float(np.sqrt(difference / reference_energy)) if reference_energy else 0.0
-    return SelfTestResult(error, test.max_error + executor.info.rounding, agreeing, tokens)
+    return SelfTestResult(error, test.max_error + rounding, agreeing, tokens)
 
 
 def run_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:

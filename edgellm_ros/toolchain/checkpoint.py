@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ class Checkpoint(abc.ABC):
         """A quantised weight's integers and scales; only for names that have a `scheme`."""
         raise AssertionError(f"{name} is not quantised")
 
-    def reads_parts(self, name: str) -> bool:
-        """Whether reading some rows costs less than reading all of them."""
-        return True
+    def packed_parts(self, name: str, step: int) -> Iterator[PackedWeight]:
+        """`packed` in parts of `step` rows, a multiple of 8; the last one may be smaller."""
+        whole = self.packed(name)
+        for start in range(0, whole.shape[0], step):
+            yield whole.take(slice(start, start + step))
 
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """Write the whole tensor to `out`, contiguous and of its shape: memory used again costs no page faults."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
 from edgellm_ros.toolchain.graph.plugin import check_plugin_support, write_plugin_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
-from edgellm_ros.toolchain.keep import KeptWeights
+from edgellm_ros.toolchain.keep import WHOLE_INPUT, KeptWeights
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer, read_norm
 from edgellm_ros.toolchain.quantize_weights import quantize_int4, quantize_int8
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
@@ -252,19 +253,29 @@ def _tables(
     that is empty. A table in fp32 at once could be twice the size of a small model.
     """
     total, columns = source.shape(name)
-    whole = kept is not None and kept.is_kept(stem)
-    if whole:
-        _write_linear(writer, stem, np.empty(0, np.float32), quant, kept, chosen)
-    step, first = max(1, _TABLE_NUMBERS // columns) if source.reads_parts(name) else total, 0
+    step, first = max(8, _TABLE_NUMBERS // columns // 8 * 8), 0
+    packed = source.packed_parts(name, step) if source.scheme(name) is not None else None
     for start in range(0, total, step):
-        rows = source.read_rows(name, start, min(start + step, total))
+        stop = min(start + step, total)
+        part = next(packed) if packed is not None else None
+        taken: Any = slice(None)
         if chosen is not None:
-            rows = rows[chosen[(chosen >= start) & (chosen < start + step)] - start]
-        if not len(rows):
-            continue
-        if stem and not whole:
-            for tensor, data in _stored(rows, quant.format_of(stem)).items():
-                writer.write_rows(f"{stem}.{tensor}", first, data)
+            taken = chosen[(chosen >= start) & (chosen < stop)] - start
+            if not len(taken):
+                continue
+        part = part.take(taken) if part is not None else None
+        rows = source.read_rows(name, start, stop)[taken] if part is None else part.dequantize()
+        if stem:
+            if kept is not None and kept.is_kept(stem):
+                assert part is not None, stem
+                tensors = kept.stored(stem, [part])
+            else:
+                tensors = _stored(rows, quant.format_of(stem))
+            for tensor, data in tensors.items():
+                if tensor in WHOLE_INPUT:
+                    writer.write(f"{stem}.{tensor}", data)
+                else:
+                    writer.write_rows(f"{stem}.{tensor}", first, data)
         yield first, rows
         first += len(rows)
 
@@ -275,10 +286,9 @@ def _write_linear(
     weight: FloatArray,
     quant: QuantSpec,
     kept: KeptWeights | None,
-    rows: np.ndarray | None = None,
 ) -> None:
-    """Write a layer's tensors: from `weight`, or the checkpoint's own integers (their `rows`) where they are kept."""
-    tensors = kept.tensors(stem, rows) if kept is not None and kept.is_kept(stem) else None
+    """Write a layer's tensors: from `weight`, or the checkpoint's own integers where they are kept."""
+    tensors = kept.tensors(stem) if kept is not None and kept.is_kept(stem) else None
     for name, tensor in (tensors or _stored(weight, quant.format_of(stem))).items():
         writer.write(f"{stem}.{name}", tensor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,19 @@ class GgufCheckpoint(Checkpoint):
     def packed(self, name: str) -> PackedWeight:
         """See Checkpoint.packed; q and k rows in Hugging Face's order."""
         own = self._own_name(name)
-        weight = unpack(self._file.type_name(own), *self._file.raw_rows(own))
+        weight = unpack(self._file.type_name(own), *self._file.raw_rows(own, 0, self.shape(name)[0]))
         order = self._row_order(name)
         return weight if order is None else weight.take(order)
+
+    def packed_parts(self, name: str, step: int) -> Iterator[PackedWeight]:
+        """See Checkpoint.packed_parts; only a part's bytes are read."""
+        own = self._own_name(name)
+        if self._row_order(name) is not None:
+            yield from super().packed_parts(name, step)
+            return
+        total = self._file.shape(own)[0]
+        for start in range(0, total, step):
+            yield unpack(self._file.type_name(own), *self._file.raw_rows(own, start, min(start + step, total)))
 
     def num_bytes(self) -> int:
         """Bytes of all tensors in the file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,13 @@ class _Entry:
 
 
 class GgufFile:
-    """Read-only, memory-mapped; `metadata` holds every key with plain Python values."""
+    """Read-only; a tensor is read when it is asked for. `metadata` holds every key with plain Python values."""
 
     def __init__(self, path: Path) -> None:
         """Map `path`, parse its header and check every tensor's range; raises CheckpointError when it is not whole."""
         self.path = path
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb")  # noqa: SIM115  (closed with the object)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
         try:
             self._read_header()
@@ -67,11 +68,10 @@ class GgufFile:
         """How a tensor is stored: F16, Q4_0, Q6_K, …"""
         return str(self._entries[name].type.name)
 
-    def raw_rows(self, name: str) -> tuple[npt.NDArray[np.uint8], int]:
-        """A matrix's rows as bytes (rows, bytes of a row), a read-only view, and the bytes of a block."""
+    def raw_rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """Rows start to stop - 1 of a matrix as bytes (rows, bytes of a row), an own array, and a block's bytes."""
         entry = self._entries[name]
-        raw = np.frombuffer(self._map, np.uint8, _entry_bytes(entry), entry.begin)
-        return raw.reshape(-1, entry.row_bytes), gguf.GGML_QUANT_SIZES[entry.type][1]
+        return self._bytes(entry, start, stop), int(gguf.GGML_QUANT_SIZES[entry.type][1])
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of a tensor's first axis, dequantised to an own float32 array."""
@@ -83,14 +83,24 @@ class GgufFile:
         return self._dequantise(entry, start * inner, stop * inner).reshape(stop - start, *entry.shape[1:])
 
     def _dequantise(self, entry: _Entry, start: int, stop: int) -> npt.NDArray[np.float32]:
-        size = (stop - start) * entry.row_bytes
-        raw = np.frombuffer(self._map, np.uint8, size, entry.begin + start * entry.row_bytes)
+        raw = self._bytes(entry, start, stop)
         if entry.type.name in _FLOATS:
-            return raw.view(_FLOATS[entry.type.name]).astype(np.float32)
+            return raw.reshape(-1).view(_FLOATS[entry.type.name]).astype(np.float32)
         try:
-            return np.array(gguf.dequantize(raw.reshape(stop - start, -1), entry.type), dtype=np.float32)
+            return np.array(gguf.dequantize(raw, entry.type), dtype=np.float32)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: tensors of type {entry.type.name} cannot be read") from error
+
+    def _bytes(self, entry: _Entry, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """(rows, bytes of a row); read, not mapped: pages of a map would count as the process's memory."""
+        raw = np.empty((stop - start, entry.row_bytes), np.uint8)
+        done, first = 0, entry.begin + start * entry.row_bytes
+        while done < raw.nbytes:  # a call reads at most 2 GiB
+            count = os.preadv(self._file.fileno(), [raw.reshape(-1)[done:].data], first + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} became shorter while it was read; download it again")
+            done += count
+        return raw
 
     def _read_header(self) -> None:
         magic, version, num_tensors, num_keys = self._unpack("4sIQQ")

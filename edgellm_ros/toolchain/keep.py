@@ -29,6 +29,7 @@ from edgellm_ros.toolchain.quantized.packed import (
 )
 
 _LARGEST_GROUP = 128  # of a stored scale: larger ones are repeated, which changes nothing
+WHOLE_INPUT = ("input_scale", "input_factor", "input_order")  # stored tensors that have no row for each output
 _LARGEST_OF_ROW = 64  # the same for one scale a row: ONNX Runtime batches int8 exactly up to here
 
 
@@ -94,14 +95,15 @@ class KeptWeights:
         found = self._layers.get("embed" if stem == "head" and "head" not in self._layers else stem)
         return found is not None and found.kept
 
-    def tensors(self, stem: str, rows: npt.NDArray[Any] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """What is stored for a layer, by the name after its stem; `rows` picks some of a head's."""
+    def tensors(self, stem: str) -> dict[str, npt.NDArray[Any]]:
+        """What is stored for a layer, by the name after its stem."""
+        return self.stored(stem, [self._source.packed(name) for name in self._layers[stem].names])
+
+    def stored(self, stem: str, parts: list[PackedWeight]) -> dict[str, npt.NDArray[Any]]:
+        """The same for the weights of the layer's modules, or for some rows of a table's one."""
         layer = self._layers.get(stem) or self._layers["embed"]
         form = layer.format
-        parts = [_convert(self._source.packed(name), form) for name in layer.names]
-        weight = stack(parts, stem)
-        if rows is not None:
-            weight = weight.take(rows)
+        weight = stack([_convert(part, form) for part in parts], stem)
         found: dict[str, npt.NDArray[Any]] = {"weight": _stored_values(weight)}
         if form.scheme in INTEGERS:
             found["scale"] = self._half(weight.scale, stem)

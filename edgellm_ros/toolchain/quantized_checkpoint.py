@@ -5,6 +5,7 @@ Reading a weight dequantises it; `packed` gives its integers and scales instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,6 @@ class QuantizedCheckpoint(HfCheckpoint):
             return super().read_rows(name, start, stop)
         return self._reader.read(self._modules[name]).take(slice(start, stop)).dequantize()
 
-    def reads_parts(self, name: str) -> bool:
-        """See Checkpoint.reads_parts; a quantised weight is unpacked as a whole."""
-        return name not in self._modules
-
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """See Checkpoint.read_into."""
         if name in self._modules:
@@ -70,6 +67,10 @@ class QuantizedCheckpoint(HfCheckpoint):
     def activation_scale(self, name: str) -> ActivationScale | None:
         """See Checkpoint.activation_scale."""
         return self._reader.activation_scale(self._modules[name]) if name in self._modules else None
+
+    def packed_parts(self, name: str, step: int) -> Iterator[PackedWeight]:
+        """See Checkpoint.packed_parts."""
+        return self._reader.read_parts(self._modules[name], step)
 
     def packed(self, name: str) -> PackedWeight:
         """See Checkpoint.packed."""

@@ -75,19 +75,23 @@ class SafetensorsFile:
         """The dtype's name in the file: F32, BF16, U8, F8_E4M3, …"""
         return self._entries[name].dtype
 
-    def raw(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as it is stored, as an own array; bfloat16 as uint16, FP8 as uint8."""
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """A tensor (or rows start to stop - 1) as it is stored, an own array; bfloat16 as uint16, FP8 as uint8."""
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: {name} is stored as {entry.dtype}; read are {', '.join(_DTYPES)}")
-        values = np.empty(math.prod(entry.shape), _DTYPES[entry.dtype])
+        shape, begin = entry.shape, entry.begin
+        if stop is not None:
+            row = math.prod(shape[1:]) * np.dtype(_DTYPES[entry.dtype]).itemsize
+            shape, begin = (min(stop, shape[0]) - start, *shape[1:]), begin + start * row
+        values = np.empty(math.prod(shape), _DTYPES[entry.dtype])
         done = 0
         while done < values.nbytes:  # read, not mapped, as in read_rows; a call reads at most 2 GiB
-            count = os.preadv(self._file.fileno(), [values.view(np.uint8)[done:].data], entry.begin + done)
+            count = os.preadv(self._file.fileno(), [values.view(np.uint8)[done:].data], begin + done)
             if count == 0:
                 raise CheckpointError(f"{self.path} became shorter while {name} was read; {_REMEDY}")
             done += count
-        return values.reshape(entry.shape)
+        return values.reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int, out: Float32 | None = None) -> Float32:
         """Rows start to stop - 1 of a tensor's first axis as float32, in `out` (contiguous) or an own array."""

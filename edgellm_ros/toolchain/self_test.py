@@ -9,10 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from edgellm_ros.bundle import Bundle, Manifest, SelfTestCase
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
-from edgellm_ros.executors.selftest import measure_self_test
+from edgellm_ros.executors.selftest import compare_self_test
+from edgellm_ros.toolchain.layerwise import first_logits
 from edgellm_ros.toolchain.reference import FloatArray
 from edgellm_ros.vocab_map import VocabMap
 
@@ -72,13 +71,11 @@ def make_cases(
 def finish_self_test(root: Path, manifest: Manifest) -> Manifest:
     """Run the exported decoder, refuse it when it is too far from the reference, and set how far others may be."""
     scheme = manifest.quantization.weights
-    longest = max(len(c.prompt_ids) for c in manifest.self_test.cases)
-    config = EngineConfig(max_slots=1, max_context=min(manifest.model.max_context, max(longest, 16)))
-    executor = OnnxRuntimeExecutor(Bundle(root, manifest), config)
-    try:
-        result = measure_self_test(executor, manifest)
-    finally:
-        executor.close()
+    cases = manifest.self_test.cases
+    bundle = Bundle(root, manifest)
+    prompts = [np.asarray(case.prompt_ids, np.int32) for case in cases]
+    logits = first_logits(bundle, prompts, [len(case.next_ids) for case in cases])
+    result = compare_self_test(manifest, logits, bundle.vocab_map())
     # Integers that were kept are compared with what they stand for: only activations are rounded.
     mark = _KEPT_MARK if manifest.quantization.kept else _QUALITY_MARKS[scheme]
     if not result.error <= mark:

@@ -9,7 +9,7 @@ import abc
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,8 @@ class Module:
 
     shape: tuple[int, int]  # (out, in), of the weight that it stands for
     scheme: Scheme
+
+Rows = tuple[int, int] | None  # from one to before another; None: all
 
 
 class Tensors:
@@ -54,17 +56,20 @@ class Tensors:
         """A tensor's shape."""
         return self._home[name].shape(name)
 
-    def raw(self, name: str) -> npt.NDArray[Any]:
-        """A tensor's numbers, read from the file; FP8 as bytes."""
-        return self._home[name].raw(name)
+    def raw(self, name: str, rows: Rows = None) -> npt.NDArray[Any]:
+        """A tensor's numbers, or some rows of them, read from the file; FP8 as bytes."""
+        return self._home[name].raw(name) if rows is None else self._home[name].raw(name, *rows)
 
-    def floats(self, name: str) -> FloatArray:
-        """A float tensor as float32; CheckpointError names it when a number is not finite."""
+    def floats(self, name: str, rows: Rows = None) -> FloatArray:
+        """A float tensor, or some rows of it, as float32; CheckpointError names it when a number is not finite."""
         shape = self.shape(name)
-        rows = self._home[name].read_rows(name, 0, shape[0]) if shape else self._home[name].read_rows(name, 0, 1)
-        if not np.isfinite(rows).all():
+        if rows is not None:
+            shape = (min(rows[1], shape[0]) - rows[0], *shape[1:])
+        start = 0 if rows is None else rows[0]
+        found = self._home[name].read_rows(name, start, start + shape[0] if shape else 1)
+        if not np.isfinite(found).all():
             raise CheckpointError(f"{self.path}: {name} holds a NaN or an infinity; {DAMAGED}")
-        return rows.reshape(shape)
+        return found.reshape(shape)
 
 
 DAMAGED = "the checkpoint is damaged; download it again, or quantise the original model again"
@@ -91,6 +96,12 @@ class QuantReader(abc.ABC):
     @abc.abstractmethod
     def read(self, module: str) -> PackedWeight:
         """The numbers of one module."""
+
+    def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
+        """`read` in parts of `step` rows, a multiple of 8; by default all are read at once, for layouts by column."""
+        whole = self.read(module)
+        for start in range(0, whole.shape[0], step):
+            yield whole.take(slice(start, start + step))
 
     def activation_scale(self, module: str) -> ActivationScale | None:
         """How the module's input is rounded, with one scale for all tokens; None where it is not, or otherwise."""

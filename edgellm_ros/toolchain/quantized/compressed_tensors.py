@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from edgellm_ros.toolchain.quantized.base import (
     SMALLEST_GROUP,
     Module,
     QuantReader,
+    Rows,
     group_order,
     is_excluded,
     text_list,
@@ -97,24 +98,40 @@ class CompressedTensors(QuantReader):
 
     def read(self, module: str) -> PackedWeight:
         """See QuantReader.read."""
+        return self._read(module, None)
+
+    def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
+        """See QuantReader.read_parts."""
+        form, whole = self._of[module], self.modules[module].shape[0]
+        if form.strategy == "block" or not form.symmetric:  # zero points are packed along the rows
+            yield from super().read_parts(module, step)
+            return
+        for start in range(0, whole, step):
+            yield self._read(module, (start, min(start + step, whole)))
+
+    def _read(self, module: str, part: Rows) -> PackedWeight:
+        """All rows, or those of `part`."""
         form, info = self._of[module], self.modules[module]
         rows, columns = info.shape
+        of_rows = part if self.tensors.shape(f"{module}.weight_scale")[:1] == (rows,) else None
+        if part is not None:
+            rows = part[1] - part[0]
         if form.kind == "nvfp4":
-            scale = e4m3(self.tensors.raw(f"{module}.weight_scale"))
+            scale = e4m3(self.tensors.raw(f"{module}.weight_scale", of_rows))
             whole = 1 / float(self.tensors.floats(f"{module}.weight_global_scale").reshape(()))
-            values = self.tensors.raw(f"{module}.weight_packed")
+            values = self.tensors.raw(f"{module}.weight_packed", part)
             return PackedWeight(
                 "nvfp4", NVFP4_GROUP, values, scale, global_scale=np.full(rows, whole, np.float32)
             )
-        scale = self._spread(self.tensors.floats(f"{module}.weight_scale"), form, info.shape)
+        scale = self._spread(self.tensors.floats(f"{module}.weight_scale", of_rows), form, (rows, columns))
         if form.kind == "fp8":
-            return PackedWeight("fp8", info.scheme.group, self.tensors.raw(f"{module}.weight"), scale)
+            return PackedWeight("fp8", info.scheme.group, self.tensors.raw(f"{module}.weight", part), scale)
         bits = 4 if form.kind == "int4" else 8
         if form.format == "pack-quantized":
-            numbers = unpack_words(self.tensors.raw(f"{module}.weight_packed"), bits, columns)
+            numbers = unpack_words(self.tensors.raw(f"{module}.weight_packed", part), bits, columns)
             values = _signed(numbers, bits)
         else:
-            values = self.tensors.raw(f"{module}.weight")
+            values = self.tensors.raw(f"{module}.weight", part)
         offset = None
         if not form.symmetric:
             offset = -self._zeros(module, form, info.shape, bits) * scale

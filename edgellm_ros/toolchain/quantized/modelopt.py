@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from edgellm_ros.executors.small_floats import e4m3
-from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, is_excluded, text_list
+from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, Rows, is_excluded, text_list
 from edgellm_ros.toolchain.quantized.fp8_blocks import spread_blocks
 from edgellm_ros.toolchain.quantized.packed import NVFP4_GROUP, ActivationScale, PackedWeight, Scheme
 
@@ -83,17 +83,34 @@ class ModelOpt(QuantReader):
 
     def read(self, module: str) -> PackedWeight:
         """See QuantReader.read."""
+        return self._read(module, None)
+
+    def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
+        """See QuantReader.read_parts."""
+        if self._kinds[module] == "fp8 blocks":
+            yield from super().read_parts(module, step)
+            return
+        for start in range(0, self.modules[module].shape[0], step):
+            yield self._read(module, (start, start + step))
+
+    def _read(self, module: str, part: Rows) -> PackedWeight:
+        """All rows, or those of `part`."""
         kind, info = self._kinds[module], self.modules[module]
         rows, columns = info.shape
-        values = self.tensors.raw(f"{module}.weight")
+        of_rows = part if rows in self.tensors.shape(f"{module}.weight_scale") else None
+        if part is not None:
+            part = (part[0], min(part[1], rows))
+            rows = part[1] - part[0]
+        half = None if part is None else (part[0] // 2, -(-part[1] // 2))
+        values = self.tensors.raw(f"{module}.weight", half if kind == "int4" else part)
         scale_name = f"{module}.weight_scale"
         factor = f"{module}.pre_quant_scale"
         input_factor = self.tensors.floats(factor).reshape(columns) if factor in self.parts else None
         if kind == "nvfp4":
-            scale = e4m3(self.tensors.raw(scale_name)).reshape(rows, -1)
+            scale = e4m3(self.tensors.raw(scale_name, of_rows)).reshape(rows, -1)
             total = np.full(rows, float(self.tensors.floats(f"{module}.weight_scale_2").reshape(())), np.float32)
             return PackedWeight("nvfp4", NVFP4_GROUP, values, scale, None, input_factor, total)
-        scale = self.tensors.floats(scale_name)
+        scale = self.tensors.floats(scale_name, of_rows)
         if kind == "int4":
             low, high = values & 15, values >> 4
             nibbles = np.stack([low, high], 1).reshape(rows, columns).astype(np.int8)

@@ -87,12 +87,13 @@ class PackedWeight:
     def dequantize(self) -> FloatArray:
         """(out, in) fp32, the input's factor included and its features in their own order."""
         rows, columns = self.shape
-        weight = self.numbers().reshape(rows, self.scale.shape[1], -1) * self.scale[..., None]
+        grouped = self.numbers().reshape(rows, self.scale.shape[1], -1)
+        grouped *= self.scale[..., None]
         if self.global_scale is not None:
-            weight *= self.global_scale[:, None, None]
+            grouped *= self.global_scale[:, None, None]
         if self.offset is not None:
-            weight += self.offset[..., None]
-        weight = weight.reshape(rows, columns)
+            grouped += self.offset[..., None]
+        weight = grouped.reshape(rows, columns)
         if self.order is not None:
             weight = weight[:, np.argsort(self.order)]
         if self.input_factor is not None:
