@@ -58,7 +58,7 @@ void engine_rows(const py::object& residual, const py::object& positions, const 
 }
 
 void engine_chunk(const py::object& residual, int position, int num_logits, const py::tuple& out,
-                  const py::object& depths, const py::object& masks, std::uintptr_t stream) {
+                  const py::object& depths, const py::object& masks, const py::object& start, std::uintptr_t stream) {
   const DeviceArray input(residual, "residual");
   const std::int64_t tokens = input.size(0), hidden = input.size(1);
   if (num_logits < 1 || num_logits > tokens) throw std::invalid_argument("num_logits must be 1 to the tokens");
@@ -70,12 +70,13 @@ void engine_chunk(const py::object& residual, int position, int num_logits, cons
   args.num_logits = num_logits;
   args.depths = optional<const std::int32_t>(depths, "depths", {tokens});
   args.masks = optional<const std::uint64_t>(masks, "masks", {tokens});
+  args.start = optional<const std::int32_t>(start, "start", {1});
   args.out = engine_inputs(out, tokens, hidden, 1);
   kernels::engine_chunk_async(args, to_stream(stream));
 }
 
 void engine_mask(const py::object& positions, const py::object& mask, int window, const py::object& tree, int prefix,
-                 std::uintptr_t stream) {
+                 const py::object& start, std::uintptr_t stream) {
   const DeviceArray input(positions, "positions");
   const std::int64_t tokens = input.size(0);
   kernels::EngineMaskArgs args;
@@ -87,6 +88,7 @@ void engine_mask(const py::object& positions, const py::object& mask, int window
   args.capacity = static_cast<int>(DeviceArray(mask, "mask").size(1));
   args.window = window;
   args.prefix = prefix;
+  args.start = optional<const std::int32_t>(start, "start", {1});
   args.mask = to.data;
   args.is_bf16 = to.is_bf16;
   kernels::engine_mask_async(args, to_stream(stream));
@@ -99,9 +101,10 @@ void bind_engine_inputs(py::module_& module) {
              py::arg("members"), py::arg("first_slot"), py::arg("num_rows"), py::arg("idle_place"), py::arg("out"),
              py::arg("stream") = 0);
   module.def("engine_chunk", &engine_chunk, py::arg("residual"), py::arg("position"), py::arg("num_logits"),
-             py::arg("out"), py::arg("depths") = py::none(), py::arg("masks") = py::none(), py::arg("stream") = 0);
+             py::arg("out"), py::arg("depths") = py::none(), py::arg("masks") = py::none(),
+             py::arg("start") = py::none(), py::arg("stream") = 0);
   module.def("engine_mask", &engine_mask, py::arg("positions"), py::arg("mask"), py::arg("window") = 0,
-             py::arg("tree") = py::none(), py::arg("prefix") = 0, py::arg("stream") = 0);
+             py::arg("tree") = py::none(), py::arg("prefix") = 0, py::arg("start") = py::none(), py::arg("stream") = 0);
 }
 
 }  // namespace edgellm

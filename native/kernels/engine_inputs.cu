@@ -46,15 +46,15 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const EngineRowsArgs arg
 
 __global__ void __launch_bounds__(kThreads) chunk_kernel(const EngineChunkArgs args) {
   wait_for_predecessor();
-  const int token = blockIdx.x;
+  const int token = blockIdx.x, start = args.start != nullptr ? *args.start : args.position;
   if (threadIdx.x == 0) {
-    args.out.positions[token] = args.position + (args.depths != nullptr ? args.depths[token] : token);
+    args.out.positions[token] = start + (args.depths != nullptr ? args.depths[token] : token);
     if (args.out.tree_masks != nullptr) {
       // Of more than 64 tokens the masks do not count.
       const std::uint64_t before = token < 63 ? (std::uint64_t{2} << token) - 1 : ~std::uint64_t{0};
       args.out.tree_masks[token] = static_cast<std::int64_t>(args.masks != nullptr ? args.masks[token] : before);
     }
-    if (token == 0) args.out.write_indices[0] = args.position;
+    if (token == 0) args.out.write_indices[0] = start;
     const int row = token - (args.num_tokens - args.num_logits);
     if (row >= 0) args.out.logit_indices[row] = token;
   }
@@ -74,11 +74,12 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const EngineMaskArgs arg
   const auto position = static_cast<int>(args.positions[token]);
   const int first = args.window > 0 ? position - args.window + 1 : 0;  // position that it still sees
   const std::uint64_t seen = args.tree != nullptr ? args.tree[token] : 0;
+  const int prefix = args.start != nullptr ? *args.start : args.prefix;
   const std::size_t row = static_cast<std::size_t>(token) * args.capacity;
   for (int place = threadIdx.x; place < args.capacity; place += kThreads) {
     bool visible = place <= position && place >= first;
     if (args.tree != nullptr) {
-      const int node = place - args.prefix;
+      const int node = place - prefix;
       visible = node < 0 ? place >= first
                          : node < args.num_tokens && (seen >> node & 1) != 0 && args.positions[node] >= first;
     }

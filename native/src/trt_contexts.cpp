@@ -60,13 +60,13 @@ TrtDecoder::Inputs TrtDecoder::chunk_inputs() const {
   return inputs;
 }
 
-void TrtDecoder::record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree, int prefix) {
+void TrtDecoder::record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree) {
   kernels::EngineMaskArgs args;
   args.positions = inputs.each.positions;
   args.num_tokens = num_tokens;
   args.capacity = trt_.engine_capacity;
   args.tree = tree != nullptr ? tree->masks : nullptr;
-  args.prefix = prefix;
+  args.start = tree != nullptr ? &tree->position : nullptr;
   args.is_bf16 = inputs.each.is_bf16;
   for (std::size_t i = 0; i < windows_.size(); ++i) {
     args.window = windows_[i];
@@ -151,13 +151,24 @@ TrtContext TrtDecoder::make_context(const ContextKey& key) {
   // share their memory, for one stream runs them.
   TrtContext context = engine_.make_context(arena_.get<std::byte>("trt.context"));
   context.use_profile_async(0, stream_.get());
-  bind(context, group_inputs(key.first_slot), group_logits(key.first_slot), key, 1);
+  if (key.length > 1) {
+    bind(context, chunk_inputs(), arena_.get<float>("logits"), key, key.length);
+  } else {
+    bind(context, group_inputs(key.first_slot), group_logits(key.first_slot), key, 1);
+  }
   return context;
 }
 
 void TrtDecoder::prepare_capture_async(const StepKey& key) {
   const Layout groups = layout(key);
   if (contexts_.size() + groups.size() > kMostContexts || graphs_.size() >= kMostGraphs) forget(-1);
+  if (key.tail == StepTail::kVerify) {
+    const ContextKey needed = verify_context_key(key);
+    if (contexts_.contains(needed)) return;
+    contexts_.emplace(needed, make_context(needed));
+    record_verify_async(key);  // see below
+    return;
+  }
   for (const Group& group : groups) {
     if (contexts_.contains(context_key(group))) continue;
     contexts_.emplace(context_key(group), make_context(context_key(group)));

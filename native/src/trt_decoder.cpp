@@ -205,6 +205,7 @@ float* TrtDecoder::step_logits(const StepKey& key) const {
 }
 
 void TrtDecoder::record_step_async(const StepKey& key) {
+  if (key.tail == StepTail::kVerify) return record_verify_async(key);
   if (key.tail == StepTail::kLogits) {
     kernels::embedding_async(embedding_, arena_.get<std::int32_t>("decode_inputs"), key.batch, config_.embed_scale,
                              arena_.get<float>("residual"), arena_.get<__nv_bfloat16>("residual_bf16"), stream_.get(),
@@ -234,6 +235,9 @@ StepTail TrtDecoder::sampling_class(std::span<const RunSequence> sequences) cons
 
 void TrtDecoder::several_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
+  if (length <= most_nodes() && item.num_logits == length) {
+    return verify_async(item.slot, item.position, item.token_ids, {}, first_row, item.adapter);
+  }
   const int last = engine_.num_profiles() - 1;
   int row = first_row;
   for (int start = 0; start < length;) {
@@ -250,8 +254,49 @@ void TrtDecoder::several_async(const SequenceStep& item, int first_row) {
 void TrtDecoder::verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
                               std::span<const std::int32_t> parents, int first_row, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
-  upload_verify_inputs_async(draft_inputs(slot, position, token_ids, parents));
-  chunk_async({slot, token_ids, position, count, adapter}, 0, count, count, first_row, 0, true);
+  VerifyInputs inputs = draft_inputs(slot, position, token_ids, parents);
+  // One graph for each power of two; behind the draft come tokens that nobody asked for, whose places are free.
+  const int padded = std::min(verify_class(count), most_nodes());
+  for (int i = count; i < padded; ++i) {
+    inputs.depths[i] = i;
+    inputs.masks[i] = std::uint64_t{1} << i;
+  }
+  upload_verify_inputs_async(inputs);
+  if (padded < 2 || position + padded > trt_.engine_capacity) {
+    chunk_async({slot, token_ids, position, count, adapter}, 0, count, count, first_row, 0, !is_chain(parents));
+    return;
+  }
+  const std::int32_t one_slot = slot, one_adapter = adapter;
+  StepKey key = arrange_async(std::span(&one_slot, 1), std::span(&one_adapter, 1));
+  key.batch = padded;
+  key.tail = StepTail::kVerify;
+  run_step_async(key);
+  copy_logits_async(arena_.get<float>("logits"), static_cast<std::size_t>(first_row), static_cast<std::size_t>(count));
+}
+
+TrtDecoder::ContextKey TrtDecoder::verify_context_key(const StepKey& key) const {
+  const Group& group = layout(key).front();
+  return {group.first_slot, 1, key.batch, group.adapter, key.batch};
+}
+
+void TrtDecoder::record_verify_async(const StepKey& key) {
+  const auto* draft = arena_.get<VerifyInputs>("verify_inputs");
+  auto* residual = arena_.get<float>("residual");
+  kernels::embedding_async(embedding_, draft->token_ids, key.batch, config_.embed_scale, residual,
+                           arena_.get<__nv_bfloat16>("residual_bf16"), stream_.get(), false);
+  const Inputs inputs = chunk_inputs();
+  kernels::EngineChunkArgs args;
+  args.residual = residual;
+  args.num_tokens = key.batch;
+  args.hidden = config_.hidden_size;
+  args.start = &draft->position;
+  args.num_logits = key.batch;
+  args.depths = draft->depths;
+  args.masks = draft->masks;
+  args.out = inputs.each;
+  kernels::engine_chunk_async(args, stream_.get());
+  record_masks_async(inputs, key.batch, draft);
+  contexts_.at(verify_context_key(key)).enqueue_async(stream_.get());
 }
 
 void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int num_logits, int first_row, int profile,
@@ -278,7 +323,7 @@ void TrtDecoder::chunk_async(const SequenceStep& item, int start, int count, int
   const Inputs inputs_of_engine = chunk_inputs();
   args.out = inputs_of_engine.each;
   kernels::engine_chunk_async(args, stream_.get());
-  record_masks_async(inputs_of_engine, count, tree, args.position);
+  record_masks_async(inputs_of_engine, count, tree);
   chunk_context_.use_profile_async(profile, stream_.get());
   const ContextKey key{item.slot, 1, args.num_logits, item.adapter};
   bind(chunk_context_, inputs_of_engine, arena_.get<float>("logits"), key, count);

@@ -121,7 +121,7 @@ MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_b
     plan.add("workspace", "trt.mask." + std::to_string(window), slots * trt_stride(rows * row));
     plan.add("workspace", "trt.chunk_mask." + std::to_string(window), tokens * row);
   }
-  if (loop.max_verify_tokens > 0) plan.add("workspace", "verify_inputs", sizeof(VerifyInputs));
+  plan.add("workspace", "verify_inputs", sizeof(VerifyInputs));
   const std::size_t adapters = static_cast<std::size_t>(loop.max_adapters) * config.adapter_bytes();
   if (config.has(TrtRole::lora_a)) {
     // Behind the adapters, what an empty tensor is bound to: TensorRT wants an address of every input.

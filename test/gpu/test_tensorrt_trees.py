@@ -103,6 +103,43 @@ def test_decoding_goes_on_from_an_accepted_path_with_the_cuda_executors_tokens(
         assert (best - drawn <= 0.15 * chosen.std(-1)).all(), "each token is as likely as the cuda executor's choice"
 
 
+@pytest.mark.parametrize("build", [BUILD, {"dialect": "plugin", **BUILD}, {"max_verify": 16}])
+def test_drafts_are_graphs_of_a_power_of_two_that_replay_what_plain_launches_compute(
+    build: dict[str, Any], with_engine: WithEngine, open_one: Open
+) -> None:
+    if "dialect" in build:
+        needed("plugin")
+    executor: Any = open_one("tensorrt", with_engine("gpu_mistral", build=build))
+    one(executor, 0, prompt(30), 0)
+    drafts = [(position, prompt(count)) for position in (30, 25) for count in (5, 8, 7)]
+
+    def verify() -> list[np.ndarray]:
+        rows = [one(executor, 0, draft, position, len(draft)) for position, draft in drafts]
+        if executor.max_tree_nodes:
+            for position, draft in drafts:
+                parents = np.array([-1, *((i - 1) // 2 for i in range(1, len(draft)))], np.int32)
+                rows.append(executor.verify_tree(0, position, draft, parents).copy())
+        return rows
+
+    contexts, graphs = executor.decoder.num_contexts_and_graphs
+    captured = verify()
+    assert executor.decoder.num_contexts_and_graphs == (contexts + 1, graphs + 1)
+    executor.decoder.use_graphs(False)
+    assert all(np.array_equal(*pair) for pair in zip(captured, verify(), strict=True))
+
+
+def test_drafts_at_the_end_of_a_slot_need_no_place_behind_it(with_engine: WithEngine, open_one: Open) -> None:
+    executor = open_one("tensorrt", with_engine("gpu_qwen3", build={**BUILD, "max_context": 64}), max_context=64)
+    ids, draft = prompt(59), prompt(5)
+    one(executor, 0, ids, 0)
+    one(executor, 1, ids, 0)
+    expected = one_by_one(executor, 1, draft, 59)
+    assert relative_error(one(executor, 0, draft, 59, 5), expected) < 0.03
+    assert np.isfinite(executor.verify_tree(0, 59, draft, np.array([-1, 0, 0, 1, 1], np.int32))).all()
+    with pytest.raises(ValueError, match="does not fit its slot"):
+        executor.verify_tree(0, 60, draft, np.array([-1, 0, 0, 1, 1], np.int32))
+
+
 def test_a_path_that_was_not_kept_would_be_seen(with_engine: WithEngine, open_one: Open) -> None:
     """The tolerances above tell an accepted path from its sibling."""
     bundle = with_engine("gpu_qwen3", build=BUILD)

@@ -87,15 +87,16 @@ def test_a_chunk_is_in_order_and_its_last_rows_have_logits(
         assert_untouched(array)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 19, 63, 64])
-def test_a_trees_nodes_are_at_their_depth_and_see_their_path(count: int) -> None:
+def test_a_trees_nodes_are_at_their_depth_and_see_their_path(count: int, on_device: bool) -> None:
     parents = random_tree(count, count)
     paths = [path(parents, node) for node in range(count)]
     residual = torch.randn((count, 96), device="cuda")
     out = outputs(count, 96, 1, count, "float16", True)
     K.engine_chunk(
-        residual, 500, count, out, ints(len(seen) - 1 for seen in paths), ints(map(word, paths), "int64"),
-        stream=stream(),
+        residual, 7 if on_device else 500, count, out, ints(len(seen) - 1 for seen in paths),
+        ints(map(word, paths), "int64"), ints([500]) if on_device else None, stream=stream(),
     )  # fmt: skip
     assert out[1].tolist() == [500 + len(seen) - 1 for seen in paths]
     assert out[2].tolist() == [500] and out[3].tolist() == list(range(count))
@@ -125,14 +126,18 @@ def test_a_token_sees_what_lies_before_it_inside_its_window(
     assert_untouched(mask)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("window", [0, 2, 40])
 @pytest.mark.parametrize("count", [1, 19, 64])
-def test_a_node_sees_the_prefix_and_its_path(window: int, count: int) -> None:
+def test_a_node_sees_the_prefix_and_its_path(window: int, count: int, on_device: bool) -> None:
     prefix, parents = 33, random_tree(count, 7 * count)
     paths = [path(parents, node) for node in range(count)]
     positions = [prefix + len(seen) - 1 for seen in paths]
     mask = poisoned(count, 200, dtype=torch.float16)
-    K.engine_mask(ints(positions, "int64"), mask, window, ints(map(word, paths), "int64"), prefix, stream=stream())
+    K.engine_mask(
+        ints(positions, "int64"), mask, window, ints(map(word, paths), "int64"), 7 if on_device else prefix,
+        ints([prefix]) if on_device else None, stream=stream(),
+    )  # fmt: skip
     for node, seen in enumerate(visible(mask)):
         first = positions[node] - window + 1 if window else 0
         wanted = {place for place in range(prefix) if place >= first}

@@ -101,7 +101,7 @@ def test_trees_take_masks_for_each_window_or_bits(tmp_path: Path, dialect: str, 
     assert [each.loop.max_verify_tokens for each in found] == [0, OPTIONS.max_verify]
     without, with_trees = (NATIVE.plan_trt_memory(each, 0)["workspace"] for each in found)
     masks = 2 * 64 * (32 + 4 * 1)  # fp16, of a context of 64: a prompt's 32 tokens, and one of each of 4 slots
-    assert windows * masks <= with_trees - without - 256 <= windows * masks + 8 * 1024, "more is padding and the nodes"
+    assert windows * masks <= with_trees - without <= windows * masks + 8 * 1024, "more is padding"
 
 
 def test_trees_beyond_what_the_engine_takes_are_refused(bundle: Bundle) -> None:

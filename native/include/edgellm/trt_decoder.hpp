@@ -1,6 +1,7 @@
 // The decode loop over a TensorRT engine: what Decoder computes with kernels, an engine's contexts compute here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <span>
@@ -119,6 +120,7 @@ class TrtDecoder final : public TokenLoop {
     int num_rows = 1;
     int num_logits = 1;
     int adapter = 0;
+    int length = 1;  // tokens of each; more than one: a draft's
 
     auto operator<=>(const ContextKey&) const = default;
   };
@@ -146,6 +148,11 @@ class TrtDecoder final : public TokenLoop {
 
   const Layout& layout(const StepKey& key) const { return layouts_[static_cast<std::size_t>(key.layout)]; }
   static ContextKey context_key(const Group& group);
+  // Of a draft that is verified by a graph.
+  ContextKey verify_context_key(const StepKey& key) const;
+  void record_verify_async(const StepKey& key);
+  // Most nodes of a draft that a decode step of the engine takes.
+  int most_nodes() const { return std::min({trt_.decode_tokens, trt_.max_logits, kMaxVerifyTokens}); }
   void record_group_async(const Group& group, int batch);
   // Where an enqueue has its inputs; masks in the order of mask_windows.
   struct Inputs {
@@ -158,8 +165,8 @@ class TrtDecoder final : public TokenLoop {
   TrtContext make_context(const ContextKey& key);
   // Of several tokens of one sequence.
   Inputs chunk_inputs() const;
-  // tree: of its nodes, in device memory, behind `prefix` places; null: each token sees those before it.
-  void record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree = nullptr, int prefix = 0);
+  // tree: of its nodes, in device memory; null: each token sees those before it.
+  void record_masks_async(const Inputs& inputs, int num_tokens, const VerifyInputs* tree = nullptr);
   void bind(TrtContext& context, const Inputs& inputs, float* logits, const ContextKey& key, int length);
   std::byte* lora_address(int adapter, std::size_t tensor) const;
   int lora_rank(int adapter, const TrtTensor& tensor) const;

@@ -197,10 +197,11 @@ void engine_rows_async(const EngineRowsArgs& args, cudaStream_t) {
 
 void engine_chunk_async(const EngineChunkArgs& args, cudaStream_t) {
   launch([args] {
-    args.out.write_indices[0] = args.position;
+    const int start = args.start != nullptr ? *args.start : args.position;
+    args.out.write_indices[0] = start;
     for (int i = 0; i < args.num_logits; ++i) args.out.logit_indices[i] = args.num_tokens - args.num_logits + i;
     for (int token = 0; token < args.num_tokens; ++token) {
-      args.out.positions[token] = args.position + (args.depths != nullptr ? args.depths[token] : token);
+      args.out.positions[token] = start + (args.depths != nullptr ? args.depths[token] : token);
       if (args.out.tree_masks == nullptr) continue;
       std::uint64_t mask = args.masks != nullptr ? args.masks[token] : 0;
       for (int i = 0; args.masks == nullptr && i <= token && i < 64; ++i) mask |= std::uint64_t{1} << i;
@@ -221,10 +222,11 @@ void engine_mask_async(const EngineMaskArgs& args, cudaStream_t) {
         if (args.window > 0 && position <= args.positions[token] - args.window) return;
         out[token * args.capacity + place] = __float2half(0.0F);
       };
-      const std::int64_t before = args.tree != nullptr ? args.prefix : args.positions[token] + 1;
+      const int prefix = args.start != nullptr ? *args.start : args.prefix;
+      const std::int64_t before = args.tree != nullptr ? prefix : args.positions[token] + 1;
       for (std::int64_t place = 0; place < before; ++place) show(place, place);
       for (int node = 0; args.tree != nullptr && node < args.num_tokens; ++node) {
-        if ((args.tree[token] >> node & 1) != 0) show(args.prefix + node, args.positions[node]);
+        if ((args.tree[token] >> node & 1) != 0) show(prefix + node, args.positions[node]);
       }
     }
   });

@@ -39,6 +39,7 @@ struct EngineChunkArgs {
   int num_tokens = 0;
   int hidden = 0;
   int position = 0;
+  const std::int32_t* start = nullptr;  // on the device, in place of `position`
   int num_logits = 1;
   const std::int32_t* depths = nullptr;  // (num_tokens)
   const std::uint64_t* masks = nullptr;  // (num_tokens)
@@ -56,6 +57,7 @@ struct EngineMaskArgs {
   int window = 0;
   const std::uint64_t* tree = nullptr;  // (num_tokens) masks of a tree's nodes
   int prefix = 0;                       // places before the tree
+  const std::int32_t* start = nullptr;  // on the device, in place of `prefix`
   void* mask = nullptr;                 // (num_tokens, capacity) fp16 or bf16
   bool is_bf16 = false;
 };
