@@ -84,7 +84,7 @@ def refused(
 
 
 @pytest.mark.pipeline
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)  # of a case of l1 on a busy machine
 def test_pipeline(
     case: Case,
     checkpoint_of: Callable[[Case], Path],
