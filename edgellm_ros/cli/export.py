@@ -81,7 +81,7 @@ def execute(args: argparse.Namespace) -> int:
     """Export, then show the bundle's table."""
     from edgellm_ros.cli.inspect import print_bundle
     from edgellm_ros.cli.progress import shown_progress
-    from edgellm_ros.cli.verify import print_quality, verify_and_store
+    from edgellm_ros.cli.verify import measure, print_quality, store
     from edgellm_ros.errors import ToolchainError
 
     try:
@@ -102,7 +102,8 @@ def execute(args: argparse.Namespace) -> int:
         with shown_progress() as show:
 
             def accept(bundle: Bundle) -> None:
-                quality = verify_and_store(bundle, show, args.force, against=args.against or args.checkpoint)
+                quality = measure(bundle, show, args.force, against=args.against or args.checkpoint)
+                store(bundle, quality)
                 if quality.failed and not quality.accepted:
                     refused.append(quality)
                     raise Refused

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from edgellm_ros.bundle import Bundle
     from edgellm_ros.quality import Quality
+    from edgellm_ros.toolchain.verify.reading import CheckpointReading
 
 HELP = "measure what a bundle lost against its original, and judge it"
 EXAMPLES = """\
@@ -19,6 +20,8 @@ examples:
   edgellm verify smollm2 --against SmolLM2-135M-Instruct     the whole table, judged by the marks of its scheme
   edgellm verify smollm2-int8_sq --against SmolLM2-135M-Instruct    of a checkpoint, activations rounded as it says
   edgellm verify smollm2                                     perplexity and tasks only
+  edgellm verify int4 int8 fp8 --against original/           the original is read once; a table of all at the end
+  edgellm verify int4 --against original/ --cache ~/.cache/verify    and not again another day
   edgellm verify smollm2 --against original/ --text mine.txt --marks mine.yaml
 
 Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 96 tasks with one right answer. The
@@ -30,10 +33,13 @@ exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, 2 a mistak
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE",
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", nargs="+",
                         help="directory that `edgellm export` wrote, or `edgellm quantize`")  # fmt: skip
     parser.add_argument("--against", type=Path, metavar="CHECKPOINT",
                         help="the original: a Hugging Face directory or a .gguf file")  # fmt: skip
+    parser.add_argument("--cache", type=Path, metavar="DIR",
+                        help="keep what CHECKPOINT gave there (tokens x hidden size x 4 bytes), for the next BUNDLE of "
+                        "it; found by a hash of its files, so that it is never out of date")  # fmt: skip
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of our own)")
     parser.add_argument("--scheme", default="", metavar="NAME", help="whose marks count (default: the bundle's scheme)")
     parser.add_argument("--marks", type=Path, metavar="FILE", help="YAML file with other marks, as quality/marks.yaml")
@@ -44,53 +50,77 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure, store, show."""
-    from edgellm_ros.bundle import MANIFEST, Bundle
+    from edgellm_ros.bundle import Bundle
     from edgellm_ros.cli.progress import shown_progress
-
-    options = {"text_file": args.text, "scheme": args.scheme, "marks_file": args.marks}
-    with shown_progress() as show:
-        if (args.bundle / "config.json").is_file() and not (args.bundle / MANIFEST).exists():
-            quality = _verify_checkpoint(args, show, options)
-        else:
-            bundle = Bundle.open(args.bundle)
-            quality = verify_and_store(
-                bundle, show, args.force, against=args.against, executor=args.executor, **options
-            )
-    print_quality(str(args.bundle), quality)
-    return 1 if quality.failed and not quality.accepted else 0
-
-
-def _verify_checkpoint(args: argparse.Namespace, show: Callable[[str, int, int], None], options: Any) -> Quality:
-    import dataclasses
-
     from edgellm_ros.errors import ToolchainError
 
     try:
-        from edgellm_ros.toolchain.verify.verify import verify_checkpoint
+        from edgellm_ros.toolchain.verify.reading import CheckpointReading
     except ImportError as error:
         raise ToolchainError(f"verify needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
-    if args.against is None:
-        raise ToolchainError(f"{args.bundle} is a checkpoint; name the original with --against")
-    quality = verify_checkpoint(args.bundle, args.against, progress=show, **options)
+    if args.cache and not args.against:
+        raise ToolchainError("--cache keeps what the original gave; name it with --against")
+    original = CheckpointReading(args.against, cache=args.cache) if args.against else None
+    for path in args.bundle:  # that one of them is no bundle is said before minutes are spent on the others
+        if not _is_checkpoint(path):
+            Bundle.open(path, verify=False)
+    found: dict[str, Quality] = {}
+    for path in args.bundle:
+        with shown_progress() as show:
+            found[str(path)] = _measure(path, original, args, show)
+        print_quality(str(path), found[str(path)])
+        if not _is_checkpoint(path):  # shown before: a bundle that cannot be written to costs no one the figures
+            store(Bundle.open(path, verify=False), found[str(path)])
+    if len(found) > 1:
+        print_summary(found)
+    return 1 if any(quality.failed and not quality.accepted for quality in found.values()) else 0
+
+
+def _measure(
+    path: Path, original: CheckpointReading | None, args: argparse.Namespace, show: Callable[[str, int, int], None]
+) -> Quality:
+    import dataclasses
+
+    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.errors import ToolchainError
+    from edgellm_ros.toolchain.verify.verify import verify_checkpoint
+
+    options = {"text_file": args.text, "scheme": args.scheme, "marks_file": args.marks}
+    if not _is_checkpoint(path):
+        return measure(Bundle.open(path), show, args.force, against=original, executor=args.executor, **options)
+    if original is None:
+        raise ToolchainError(f"{path} is a checkpoint; name the original with --against")
+    quality = verify_checkpoint(path, original, progress=show, cache=args.cache, **options)
     return dataclasses.replace(quality, accepted=args.force and bool(quality.failed))
 
 
-def verify_and_store(bundle: Bundle, show: Callable[[str, int, int], None], force: bool, **options: Any) -> Quality:
-    """Measure with the options of `verify_bundle`; stored unless the manifest has a verdict with more figures."""
+def _is_checkpoint(path: Path) -> bool:
+    from edgellm_ros.bundle import MANIFEST
+
+    return (path / "config.json").is_file() and not (path / MANIFEST).exists()
+
+
+def measure(bundle: Bundle, show: Callable[[str, int, int], None], force: bool, **options: Any) -> Quality:
+    """What `verify_bundle` finds with these options; nothing is stored."""
     import dataclasses
 
     from edgellm_ros.errors import ToolchainError
 
     try:
-        from edgellm_ros.toolchain.verify.verify import store_quality, verify_bundle
+        from edgellm_ros.toolchain.verify.verify import verify_bundle
     except ImportError as error:
         raise ToolchainError(f"verify needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
 
     quality = verify_bundle(bundle, progress=show, **options)
-    quality = dataclasses.replace(quality, accepted=force and bool(quality.failed))
+    return dataclasses.replace(quality, accepted=force and bool(quality.failed))
+
+
+def store(bundle: Bundle, quality: Quality) -> None:
+    """Put the verdict into the manifest, unless the one there has more figures."""
+    from edgellm_ros.toolchain.verify.verify import store_quality
+
     if quality.kl_divergence is not None or bundle.manifest.quality.kl_divergence is None:
         store_quality(bundle, quality)
-    return quality
 
 
 def print_quality(title: str, quality: Quality) -> None:
@@ -102,6 +132,30 @@ def print_quality(title: str, quality: Quality) -> None:
     if quality.kl_divergence is None and quality.original_perplexity is not None:
         console.print("not stored: the manifest's verdict has more figures; give --against to replace it")
     console.print(f"{title}: {quality.summary()}", soft_wrap=True, markup=False)
+
+
+def print_summary(found: dict[str, Quality]) -> None:
+    """A line for each bundle, to compare them by."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="all of them", title_justify="left")
+    for name in ("", "scheme", "perplexity", "ratio", "KL", "same token", "cosine", "tasks", ""):
+        table.add_column(name, justify="left" if name in ("", "scheme") else "right", overflow="fold")
+    for path, quality in found.items():
+        base, kl, same, cosine = (
+            quality.original_perplexity, quality.kl_divergence, quality.top1_agreement, quality.cosine,
+        )  # fmt: skip
+        asked = quality.original_tasks_passed
+        verdict = "not judged" if not quality.marks else "[bold red]FAILED[/]" if quality.failed else "[green]passed[/]"
+        table.add_row(
+            escape(path), escape(quality.scheme), f"{quality.perplexity:.3f}",
+            "" if base is None else f"{quality.perplexity / base:.4f}", "" if kl is None else f"{kl:.4g}",
+            "" if same is None else f"{same:.2%}", "" if cosine is None else f"{cosine:.5f}",
+            f"{quality.tasks_passed}" + ("" if asked is None else f" / {asked}"), verdict,
+        )  # fmt: skip
+    Console(highlight=False).print(table)
 
 
 def quality_table(title: str, quality: Quality) -> Table:

@@ -30,6 +30,15 @@ class ReferenceDecoder:
             here = (prompt >= first) & (prompt < first + len(embedding))
             hidden[here] = embedding[prompt[here] - first] * np.float32(self._model.embed_scale)
 
+    @property
+    def hidden(self) -> list[FloatArray]:
+        """(tokens, hidden) of each prompt after the layers that were run; setting it continues from there."""
+        return self._hidden
+
+    @hidden.setter
+    def hidden(self, states: list[FloatArray]) -> None:
+        self._hidden = states
+
     def layer(self, index: int, weights: dict[str, FloatArray]) -> None:
         """Run layer `index`; `weights` has the stems of toolchain/weights.py, without the layer's own prefix."""
         m = self._model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ _COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "same", "tas
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = read_suite(metafunc.config.getoption("--suite") or "l0")
+        try:
+            cases = read_suite(metafunc.config.getoption("--suite") or "l0")
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 
@@ -52,16 +56,7 @@ def checkpoint_of(smollm2_gguf: Path, tiny_checkpoint: Callable[[str], Path]) ->
 
 
 @pytest.fixture(scope="session")
-def original_of(checkpoint_of: Callable[[Case], Path]) -> Callable[[Case], Any]:
-    """The same, read once for all cases of a model."""
-    from edgellm_ros.toolchain.verify.reading import CheckpointReading
-
-    made: dict[str, Any] = {}
-
-    def get(case: Case) -> Any:
-        if case.model not in made:
-            made.clear()  # one model's hidden states and head in memory
-            made[case.model] = CheckpointReading(checkpoint_of(case))
-        return made[case.model]
-
-    return get
+def readings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `edgellm verify --cache` keeps what originals gave, for all cases; processes of pytest-xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "readings"

@@ -17,7 +17,7 @@ _NAME = re.compile(rf"(?P<model>.+)-(?P<scheme>{'|'.join(sorted(SCHEMES, key=len
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a list. The last five stand after the name, as a mapping."""
+    """One line of a list. What has a default stands after the name, as a mapping."""
 
     name: str
     model: str  # SmolLM2-135M, or tiny_KIND for a kind of test/toolchain/tiny.py
@@ -26,6 +26,7 @@ class Case:
     batch: int
     text_words: int = 0  # of verify's text; 0 is all
     targets: tuple[str, ...] = ()  # engines that are built
+    profile: str = "split"  # of the first engine; the others have a single one
     samples: int = 0  # of calibration; 0 is the recipe's
     sequence_length: int = 0
     fails: tuple[str, ...] = ()  # marks that the bundle is known to fail; with none it has to pass
@@ -56,7 +57,7 @@ def read_suite(name: str) -> list[Case]:
     if not path.is_file():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(sorted(p.stem for p in LISTS.glob('*.yaml')))}")
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))[name]
-    defaults = {"text_words": raw.get("text_words", 0)}
+    defaults = {key: raw[key] for key in ("text_words", "profile") if key in raw}
     entries = list(raw.get("cases", []))
     for matrix in raw.get("matrix", []):
         options = {key: value for key, value in matrix.items() if key not in ("models", "schemes", "contexts", "batches")}

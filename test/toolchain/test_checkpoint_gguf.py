@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -45,12 +46,16 @@ def test_quantised_tensors_are_what_transformers_makes_of_them(kind: str, quanti
     _assert_equals_transformers(tmp_path / "model.gguf")
 
 
-def test_the_real_smollm2_file_is_what_transformers_makes_of_it(smollm2_gguf: Path) -> None:
-    _assert_equals_transformers(smollm2_gguf)
+def test_the_real_smollm2_file_is_what_transformers_makes_of_it(smollm2_gguf: Path, smollm2_transformers: Any) -> None:
+    _assert_equals(smollm2_gguf, smollm2_transformers)
 
 
 def _assert_equals_transformers(path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    _assert_equals(path, model)
+
+
+def _assert_equals(path: Path, model: Any) -> None:
     checkpoint = open_checkpoint(path)
     check_tensors(checkpoint, *load_spec(checkpoint))
     expected = dict(model.named_parameters())

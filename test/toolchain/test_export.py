@@ -150,12 +150,8 @@ def test_quantised_graphs_compute_with_the_dequantised_weights(
     assert relative_error(run_executor(bundle, PROMPT)[0], expected) < (0.005 if scheme == "fp16" else 0.08)
 
 
-def test_smollm2_in_fp32_is_hugging_faces(smollm2: Callable[[str], Bundle], smollm2_gguf: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+def test_smollm2_in_fp32_is_hugging_faces(smollm2: Callable[[str], Bundle], smollm2_transformers: torch.nn.Module) -> None:
+    model = smollm2_transformers
     ids = np.random.default_rng(6).integers(100, 49000, 60).astype(np.int32)
     logits, tokens = run_executor(smollm2("fp32"), ids, NUM_GREEDY)
     assert np.abs(logits - hf_logits(model, ids)).max() < 3e-4

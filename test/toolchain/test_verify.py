@@ -15,7 +15,6 @@ import packers
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 import yaml
 from safetensors.torch import load_file
 from tiny import make_model, save_checkpoint, save_tokenizer
@@ -26,6 +25,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.base import SequenceStep
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+from edgellm_ros.quality import Quality
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import SCHEMES, export_bundle
@@ -324,16 +324,86 @@ def test_an_original_that_has_read_the_passages_is_not_run_again(
     )
 
 
+def test_what_the_original_gave_is_kept_for_the_next_command_and_never_out_of_date(
+    copy: Callable[..., Bundle], tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bundle, kept, ran = copy("llama", "int8"), tmp_path / "kept", []
+    original = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "original")
+    run = CheckpointReading._run
+    monkeypatch.setattr(CheckpointReading, "_run", lambda self, *args: (ran.append(1), run(self, *args))[1])
+
+    def verify(text: Path = text) -> Quality:
+        found = verify_bundle(bundle, original, text, cache=kept)
+        return dataclasses.replace(found, created="")
+
+    expected = dataclasses.replace(verify_bundle(bundle, original, text), created="")
+    assert verify() == expected == verify() and len(ran) == 2  # without a cache, and the first with it
+    (file,) = kept.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])  # cut short: computed again
+    assert verify() == expected and len(ran) == 3 and verify() == expected and len(ran) == 3
+    longer = tmp_path / "longer.txt"
+    longer.write_text(" ".join(WORDS[:200]))
+    assert verify(longer) != expected and len(ran) == 4 and len(list(kept.iterdir())) == 2
+    make_model("llama", seed=1).save_pretrained(original)  # under the same name
+    assert verify().original_perplexity != expected.original_perplexity and len(ran) == 5
+
+
+def test_several_bundles_are_judged_in_one_command_that_reads_the_original_once(
+    tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    run, ran = CheckpointReading._run, []
+    monkeypatch.setattr(CheckpointReading, "_run", lambda self, *args: (ran.append(1), run(self, *args))[1])
+    whole, rounded = (
+        str(shutil.copytree(tiny_bundle("llama", weights).path, tmp_path / weights)) for weights in ("fp32", "int4")
+    )
+    options = ["--against", str(tiny_checkpoint("llama")), "--text", str(text)]
+    assert main(["verify", whole, rounded, *options]) == 1 and len(ran) == 1
+    table = capsys.readouterr().out.partition("all of them")[2]
+    line = {path: next(line for line in table.splitlines() if path in line) for path in (whole, rounded)}
+    stored = {path: Bundle.open(path).manifest.quality for path in (whole, rounded)}
+    assert "passed" in line[whole] and "FAILED" in line[rounded]
+    assert all(f"{quality.kl_divergence:.4g}" in line[path] for path, quality in stored.items())
+    assert main(["verify", whole, str(tmp_path / "nowhere"), *options]) == 2 and len(ran) == 1
+
+
+def test_figures_are_shown_also_where_they_cannot_be_stored(
+    copy: Callable[..., Bundle], text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy("llama", "fp16")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["verify", str(bundle.path), "--text", str(text)]) == 2
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.out and "cannot write" in shown.err and "No space left" in shown.err
+
+
+def test_a_cache_needs_an_original_and_a_place(
+    tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    bundle, file = str(tiny_bundle("llama", "fp16").path), tmp_path / "file"
+    file.write_text("no directory")
+    assert main(["verify", bundle, "--cache", str(tmp_path)]) == 2
+    assert "name it with --against" in capsys.readouterr().err
+    options = ["--against", str(tiny_checkpoint("llama")), "--text", str(text), "--cache", str(file)]
+    assert main(["verify", bundle, *options]) == 2
+    assert "give another --cache, or none" in capsys.readouterr().err
+
+
 def test_the_real_model_is_measured_as_transformers_measures_it(
-    smollm2: Callable[[str], Bundle], smollm2_gguf: Path, tmp_path: Path
+    smollm2: Callable[[str], Bundle], smollm2_gguf: Path, smollm2_transformers: torch.nn.Module, tmp_path: Path
 ) -> None:
     text = tmp_path / "part.txt"
     text.write_text(" ".join(WORDS[:300]), encoding="utf-8")
     bundle = smollm2("fp32")
     quality = verify_bundle(bundle, smollm2_gguf, text)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    ).eval()
+    model = smollm2_transformers
     tokenizer = Tokenizer(bundle.read_text(TOKENIZER))
     pieces = windows(tokenizer.encode(text.read_text()), 512)
     loss = [F.cross_entropy(hf(model, read), after, reduction="none") for read, after in pieces]

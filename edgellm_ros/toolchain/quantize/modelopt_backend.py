@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 
 from edgellm_ros.config import RECIPE_GROUPS, Recipe
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.toolchain.quantize.products import SharedInput, parts_of, read_inputs
+from edgellm_ros.toolchain.quantize.products import SharedInput, parts_of, read_inputs, side_by_side
 from edgellm_ros.toolchain.quantize.rounding import HIGHEST, Corrections, choose_scales, round_columns
 from edgellm_ros.toolchain.quantize.scaling import choose_factor
 
@@ -194,11 +194,13 @@ def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedI
     for part in parts_of(layers):
         parts += 1
         known = read_inputs(part, lambda: _read(model, forward))
-        for shared in known:
+
+        def chosen(shared: SharedInput) -> torch.Tensor:
             weights = [layer.weight.detach() for layer in shared.layers]
-            with _one_thread():
-                corrections = Corrections.of(shared.product)
-                factor = choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
+            corrections = Corrections.of(shared.product)
+            return choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
+
+        for shared, factor in zip(known, side_by_side(chosen, known), strict=True):
             shared.product /= torch.outer(factor, factor)
             shared.largest /= factor
             for layer in shared.layers:
@@ -223,20 +225,23 @@ def _round_int4(model: Any, group_size: int, forward: Forward, known: list[Share
     known: XᵀX of all layers; where it is empty the text is read.
     """
     quantizers = _int4_quantizers(model)
+
+    def round_one(shared: SharedInput) -> None:
+        left = getattr(shared.layers[0].input_quantizer, "_pre_quant_scale", None)  # that was not folded away
+        if left is not None and not known:
+            shared.product *= torch.outer(left.float(), left.float())
+        weight = torch.cat([layer.weight.detach().float() for layer in shared.layers])
+        scale = choose_scales(weight, shared.product, group_size)
+        weight = round_columns(weight, scale, Corrections.of(shared.product))
+        sizes = [layer.out_features for layer in shared.layers]
+        for layer, rows, steps in zip(shared.layers, weight.split(sizes), scale.split(sizes), strict=True):
+            layer.weight.data = rows.to(layer.weight.dtype, copy=True)
+            largest = quantizers[layer]._amax
+            largest.copy_((steps * HIGHEST).reshape(largest.shape))
+
     for part in [list(quantizers)] if known else parts_of(quantizers):
-        for shared in known or read_inputs(part, lambda: _read(model, forward)):
-            left = getattr(shared.layers[0].input_quantizer, "_pre_quant_scale", None)  # that was not folded away
-            if left is not None and not known:
-                shared.product *= torch.outer(left.float(), left.float())
-            weight = torch.cat([layer.weight.detach().float() for layer in shared.layers])
-            with _one_thread():
-                scale = choose_scales(weight, shared.product, group_size)
-                weight = round_columns(weight, scale, Corrections.of(shared.product))
-            sizes = [layer.out_features for layer in shared.layers]
-            for layer, rows, steps in zip(shared.layers, weight.split(sizes), scale.split(sizes), strict=True):
-                layer.weight.data = rows.to(layer.weight.dtype, copy=True)
-                largest = quantizers[layer]._amax
-                largest.copy_((steps * HIGHEST).reshape(largest.shape))
+        for _ in side_by_side(round_one, known or read_inputs(part, lambda: _read(model, forward))):
+            pass
 
 
 def _int4_quantizers(model: Any) -> dict[Any, Any]:
@@ -248,17 +253,6 @@ def _int4_quantizers(model: Any) -> dict[Any, Any]:
         if found is not None and found.is_enabled and found.num_bits == 4:
             quantizers[module] = found
     return quantizers
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For thousands of small operations: on busy cores, threads that wait for each other take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read(model: Any, forward: Forward) -> None:

@@ -1,14 +1,19 @@
-"""What linear layers read of the calibration text: XᵀX, held once for those that share an input."""
+"""What linear layers read of the calibration text, XᵀX held once for those that share an input, and work on each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from edgellm_ros.executors.memory import physical_cores
+
 _PRODUCT_BYTES = 1 << 30  # what is held of XᵀX at once; more layers take another reading of the text
+_COPIES = 6  # of a product that rounding holds for a moment
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -69,3 +74,28 @@ def parts_of(layers: Iterable[Any]) -> Iterator[list[Any]]:
         size += needed
     if part:
         yield part
+
+
+def side_by_side(work: Callable[[SharedInput], _Result], inputs: Sequence[SharedInput]) -> Iterator[_Result]:
+    """`work` on every input, in their order: on a CPU one a core, as far as 2 * _PRODUCT_BYTES of copies allow.
+
+    Each is thousands of small operations, which more threads do not make faster; on busy cores, threads that wait for
+    each other take ten times as long.
+    """
+    if not inputs or inputs[0].product.is_cuda:
+        yield from map(work, inputs)
+        return
+    largest = max(shared.product.nbytes for shared in inputs)
+    workers = max(1, min(physical_cores(), len(inputs), 2 * _PRODUCT_BYTES // (_COPIES * largest)))
+
+    def alone(shared: SharedInput) -> _Result:
+        with torch.no_grad():  # which is of a thread
+            return work(shared)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # new threads take it over
+    try:
+        with ThreadPoolExecutor(workers, "edgellm-rounding", torch.set_num_threads, (1,)) as pool:
+            yield from list(pool.map(alone, inputs))
+    finally:
+        torch.set_num_threads(before)

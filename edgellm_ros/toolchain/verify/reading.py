@@ -23,6 +23,7 @@ from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, read_layer, read_norm
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
 from edgellm_ros.toolchain.rope import rope_tables
+from edgellm_ros.toolchain.verify.kept import KeptStates
 from edgellm_ros.toolchain.verify.passages import Ids, Passage
 from edgellm_ros.toolchain.verify.rounding import RoundedDecoder, activation_scales
 from edgellm_ros.toolchain.weights import Progress
@@ -35,8 +36,8 @@ _ROWS_AT_ONCE = 128
 class CheckpointReading:
     """What a checkpoint says of some passages, in fp32; with `rounded`, activations are rounded where it says how."""
 
-    def __init__(self, path: Path, rounded: bool = False) -> None:
-        """Open `path`; raises CheckpointError and its kinds."""
+    def __init__(self, path: Path, rounded: bool = False, cache: Path | None = None) -> None:
+        """Open `path`; raises CheckpointError and its kinds. cache: a directory where what was read is kept."""
         self.source: Checkpoint = open_checkpoint(path)
         self.name = self.source.path.name
         family, self.model = load_spec(self.source)
@@ -45,7 +46,8 @@ class CheckpointReading:
         self._passages: Sequence[Passage] = ()
         self._key: tuple[object, ...] = ()
         self._vocab: VocabMap | None = None
-        self._decoders: list[ReferenceDecoder] = []
+        self._cache = cache
+        self._decoder: ReferenceDecoder | None = None  # with the hidden states after the last layer
 
     @property
     def description(self) -> str:
@@ -65,7 +67,8 @@ class CheckpointReading:
         ropes = {kind: rope_tables(model, longest, kind) for kind in model.rope_tables()}
         key = (*(table.tobytes() for pair in ropes.values() for table in pair), *(p.ids.tobytes() for p in passages))
         if self._key != key:
-            self._run(passages, model, ropes, progress, stage)
+            self._decoder = ReferenceDecoder(model, ropes)
+            self._decoder.hidden = self._states(passages, model, ropes, progress, stage)
         self._key, self._passages, self._vocab = key, passages, vocab
         embedding = self.source.read(EMBEDDING)
         self._final_norm = read_norm(self.source, model, FINAL_NORM)
@@ -74,8 +77,8 @@ class CheckpointReading:
 
     def logits(self, passage: int, positions: slice) -> FloatArray:
         """(positions, rows) logits after some positions of a passage."""
-        turn, decoder = divmod(passage, len(self._decoders))
-        return self._decoders[decoder].logits_at(turn, positions, self._final_norm, self._head)
+        assert self._decoder is not None, "nothing was read"
+        return self._decoder.logits_at(passage, positions, self._final_norm, self._head)
 
     def pieces(self, passage: int, count: int) -> Iterator[tuple[int, FloatArray]]:
         """Position and logits of the last `count` tokens of a passage, a piece at a time."""
@@ -103,6 +106,35 @@ class CheckpointReading:
                 "give the checkpoint that the bundle was made from"
             )
 
+    def _states(
+        self,
+        passages: Sequence[Passage],
+        model: ModelSpec,
+        ropes: dict[str, tuple[FloatArray, FloatArray]],
+        progress: Progress,
+        stage: str,
+    ) -> list[FloatArray]:
+        """(tokens, width) of each passage after the last layer, computed or as they were kept."""
+        if self._cache is None:
+            return self._run(passages, model, ropes, progress, stage)
+        tables = (table.tobytes() for pair in ropes.values() for table in pair)
+        parts = (repr(self.model).encode(), repr(sorted(ropes)).encode(), *tables,
+                 *(passage.ids.tobytes() for passage in passages), self._scale_bytes())  # fmt: skip
+        kept = KeptStates(self._cache, self.source.source_files(), parts)
+        states = kept.load([len(passage.ids) for passage in passages], model.hidden_size)
+        if states is None:
+            states = self._run(passages, model, ropes, progress, stage)
+            kept.save(states)
+        return states
+
+    def _scale_bytes(self) -> bytes:
+        """What tells apart how activations are rounded."""
+        found = []
+        for stem, scale in sorted(self._scales.items()):
+            factor = b"" if scale.factor is None else scale.factor.tobytes()
+            found.append(f"{stem} {scale.kind} {scale.value!r} ".encode() + factor)
+        return b"\n".join(found)
+
     def _run(
         self,
         passages: Sequence[Passage],
@@ -110,19 +142,20 @@ class CheckpointReading:
         ropes: dict[str, tuple[FloatArray, FloatArray]],
         progress: Progress,
         stage: str,
-    ) -> None:
+    ) -> list[FloatArray]:
         # A thread for each core, with its share of the passages: products of this size are too small to be split.
         threads = min(physical_cores(), len(passages))
-        self._decoders = [RoundedDecoder(model, ropes, self._scales) for _ in range(threads)]
+        decoders = [RoundedDecoder(model, ropes, self._scales) for _ in range(threads)]
         embedding = self.source.read(EMBEDDING)
-        for i, decoder in enumerate(self._decoders):
-            decoder.embed(embedding, [p.ids.astype(np.int64) for p in passages[i :: len(self._decoders)]])
-        with _one_blas_thread(), ThreadPoolExecutor(len(self._decoders), "edgellm-reference") as pool:
+        for i, decoder in enumerate(decoders):
+            decoder.embed(embedding, [p.ids.astype(np.int64) for p in passages[i::threads]])
+        with _one_blas_thread(), ThreadPoolExecutor(threads, "edgellm-reference") as pool:
             for layer in range(model.num_layers):
                 progress(stage, layer, model.num_layers)
                 tensors = read_layer(self.source, model, layer)
-                list(pool.map(partial(_run_layer, layer, tensors), self._decoders))
+                list(pool.map(partial(_run_layer, layer, tensors), decoders))
         progress(stage, model.num_layers, model.num_layers)
+        return [decoders[i % threads].hidden[i // threads] for i in range(len(passages))]
 
 
 def _run_layer(layer: int, tensors: dict[str, FloatArray], decoder: ReferenceDecoder) -> None:

@@ -37,11 +37,13 @@ def verify_bundle(
     marks_file: Path | None = None,
     executor: str = "onnxruntime",
     progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> Quality:
     """Measure `bundle` and judge it by the marks of `scheme` (its own unless given); nothing is stored.
 
     against: the checkpoint it was made from, or one that was read before; without it, perplexity and tasks only.
-    executor: a name in EngineConfig. Raises ToolchainError, and what loading the bundle raises.
+    executor: a name in EngineConfig. cache: a directory where the hidden states of a checkpoint that is opened here are
+    kept for the next time. Raises ToolchainError, and what loading the bundle raises.
     """
     progress = progress or _silent
     manifest = bundle.manifest
@@ -49,7 +51,7 @@ def verify_bundle(
     limits = limits_for(scheme, marks_file)
     tokenizer, context = bundle.read_text(TOKENIZER), manifest.model.max_context
     material = _Material.make(read_text(text_file), tokenizer, manifest.tokens, context)
-    original = CheckpointReading(against) if isinstance(against, Path) else against
+    original = CheckpointReading(against, cache=cache) if isinstance(against, Path) else against
     if original is not None:
         original.check_same(manifest.model, tokenizer, material.text.content)
         original.read(material.passages, context, bundle.vocab_map(), progress)
@@ -68,13 +70,15 @@ def verify_checkpoint(
     scheme: str = "",
     marks_file: Path | None = None,
     progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> Quality:
     """Measure a quantised checkpoint, activations rounded as its scales say, and judge it.
 
-    Raises ToolchainError, also for a checkpoint that is not quantised and no `scheme` given.
+    cache: as above, of both checkpoints. Raises ToolchainError, also for a checkpoint that is not quantised and no
+    `scheme` given.
     """
     progress = progress or _silent
-    candidate = CheckpointReading(path, rounded=True)
+    candidate = CheckpointReading(path, rounded=True, cache=cache)
     how = candidate.source.quantization()
     if not how and not scheme:
         raise ToolchainError(f"{path} is neither a bundle nor a quantised checkpoint; name the marks with --scheme")
@@ -82,7 +86,7 @@ def verify_checkpoint(
     limits = limits_for(scheme, marks_file)
     tokenizer, context = candidate.source.tokenizer_json(), candidate.model.max_context
     material = _Material.make(read_text(text_file), tokenizer, candidate.source.token_spec(), context)
-    original = CheckpointReading(against) if isinstance(against, Path) else against
+    original = CheckpointReading(against, cache=cache) if isinstance(against, Path) else against
     original.check_same(candidate.model, tokenizer, material.text.content)
     original.read(material.passages, context, None, progress)
     candidate.read(material.passages, context, None, progress, "checkpoint")
