@@ -1,9 +1,10 @@
 """Decode attention: microseconds and GB/s of keys and values, by shape, batch, context and cache format.
 
-    python3 bench/bench_attention_decode.py [--splits]
+    python3 bench/bench_attention_decode.py [--splits] [--shape 8b] [--contexts 512 4096 16384]
 
 A call is one layer of a decode step: 32 of them or more in a CUDA graph, with programmatic dependent launch, each over
-another cache, as many as L2 cannot hold. --splits times other numbers of splits and cluster sizes beside it.
+another cache, as many as L2 cannot hold. "added" is the time over the first context's, in relation to what reading the
+added bytes takes at the bandwidth measured in the run. --splits times other numbers of splits and cluster sizes beside.
 """
 
 from __future__ import annotations
@@ -25,25 +26,32 @@ def main() -> None:
     """One line a shape, batch, context and format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", action="store_true", help="also other most_splits / cluster than the decoder's")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])
     options = parser.parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print("shape  batch context cache  splits        us     GB/s  share | us by most_splits/cluster")
-    for shape, (heads, kv_heads, head_dim) in SHAPES.items():
+    print("shape  batch context cache  splits        us     GB/s  share  added | us by most_splits/cluster")
+    for shape in options.shape:
+        heads, kv_heads, head_dim = SHAPES[shape]
         most = K.decode_attention_most_splits(kv_heads, num_sms)
         for batch in (1, 8):
-            for context in (512, 4096, 16384):
+            first: dict[str, tuple[float, int]] = {}  # microseconds and bytes of the first context
+            for context in options.contexts:
                 for form, dtype in DTYPES.items():
                     case = (heads, kv_heads, head_dim, context, batch, dtype)
                     us = time_us(*case, most, 0)
-                    tried = [(8, 8), (16, 1), (16, 8), (16, 16), (32, 16), (64, 16), (64, 1)] if options.splits else []
+                    tried = [(8, 8), (16, 1), (16, 8), (32, 8), (64, 8), (64, 1)] if options.splits else []
                     others = " ".join(f"{m}/{c}:{time_us(*case, m, c):.2f}" for m, c in tried)
                     num_bytes = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
                     rate = num_bytes / us * 1e-3
+                    us_then, bytes_then = first.setdefault(form, (us, num_bytes))
+                    more = num_bytes - bytes_then
+                    added = f"{(us - us_then) / (more / read * 1e-3):6.2f}" if more else "     -"
                     splits = K.decode_attention_splits(context, most)
                     print(
                         f"{shape:6s} {batch:5d} {context:7d} {form:5s} {splits:7d} {us:9.2f} {rate:8.0f} "
-                        f"{rate / read:6.1%} | {others}",
+                        f"{rate / read:6.1%} {added} | {others}",
                         flush=True,
                     )
 
@@ -67,12 +75,11 @@ def time_us(
     out = torch.empty((batch, heads * head_dim), device="cuda", dtype=torch.bfloat16)
     size = K.decode_attention_workspace_bytes(batch, heads, head_dim)
     workspace = torch.zeros(size, device="cuda", dtype=torch.uint8)
-    launched = K.decode_attention_splits(context, most_splits)
 
     def launch(index: int) -> Any:
         return lambda stream: K.decode_attention(
             qkv, caches[index % num_caches], slots, positions, cos, sin, out, heads, head_dim**-0.5,
-            most_splits=most_splits, launched_splits=launched, cluster=cluster, workspace=workspace, stream=stream,
+            most_splits=most_splits, most_attended=context, cluster=cluster, workspace=workspace, stream=stream,
             pdl=index > 0,
         )  # fmt: skip
 

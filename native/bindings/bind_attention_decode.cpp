@@ -9,6 +9,7 @@ namespace edgellm {
 
 void bind_attention_decode(py::module_& module) {
   module.attr("MAX_DECODE_SPLITS") = kernels::kMaxDecodeSplits;
+  module.attr("LONG_CONTEXT") = kernels::kLongContext;
   module.attr("MAX_DECODE_BATCH") = kernels::kMaxDecodeBatch;
   module.def("decode_attention_workspace_bytes", &kernels::decode_attention_workspace_bytes, py::arg("max_batch"),
              py::arg("num_heads"), py::arg("head_dim"));
@@ -20,7 +21,7 @@ void bind_attention_decode(py::module_& module) {
       [](const py::object& qkv, const py::object& kv, const py::object& slots, const py::object& positions,
          const py::object& cos, const py::object& sin, const py::object& out, int num_heads, float scale,
          const py::object& q_gain, const py::object& k_gain, float norm_eps, int window, int most_splits,
-         int launched_splits, int cluster, const py::object& workspace, std::uintptr_t stream, bool pdl) {
+         int most_attended, int cluster, bool exchanges, const py::object& workspace, std::uintptr_t stream, bool pdl) {
         kernels::DecodeAttentionArgs args;
         args.kv = kv_layer(kv);
         args.rope = rope_tables(cos, sin, q_gain, k_gain, norm_eps, args.kv);
@@ -29,13 +30,13 @@ void bind_attention_decode(py::module_& module) {
         if (num_heads < 1 || num_heads % args.kv.num_kv_heads != 0) {
           throw std::invalid_argument("num_heads is not a multiple of the cache's kv_heads");
         }
-        for (const int splits : {most_splits, launched_splits}) {
-          if (splits < 1 || splits > kernels::kMaxDecodeSplits || (splits & (splits - 1)) != 0) {
-            throw std::invalid_argument("splits " + std::to_string(splits) + " is not a power of two from 1 to 64");
-          }
+        if (most_splits < 1 || most_splits > kernels::kMaxDecodeSplits || (most_splits & (most_splits - 1)) != 0) {
+          throw std::invalid_argument("most_splits " + std::to_string(most_splits) +
+                                      " is not a power of two from 1 to 64");
         }
-        if (cluster != 0 && cluster != 1 && cluster != 8 && cluster != 16) {
-          throw std::invalid_argument("cluster " + std::to_string(cluster) + " is not 0, 1, 8 or 16");
+        if (most_attended < 1) throw std::invalid_argument("most_attended is not positive");
+        if (cluster != 0 && cluster != 1 && cluster != 8) {
+          throw std::invalid_argument("cluster " + std::to_string(cluster) + " is not 0, 1 or 8");
         }
         if (batch > kernels::kMaxDecodeBatch) throw std::invalid_argument("the batch is larger than MAX_DECODE_BATCH");
         args.qkv = input.as<const float>({batch, (num_heads + 2 * args.kv.num_kv_heads) * head_dim});
@@ -47,8 +48,9 @@ void bind_attention_decode(py::module_& module) {
         args.window = window;
         args.scale = scale;
         args.most_splits = most_splits;
-        args.launched_splits = launched_splits;
+        args.most_attended = most_attended;
         args.cluster = cluster;
+        args.exchanges = exchanges;
         const DeviceArray scratch(workspace, "workspace");
         args.workspace = scratch.raw();
         const auto wanted = kernels::decode_attention_workspace_bytes(args.batch, num_heads, args.kv.head_dim);
@@ -58,8 +60,8 @@ void bind_attention_decode(py::module_& module) {
       py::arg("qkv"), py::arg("kv"), py::arg("slots"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
       py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("q_gain") = py::none(),
       py::arg("k_gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("window") = 0, py::arg("most_splits") = 8,
-      py::arg("launched_splits") = 8, py::arg("cluster") = 0, py::arg("workspace"), py::arg("stream") = 0,
-      py::arg("pdl") = false);
+      py::arg("most_attended") = kernels::kContextClasses[0], py::arg("cluster") = 0, py::arg("exchanges") = true,
+      py::arg("workspace"), py::arg("stream") = 0, py::arg("pdl") = false);
 }
 
 }  // namespace edgellm

@@ -20,9 +20,13 @@ extern template void launch_for_head_dim<256>(const DecodeAttentionArgs&, const 
 
 namespace {
 
-// Counters first, as many for every batch: calls of different batches and splits must find them at the same place.
+// Counters and exchanged sums first, as many for every batch: calls of different batches and splits must find them, and
+// zeros in them, at the same place.
 std::size_t counter_bytes(int num_heads) {
   return static_cast<std::size_t>(kMaxDecodeBatch) * num_heads * kMaxCluster * sizeof(unsigned int);
+}
+std::size_t exchanged_bytes(int num_heads, int head_dim) {
+  return static_cast<std::size_t>(kMaxDecodeBatch) * num_heads * head_dim / 2 * sizeof(uint4);
 }
 
 [[maybe_unused]] bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
@@ -30,14 +34,14 @@ std::size_t counter_bytes(int num_heads) {
 }  // namespace
 
 std::size_t decode_attention_workspace_bytes(int max_batch, int num_heads, int head_dim) {
+  if (max_batch == 0) return counter_bytes(num_heads);
   const std::size_t rows = static_cast<std::size_t>(max_batch) * num_heads * kMaxDecodeSplits;
-  return counter_bytes(num_heads) + rows * (head_dim + 2) * sizeof(float);
+  return counter_bytes(num_heads) + exchanged_bytes(num_heads, head_dim) + rows * (head_dim + 2) * sizeof(float);
 }
 
 void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.num_heads % args.kv.num_kv_heads == 0 && args.batch <= kMaxDecodeBatch);
-  assert(is_power_of_two(args.most_splits) && is_power_of_two(args.launched_splits));
-  assert(args.most_splits <= kMaxDecodeSplits && args.launched_splits <= kMaxDecodeSplits && args.workspace);
+  assert(is_power_of_two(args.most_splits) && args.most_splits <= kMaxDecodeSplits && args.workspace);
   DecodeAttentionParams p = {};
   p.qkv = args.qkv;
   p.cache = args.kv.data;
@@ -56,7 +60,9 @@ void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream
   p.norm_eps = args.rope.norm_eps;
   p.scale = args.scale * 1.4426950408889634f;
   p.num_done = static_cast<unsigned int*>(args.workspace);
-  p.partial_out = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + counter_bytes(args.num_heads));
+  char* behind = static_cast<char*>(args.workspace) + counter_bytes(args.num_heads);
+  if (args.exchanges) p.exchanged = reinterpret_cast<uint4*>(behind);
+  p.partial_out = reinterpret_cast<float*>(behind + exchanged_bytes(args.num_heads, args.kv.head_dim));
   switch (args.kv.head_dim) {
     case 64:
       return launch_for_head_dim<64>(args, p, stream, pdl);

@@ -1,10 +1,10 @@
 // Decode attention of one head_dim: RoPE, KV write, and a softmax split over the sequence.
 //
-// A block has one sequence, one KV head (up to eight of its query heads) and one split of the positions; its four warps
-// take tiles of sixteen positions in turn, and each has its next tiles' loads under way while it computes one. Splits
-// are merged through the shared memory of a cluster of blocks, and beyond a cluster through global memory by the block
-// that finishes last. The order of a sequence's sums is set by its length alone: merging sixteen splits in a cluster
-// and one by one through global memory gives the same bits.
+// A block has one sequence, one KV head (up to eight of its query heads) and one split of the positions; its four
+// warps, or eight where the sequence is long, take tiles of sixteen positions in turn, and each has its next tiles'
+// loads under way while it computes one. Splits are merged in eights, through the shared memory of a cluster of blocks
+// where the GPU has clusters, and the eights through global memory. The order of a sequence's sums is set by its length
+// alone: merging eights in clusters and by the block that finishes last gives the same bits.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,10 @@
 namespace edgellm::kernels {
 
 constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = kAttentionWarps * 32;
-constexpr int kMaxCluster = 16;
+constexpr int kLongWarps = 8;  // of the blocks of a long sequence
+template <int HD>
+constexpr bool has_long = HD <= 128;  // wide heads' sums would take too much shared memory
+constexpr int kMaxCluster = 8;
 constexpr float kNoScore = -1e30f;  // not -inf: the difference of two of them must be a number
 
 struct DecodeAttentionParams {
@@ -32,9 +34,9 @@ struct DecodeAttentionParams {
   const int32_t* slots;
   const int32_t* positions;
   bf16* out;
-  float* partial_out;      // (batch, num_heads, clusters, head_dim)
-  float* partial_max;      // (batch, num_heads, clusters)
-  float* partial_sum;      // (batch, num_heads, clusters)
+  uint4* exchanged;        // (batch, num_heads, head_dim / 2), zero between calls; or null
+  float* partial_out;      // (batch, num_heads, gridDim.x, head_dim)
+  float2* partial_tops;    // (batch, num_heads, gridDim.x): maximum, total
   unsigned int* num_done;  // (batch, gridDim.y, kMaxCluster), zero between calls
   int num_heads;
   int num_kv_heads;
@@ -52,24 +54,31 @@ __device__ __forceinline__ float fast_exp2(float x) {  // 0 for what is far belo
   return y;
 }
 
-constexpr int kBlockPositions = kAttentionWarps * kTilePositions;
-
 // The positions of one split: blocks of 64 in turn with the other splits, so that what a head's blocks read at a time
-// lies together.
+// lies together. A long sequence's come in tiles, so that no split has many more than another.
+template <int kWarps>
 struct SplitRange {
-  int num_splits, start, end, stride;
+  int num_splits, start, end, stride, step, shift;
+  bool is_long;
 
   __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int split) {
     end = position + 1;
     const int first = p.window > 0 ? max(0, end - p.window) : 0;
+    is_long = kWarps == kLongWarps && end - first > kLongContext;
     num_splits = min(decode_attention_splits(end - first, p.most_splits), static_cast<int>(gridDim.x));
-    start = first + split * kBlockPositions;
-    stride = num_splits * kBlockPositions;
+    shift = is_long ? 4 : 6;
+    start = first + (split << shift);
+    step = is_long ? num_splits * kTilePositions : kTilePositions;
+    stride = num_splits * (is_long ? kLongWarps : kAttentionWarps) * kTilePositions;
+  }
+  // A warp's first tile, or none.
+  __device__ __forceinline__ int first_tile(int warp) const {
+    return warp < kAttentionWarps || is_long ? start + warp * step : end;
   }
   // `position` is the last one.
   __device__ __forceinline__ bool has_last(int position) const {
     const int behind = position - start;
-    return behind >= 0 && behind % stride < kBlockPositions;
+    return behind >= 0 && (behind >> shift) % num_splits == 0;
   }
 };
 
@@ -117,17 +126,52 @@ constexpr int kTilesInFlight = HD > 128 ? 1 : std::clamp(112 / PositionTile<HD, 
 template <int HD, KvFormat F>
 constexpr int kBlocksPerSm = kTilesInFlight<HD, F> * PositionTile<HD, F>::kRegisters + HD / 2 <= 112 ? 3 : 2;
 
-template <int HD, KvFormat F>
-__global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
+// Puts v at *p and gives what was there: PTX ISA, atom.exch of 128 bits.
+__device__ __forceinline__ uint4 exchange(uint4* p, uint4 v) {
+  uint4 old = {};
+#if __CUDA_ARCH__ >= 900
+  uint64_t low, high;
+  asm volatile(
+      "{\n.reg .b128 given, found;\nmov.b128 given,{%2,%3};\n"
+      "atom.relaxed.gpu.global.exch.b128 found,[%4],given;\nmov.b128 {%0,%1},found;\n}"
+      : "=l"(low), "=l"(high)
+      : "l"(v.x | static_cast<uint64_t>(v.y) << 32), "l"(v.z | static_cast<uint64_t>(v.w) << 32),
+        "l"(__cvta_generic_to_global(p))
+      : "memory");
+  old = make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                   static_cast<uint32_t>(high >> 32));
+#endif
+  return old;
+}
+
+// Sums of outputs that belong to a maximum of scores and a total of weights.
+template <int N>
+struct Partial {
+  float top = kNoScore, total = 0.0f, out[N] = {};
+
+  // `highest` is at least both maxima; the first call finds this empty.
+  __device__ __forceinline__ void add(const Partial& part, float highest) {
+    const float e = fast_exp2(part.top - highest);
+    top = highest;
+    total = fmaf(e, part.total, total);
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] = fmaf(e, part.out[i], out[i]);
+  }
+};
+
+template <int HD, KvFormat F, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlocksPerSm<HD, F> : 1))
     decode_attention_kernel(const DecodeAttentionParams p) {
+  constexpr int kThreads = kWarps * 32;
+  using Range = SplitRange<kWarps>;
   using Tile = PositionTile<HD, F>;
   using Element = typename Tile::Element;
   using Row = RopeRow<HD>;
   constexpr int kTiles = kTilesInFlight<HD, F>;
-  constexpr int kRowPasses = (kTileHeads + 2 + kAttentionWarps - 1) / kAttentionWarps;
+  constexpr int kRowPasses = (kTileHeads + 2 + kWarps - 1) / kWarps;
   constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;  // heads next to each other in other banks
   constexpr int kQueryBytes = 2 * kTileHeads * kQueryStride * 2;
-  constexpr int kOutBytes = kAttentionWarps * kTileHeads * HD * 4;
+  constexpr int kOutBytes = kWarps * kTileHeads * HD * 4;
   // Queries in shared memory until the end would leave too little of it: they lie where the warps' sums go then.
   constexpr bool kOverlaid = Tile::kSharedQueries;
   static_assert(kQueryBytes % 16 == 0 && (!kOverlaid || kQueryBytes <= kOutBytes));
@@ -135,9 +179,9 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   using QueryRow = uint16_t[kTileHeads][kQueryStride];
   QueryRow* queries = reinterpret_cast<QueryRow*>(rows_and_sums);  // [2]: rounded, and the rest
   using WarpOut = float[kTileHeads * HD];
-  WarpOut* warp_out = reinterpret_cast<WarpOut*>(rows_and_sums + (kOverlaid ? 0 : kQueryBytes));  // [kAttentionWarps]
+  WarpOut* warp_out = reinterpret_cast<WarpOut*>(rows_and_sums + (kOverlaid ? 0 : kQueryBytes));  // [kWarps]
   __shared__ __align__(16) Element new_key[HD], new_value[HD];
-  __shared__ float warp_max[kAttentionWarps][kTileHeads], warp_total[kAttentionWarps][kTileHeads];
+  __shared__ float warp_max[kWarps][kTileHeads], warp_total[kWarps][kTileHeads];
   // From every block of the cluster: its sums of the outputs that this one merges, and maximum and total of each head.
   __shared__ __align__(16) float received[kTileHeads * HD + 4 * kMaxCluster];
   __shared__ __align__(16) float2 received_tops[kMaxCluster][kTileHeads];
@@ -160,10 +204,10 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
 
   Tile tiles[kTiles];
   float cos[Row::kPairs], sin[Row::kPairs];
-  const auto load_first = [&](const SplitRange& range, int position) {
+  const auto load_first = [&](const Range& range, int position) {
 #pragma unroll
     for (int r = 0; r < kTiles; r++) {
-      const int base = range.start + warp * kTilePositions + r * range.stride;
+      const int base = range.first_tile(warp) + r * range.stride;
       if (base >= position) continue;  // the new token's row is not there yet
       tiles[r].load_keys(key_bytes, base, position - 1, lane);
       if constexpr (!Tile::kSharedQueries) tiles[r].load_values(value_bytes, base, position - 1, lane);
@@ -178,9 +222,9 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   // The position may still be the last step's. If it is not, everything before it was written by steps that are
   // complete, and the first keys and values can be on their way while the predecessor computes.
   const int guess = *static_cast<const volatile int32_t*>(p.positions + sequence);
-  SplitRange range(p, max(guess, 0), split);
+  Range range(p, max(guess, 0), split);
   if (guess >= 0 && guess < p.capacity) load_first(range, guess);
-  for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kAttentionThreads) {  // columns without a head
+  for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kThreads) {  // columns without a head
     queries[0][num_valid + j / HD][j % HD] = queries[1][num_valid + j / HD][j % HD] = 0;
   }
   if (p.cluster > 1) cluster_arrive_relaxed();
@@ -194,7 +238,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   Row rows[kRowPasses];
 #pragma unroll
   for (int pass = 0; pass < kRowPasses; pass++) {
-    const int row = pass * kAttentionWarps + warp;
+    const int row = pass * kWarps + warp;
     if (row >= num_valid + 2) continue;
     const int head = row < num_valid    ? first_head + row
                      : row == num_valid ? p.num_heads + kv_head
@@ -202,13 +246,13 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     rows[pass].load(qkv + head * HD, row < num_valid ? p.q_gain : row == num_valid ? p.k_gain : nullptr, lane);
   }
   if (position < 0 || position >= p.capacity) {  // a free place of the batch; the whole cluster leaves
-    for (int j = tid; split == 0 && j < num_valid * HD; j += kAttentionThreads) {
+    for (int j = tid; split == 0 && j < num_valid * HD; j += kThreads) {
       p.out[(static_cast<std::size_t>(sequence) * p.num_heads + first_head) * HD + j] = __float2bfloat16(0.0f);
     }
     return;
   }
   if (position != guess) {
-    range = SplitRange(p, position, split);
+    range = Range(p, position, split);
     load_first(range, position);
   }
   if (split >= range.num_splits) return;  // launched for a longer sequence of the batch
@@ -216,7 +260,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
 
 #pragma unroll
   for (int pass = 0; pass < kRowPasses; pass++) {
-    const int row = pass * kAttentionWarps + warp;
+    const int row = pass * kWarps + warp;
     if (row >= num_valid + 2) continue;
     Row& own = rows[pass];
     if (row <= num_valid) {
@@ -265,13 +309,13 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
     q[s][0] = rounded.x, q[s][1] = rest.x, q[s][2] = rounded.y, q[s][3] = rest.y;
   }
   if constexpr (Tile::kSharedQueries) {  // until here the registers were the new rows'
-    const int base = range.start + warp * kTilePositions;
+    const int base = range.first_tile(warp);
     static_assert(kTiles == 1 || !Tile::kSharedQueries);
     if (base < position) tiles[0].load_values(value_bytes, base, position - 1, lane);
   }
   float top = kNoScore;                            // of head g
   float total[4] = {}, out[Tile::kSteps][4] = {};  // of heads 2t and 2t + 1
-  for (int first = range.start + warp * kTilePositions; first < range.end; first += kTiles * range.stride) {
+  for (int first = range.first_tile(warp); first < range.end; first += kTiles * range.stride) {
 #pragma unroll
     for (int r = 0; r < kTiles; r++) {
       const int base = first + r * range.stride, next = base + kTiles * range.stride;
@@ -336,14 +380,14 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   const int num_ranks = min(p.cluster, range.num_splits), num_outs = num_valid * HD;
   const int share = ceil_div(ceil_div(num_outs, num_ranks), 4) * 4;
   if (p.cluster > 1) cluster_wait();  // until all of its blocks run
-  for (int j = 4 * tid; j < num_outs; j += 4 * kAttentionThreads) {
+  for (int j = 4 * tid; j < num_outs; j += 4 * kThreads) {
     const int head = j / HD;
     float highest = kNoScore, sum = 0.0f;
     float4 merged = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; w++) highest = fmaxf(highest, warp_max[w][head]);
+    for (int w = 0; w < kWarps; w++) highest = fmaxf(highest, warp_max[w][head]);
 #pragma unroll
-    for (int w = 0; w < kAttentionWarps; w++) {
+    for (int w = 0; w < kWarps; w++) {
       const float e = fast_exp2(warp_max[w][head] - highest);
       const float4 v = *reinterpret_cast<const float4*>(&warp_out[w][j]);
       sum = fmaf(e, warp_total[w][head], sum);
@@ -369,36 +413,52 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   } else {
     __syncthreads();
   }
-  for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
+  const bool exchanges = p.cluster == kMaxCluster && clusters == 2 && p.exchanged;
+  for (int j = first_out + 2 * tid; j < last_out; j += 2 * kThreads) {
     const int head = j / HD;
-    float2 tops[kMaxCluster];  // maximum, total
-    float outs[kMaxCluster];
+    Partial<2> parts[kMaxCluster], merged;
+    float highest = kNoScore;
 #pragma unroll
     for (int r = 0; r < kMaxCluster; r++) {
-      tops[r] = make_float2(kNoScore, 0.0f), outs[r] = 0.0f;
       if (r >= num_ranks) continue;
-      tops[r] = received_tops[r][head];
-      outs[r] = received[r * share + j - first_out];
+      const float2 top = received_tops[r][head];
+      const float2 v = *reinterpret_cast<const float2*>(&received[r * share + j - first_out]);
+      parts[r].top = top.x, parts[r].total = top.y, parts[r].out[0] = v.x, parts[r].out[1] = v.y;
     }
-    float highest = kNoScore, sum = 0.0f, o = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, tops[r].x);
+    for (int r = 0; r < kMaxCluster; r++) highest = fmaxf(highest, parts[r].top);
 #pragma unroll
-    for (int r = 0; r < kMaxCluster; r++) {
-      const float e = fast_exp2(tops[r].x - highest);
-      sum = fmaf(e, tops[r].y, sum);
-      o = fmaf(e, outs[r], o);
+    for (int r = 0; r < kMaxCluster; r++) merged.add(parts[r], highest);
+    const std::size_t row = first_row + head;
+    if (exchanges) {
+      // The cluster that comes first leaves its sums, the other finds them; a total is never zero.
+      uint4* place = p.exchanged + (row * HD + j % HD) / 2;
+      const uint4 other = exchange(place, make_uint4(__float_as_uint(merged.top), __float_as_uint(merged.total),
+                                                     __float_as_uint(merged.out[0]), __float_as_uint(merged.out[1])));
+      if (other.y == 0) continue;
+      *place = make_uint4(0, 0, 0, 0);
+      Partial<2> found, both;
+      found.top = __uint_as_float(other.x), found.total = __uint_as_float(other.y);
+      found.out[0] = __uint_as_float(other.z), found.out[1] = __uint_as_float(other.w);
+      highest = fmaxf(found.top, merged.top);
+      if (split < kMaxCluster) {
+        both.add(merged, highest), both.add(found, highest);
+      } else {
+        both.add(found, highest), both.add(merged, highest);
+      }
+      merged = both;
     }
-    if (clusters == 1) {
-      p.out[first_row * HD + j] = __float2bfloat16(o / sum);
+    if (clusters == 1 || exchanges) {
+      *reinterpret_cast<uint32_t*>(p.out + row * HD + j % HD) =
+          pack_bf16(merged.out[0] / merged.total, merged.out[1] / merged.total);
       continue;
     }
-    const std::size_t at = (first_row + head) * (gridDim.x / p.cluster) + split / p.cluster;
-    p.partial_out[at * HD + j % HD] = o;
+    const std::size_t at = row * gridDim.x + split / p.cluster;
+    *reinterpret_cast<float2*>(p.partial_out + at * HD + j % HD) = make_float2(merged.out[0], merged.out[1]);
     // Ranks that share a head write the same numbers; each must have done so before it is counted below.
-    if (j == first_out || j % HD == 0) p.partial_max[at] = highest, p.partial_sum[at] = sum;
+    if (j == first_out || j % HD == 0) p.partial_tops[at] = make_float2(merged.top, merged.total);
   }
-  if (clusters == 1) return;
+  if (clusters == 1 || exchanges) return;
 
   __threadfence();
   __syncthreads();
@@ -408,53 +468,84 @@ __global__ void __launch_bounds__(kAttentionThreads, (kBlocksPerSm<HD, F>))
   __syncthreads();
   if (order != static_cast<unsigned int>(clusters) - 1) return;
   __threadfence();
-  for (int j = first_out + tid; j < last_out; j += kAttentionThreads) {
-    const std::size_t at = (first_row + j / HD) * (gridDim.x / p.cluster);
-    float highest = kNoScore, sum = 0.0f, o = 0.0f;
-    for (int r = 0; r < clusters; r++) highest = fmaxf(highest, load_l2(p.partial_max + at + r));
-    for (int r = 0; r < clusters; r++) {
-      const float e = fast_exp2(load_l2(p.partial_max + at + r) - highest);
-      sum = fmaf(e, load_l2(p.partial_sum + at + r), sum);
-      o = fmaf(e, load_l2(p.partial_out + (at + r) * HD + j % HD), o);
+  for (int j = first_out + 4 * tid; j < last_out; j += 4 * kThreads) {
+    const std::size_t row = (first_row + j / HD) * gridDim.x;
+    const auto load = [&](int r) {
+      const float2 top = __ldcg(p.partial_tops + row + r);
+      const float4 v = __ldcg(reinterpret_cast<const float4*>(p.partial_out + (row + r) * HD + j % HD));
+      return Partial<4>{top.x, top.y, {v.x, v.y, v.z, v.w}};
+    };
+    // In eights, as clusters do it. All loads of two of them at once.
+    Partial<4> merged;
+    float highest = kNoScore;
+    if (clusters <= 2 * kMaxCluster) {
+      Partial<4> parts[2][kMaxCluster], eights[2];
+#pragma unroll
+      for (int r = 0; r < 2 * kMaxCluster; r++) {
+        if (r < clusters) parts[r / kMaxCluster][r % kMaxCluster] = load(r);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float top = kNoScore;
+#pragma unroll
+        for (int r = 0; r < kMaxCluster; r++) top = fmaxf(top, parts[i][r].top);
+#pragma unroll
+        for (int r = 0; r < kMaxCluster; r++) eights[i].add(parts[i][r], top);
+      }
+      highest = fmaxf(eights[0].top, eights[1].top);
+      merged.add(eights[0], highest), merged.add(eights[1], highest);
+    } else {
+      for (int r = 0; r < clusters; r++) highest = fmaxf(highest, __ldcg(p.partial_tops + row + r).x);
+      for (int first = 0; first < clusters; first += kMaxCluster) {
+        Partial<4> parts[kMaxCluster], eight;
+        float top = kNoScore;
+#pragma unroll
+        for (int r = 0; r < kMaxCluster; r++) parts[r] = load(first + r);
+#pragma unroll
+        for (int r = 0; r < kMaxCluster; r++) top = fmaxf(top, parts[r].top);
+#pragma unroll
+        for (int r = 0; r < kMaxCluster; r++) eight.add(parts[r], top);
+        merged.add(eight, highest);
+      }
     }
-    p.out[first_row * HD + j] = __float2bfloat16(o / sum);
+    *reinterpret_cast<uint2*>(p.out + first_row * HD + j) =
+        make_uint2(pack_bf16(merged.out[0] / merged.total, merged.out[1] / merged.total),
+                   pack_bf16(merged.out[2] / merged.total, merged.out[3] / merged.total));
   }
   if (tid == 0) *counter = 0;  // for the next layer
 }
 
-// The largest cluster that the current device can run this kernel in: 16, 8 or, without clusters, 1.
-template <int HD, KvFormat F>
+// The largest cluster that the current device can run this kernel in: 8 or, without clusters, 1.
+template <int HD, KvFormat F, int kWarps>
 int largest_cluster() {
   thread_local int device = -1, largest = 1;
   const DeviceTraits& traits = device_traits();
   if (device == traits.device) return largest;
   int blocks = 1;
   if (traits.has_dependent_launch) {
-    const auto kernel = decode_attention_kernel<HD, F>;
-    EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(kMaxCluster);
-    config.blockDim = dim3(kAttentionThreads);
-    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config));
+    config.blockDim = dim3(kWarps * 32);
+    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, decode_attention_kernel<HD, F, kWarps>, &config));
   }
-  largest = blocks >= 16 ? 16 : blocks >= 8 ? 8 : 1;
+  largest = blocks >= kMaxCluster ? kMaxCluster : 1;
   device = traits.device;
   return largest;
 }
 
-template <int HD, KvFormat F>
-void launch_decode_attention(const DecodeAttentionArgs& args, DecodeAttentionParams params, cudaStream_t stream,
-                             bool pdl) {
+template <int HD, KvFormat F, int kWarps>
+void launch_decode_attention_warps(const DecodeAttentionArgs& args, DecodeAttentionParams params, cudaStream_t stream,
+                                   bool pdl) {
   const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
-  params.cluster =
-      std::min({args.cluster > 0 ? args.cluster : kMaxCluster, largest_cluster<HD, F>(), args.launched_splits});
-  const std::size_t rows =
-      static_cast<std::size_t>(args.batch) * args.num_heads * (args.launched_splits / params.cluster);
-  params.partial_max = params.partial_out + rows * HD;
-  params.partial_sum = params.partial_max + rows;
+  // A long sequence's blocks have an SM each, and a GPU's parts have too few for clusters of all of them.
+  const int wanted = kWarps == kLongWarps ? 1 : args.cluster > 0 ? args.cluster : kMaxCluster;
+  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
+  params.cluster = std::min({wanted, largest_cluster<HD, F, kWarps>(), splits});
+  const std::size_t rows = static_cast<std::size_t>(args.batch) * args.num_heads * splits;
+  params.partial_tops = reinterpret_cast<float2*>(params.partial_out + rows * HD);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.launched_splits, args.kv.num_kv_heads * chunks, args.batch);
-  config.blockDim = dim3(kAttentionThreads);
+  config.gridDim = dim3(splits, args.kv.num_kv_heads * chunks, args.batch);
+  config.blockDim = dim3(kWarps * 32);
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
   if (pdl && device_traits().has_dependent_launch) {
@@ -466,8 +557,19 @@ void launch_decode_attention(const DecodeAttentionArgs& args, DecodeAttentionPar
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
   }
   config.attrs = attributes;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F>, params));
+  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F, kWarps>, params));
   EDGELLM_CUDA_TRY(cudaGetLastError());
+}
+
+template <int HD, KvFormat F>
+void launch_decode_attention(const DecodeAttentionArgs& args, const DecodeAttentionParams& params, cudaStream_t stream,
+                             bool pdl) {
+  if constexpr (has_long<HD>) {
+    if (args.most_attended > kLongContext) {
+      return launch_decode_attention_warps<HD, F, kLongWarps>(args, params, stream, pdl);
+    }
+  }
+  launch_decode_attention_warps<HD, F, kAttentionWarps>(args, params, stream, pdl);
 }
 
 // One translation unit a head_dim.

@@ -373,7 +373,7 @@ void Forward::attention_async(int index, const Step& step) const {
     attention.window = config_.window(index);
     attention.scale = scale;
     attention.most_splits = most_splits_;
-    attention.launched_splits = kernels::decode_attention_splits(config_.capacity, most_splits_);
+    attention.most_attended = config_.capacity;
     attention.workspace = step.get<std::byte>("attention");
     kernels::decode_attention_async(attention, step.stream, false);
   } else {

@@ -20,7 +20,8 @@ void decode_async(const AttentionStep& step) {
     args.batch = static_cast<int>(std::min<std::int64_t>(step.batch - b, kernels::kMaxDecodeBatch));
     args.most_splits = kernels::decode_attention_most_splits(step.settings.num_kv_heads, num_sms);
     // The host does not know the lengths: as many as a full cache needs, of which a short sequence's leave at once.
-    args.launched_splits = kernels::decode_attention_splits(step.kv.capacity, args.most_splits);
+    args.most_attended = step.kv.capacity;
+    args.exchanges = false;  // only the counters are cleared
     args.workspace = step.workspace;
     kernels::decode_attention_async(args, step.stream, false);
   }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 #include <stdexcept>
 
 #include "edgellm/cuda_try.hpp"
@@ -32,7 +31,6 @@ Decoder::Decoder(DecoderConfig config)
     : TokenLoop(config, plan_memory(config)),
       num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
       most_splits_(kernels::decode_attention_most_splits(config_.num_kv_heads, num_sms_)),
-      longest_splits_(kernels::decode_attention_splits(config_.capacity, most_splits_)),
       weights_(arena_, config_),
       cache_(arena_.get<std::byte>("kv"), config_),
       adapters_(arena_, config_) {
@@ -88,8 +86,12 @@ void Decoder::finish_load() {
         // Once without a graph: CUDA loads a kernel's code at its first launch, which must not be inside a capture.
         record_step_async({batch, tail});
         stream_.wait();
-        for (const int splits : std::set{kernels::kMinDecodeSplits, longest_splits_}) {
-          (void)graph({batch, tail, 0, splits});
+        for (const int most : kernels::kContextClasses) {
+          const StepKey key = {batch, tail, 0, context_class(most)};
+          if (batch == 1 && tail == StepTail::kLogits) record_step_async(key);  // attention's kernels differ
+          stream_.wait();
+          (void)graph(key);
+          if (config_.capacity <= most) break;
         }
       }
     }
@@ -181,7 +183,8 @@ void Decoder::record_step_async(const StepKey& key) {
       attention.window = config_.window(index);
       attention.scale = attention_scale(config_);
       attention.most_splits = most_splits_;
-      attention.launched_splits = key.splits;
+      attention.most_attended =
+          attention.window > 0 ? std::min(key.most_attended, attention.window) : key.most_attended;
       attention.workspace = arena_.get<std::byte>("attention");
       kernels::decode_attention_async(attention, stream, pdl);
     }
@@ -248,11 +251,6 @@ void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_
 }
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }
-
-int Decoder::splits_for(int length) const {
-  const int splits = kernels::decode_attention_splits(length, most_splits_);
-  return splits <= kernels::kMinDecodeSplits ? splits : longest_splits_;
-}
 
 StepKey Decoder::arrange_async(std::span<const std::int32_t> slots, std::span<const std::int32_t> adapters) {
   const unsigned adapted = adapted_linears(adapters);

@@ -72,10 +72,10 @@ void Decoder::record_exact_chain_attention_async(int layer, int count, bool pdl)
   args.num_heads = config_.num_heads;
   args.scale = attention_scale(config_);
   args.most_splits = most_splits_;
-  args.launched_splits = longest_splits_;
   args.workspace = arena_.get<std::byte>("attention");
   for (const bool writes_only : {true, false}) {
     args.window = writes_only ? 1 : config_.window(layer);
+    args.most_attended = args.window > 0 ? std::min(config_.capacity, args.window) : config_.capacity;
     for (int first = 0; first < count; first += kMaxBatch) {
       const auto row = static_cast<std::size_t>(first);
       args.qkv = arena_.get<float>("qkv") + row * qkv_width;

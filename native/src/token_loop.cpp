@@ -118,7 +118,7 @@ void TokenLoop::decode_async(std::span<const SequenceStep> batch, std::span<cons
                                    3 * kMaxBatch * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream_.get()));
   StepKey key = arrange_async(std::span(inputs + 2 * kMaxBatch, members.size()), adapters);
   key.tail = StepTail::kLogits;
-  key.splits = splits_for(longest);
+  key.most_attended = context_class(longest);
   run_step_async(key);
   const float* logits = step_logits(key);
   // Rows that lie together on both sides, the usual case, are one copy.

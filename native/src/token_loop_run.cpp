@@ -88,7 +88,7 @@ void TokenLoop::launch_run_step_async() {
   }
   if (run_launched_ - run_read_ >= kHistoryLength) throw std::logic_error("the run's history is full; read it first");
   // The longest sequence is the one whose slot is full first.
-  run_key_.splits = splits_for(static_cast<int>(config_.capacity - run_limit_ + run_launched_ + 1));
+  run_key_.most_attended = context_class(static_cast<int>(config_.capacity - run_limit_ + run_launched_ + 1));
   guarded([&] {
     run_step_async(run_key_);
     run_events_[static_cast<std::size_t>(run_launched_ % kHistoryLength)].record(stream_.get());

@@ -125,7 +125,7 @@ void TrtDecoder::warm_up() {
     StepKey key = arrange_async(std::span(&slot, 1), std::span(&none, 1));
     for (const StepTail tail : {StepTail::kLogits, StepTail::kSample, StepTail::kSampleEverything}) {
       key.tail = tail;
-      key.splits = splits_for(1);
+      key.most_attended = context_class(1);
       if (slot == 0) {
         prepare_capture_async(key);
         record_step_async(key);

@@ -63,7 +63,7 @@ def check(
     normed: bool = False, form: str = "bf16", capacity: int = CAPACITY, cluster: int = 0, loud: float = 2.0,
     atol: float = 8e-3,
 ) -> None:  # fmt: skip
-    """`splits` is most_splits and launched_splits; `loud` the deviation of qkv: small, and all weights are alike."""
+    """`splits` is most_splits; `loud` the deviation of qkv: small, and all weights are alike."""
     batch, num_slots = len(positions), len(positions) + 2
     cos, sin = tables(head_dim, capacity)
     kv = make_cache(form, num_slots, 2, kv_heads, capacity, head_dim)
@@ -77,7 +77,8 @@ def check(
     for _ in range(2):  # the second call finds the workspace as the first left it, and overwrites what it wrote
         K.decode_attention(
             qkv.view(batch, -1), kv, slots.int().cuda(), torch.tensor(positions, device="cuda", dtype=torch.int32),
-            cos, sin, out, heads, scale, *gains, EPS, window, splits, splits, cluster, workspace, stream=stream(),
+            cos, sin, out, heads, scale, *gains, EPS, window, splits, max(*positions, 0) + 1, cluster,
+            workspace=workspace, stream=stream(),
         )  # fmt: skip
     for b, position in enumerate(positions):
         slot = int(slots[b])
@@ -120,7 +121,9 @@ def test_every_cache_format_is_read_as_it_was_written(head_dim: int, group: int,
 @pytest.mark.parametrize("form", FORMATS)
 def test_long_contexts(form: str, splits: int, cluster: int) -> None:
     for head_dim, heads, kv_heads in ((128, 8, 2), (64, 9, 3), (256, 4, 1)):
-        check(head_dim, heads, kv_heads, [4999, 19_999], splits, form=form, capacity=LONG, cluster=cluster)
+        # In one launch with a long context: one that is just not, and ones with fewer splits.
+        positions = [4999, 19_999, K.LONG_CONTEXT - 1, 77, -1, 1200, K.LONG_CONTEXT]
+        check(head_dim, heads, kv_heads, positions, splits, form=form, capacity=LONG, cluster=cluster)
         # Many weights of about the same size: what is wrong with each adds up, and the output is small.
         check(
             head_dim, heads, kv_heads, [19_999], splits, form=form, capacity=LONG, cluster=cluster, loud=0.3, atol=2e-4
@@ -186,29 +189,31 @@ def test_what_is_not_in_the_slot_yet_is_never_read() -> None:
 def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_a_larger_slot(
     head_dim: int, form: str, most: int, cluster: int
 ) -> None:
-    lengths = [500, 3, 77, 1000, 1700, 2999, 1023, 1024]
-    kv = make_cache(form, 8, 2, 2, 3000, head_dim)
-    larger = torch.zeros_like(make_cache(form, 8, 2, 2, 5000, head_dim))
-    larger[:, :, :, :3000] = kv
-    cos, sin = tables(head_dim, 5000)
+    lengths = [500, 3, 77, 9500, 1700, 2999, 1023, K.LONG_CONTEXT - 1]
+    kv = make_cache(form, 8, 2, 2, 9501, head_dim)
+    larger = torch.zeros_like(make_cache(form, 8, 2, 2, 12_000, head_dim))
+    larger[:, :, :, :9501] = kv
+    cos, sin = tables(head_dim, 12_000)
     qkv = torch.randn((8, 12 * head_dim), device="cuda")
     slots, positions = (torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([2, 0, 3, 1, 7, 5, 6, 4], lengths))
     workspace = make_workspace(8, 8, head_dim)
 
-    def run(rows: slice, cache: Any, launched: int) -> Any:
+    def run(rows: slice, cache: Any, most_attended: int, cluster: int = cluster, exchanges: bool = True) -> Any:
         out = torch.empty((len(slots[rows]), 8 * head_dim), dtype=torch.bfloat16, device="cuda")
         K.decode_attention(
             qkv[rows], cache, slots[rows], positions[rows], cos, sin, out, 8, 0.125, most_splits=most,
-            launched_splits=launched, cluster=cluster, workspace=workspace, stream=stream(),
+            most_attended=most_attended, cluster=cluster, exchanges=exchanges, workspace=workspace, stream=stream(),
         )  # fmt: skip
         return out
 
-    together = run(slice(0, 8), kv, most)
-    assert torch.equal(run(slice(0, 8), larger, most), together)
+    together = run(slice(0, 8), kv, 9501)
+    assert torch.equal(run(slice(0, 8), larger, 12_000), together)
+    assert torch.equal(run(slice(0, 8), kv, 9501, cluster=1), together)  # merged by whoever is last
     for b in range(8):
-        needed = K.decode_attention_splits(lengths[b] + 1, most)
-        for launched in {needed, most}:
-            assert torch.equal(run(slice(b, b + 1), kv, launched)[0], together[b]), (lengths[b], launched)
+        for most_attended in {lengths[b] + 1, max(1024, lengths[b] + 1), max(K.LONG_CONTEXT, lengths[b] + 1), 100_000}:
+            for exchanges in (True, False):
+                alone = run(slice(b, b + 1), kv, most_attended, exchanges=exchanges)
+                assert torch.equal(alone[0], together[b]), (lengths[b], most_attended, exchanges)
 
 
 def test_splits_follow_from_the_length_alone_and_fill_the_gpu() -> None:

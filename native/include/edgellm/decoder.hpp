@@ -1,6 +1,7 @@
 // The decoder: single tokens through the fused kernels as one CUDA graph, many tokens through matrix products.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -58,7 +59,9 @@ class Decoder final : public TokenLoop {
  private:
   void check_adapter(int adapter) const override { adapters_.check(adapter); }
   StepKey arrange_async(std::span<const std::int32_t> slots, std::span<const std::int32_t> adapters) override;
-  int splits_for(int length) const override;
+  int context_class(int length) const override {
+    return std::min(kernels::decode_attention_class(length), config_.capacity);
+  }
   void record_step_async(const StepKey& key) override;
   void several_async(const SequenceStep& item, int first_row) override;
   const KvCache& cache() const override { return cache_; }
@@ -122,8 +125,7 @@ class Decoder final : public TokenLoop {
                        int out_width, kernels::Epilogue epilogue, int layer, Linear which, int adapter);
 
   int num_sms_ = 0;
-  int most_splits_ = 0;     // of attention, for a sequence of any length
-  int longest_splits_ = 0;  // for a full slot
+  int most_splits_ = 0;  // of attention, for a sequence of any length
   Weights weights_;
   KvCache cache_;
   Adapters adapters_;

@@ -49,7 +49,7 @@ struct StepKey {
   int batch = 1;  // sequences, or the draft's class of nodes
   StepTail tail = StepTail::kLogits;
   unsigned adapted = 0;  // linear_bit of the linear layers that look for each sequence's adapter; 0: no adapter in use
-  int splits = kernels::kMinDecodeSplits;  // of attention, as the longest sequence needs them
+  int most_attended = kernels::kContextClasses[0];  // by the longest sequence, as TokenLoop::context_class has it
   int layout = 0;  // of an engine: which slots and adapters the sequences have, as it numbers them
 
   auto operator<=>(const StepKey&) const = default;
@@ -116,10 +116,11 @@ class TokenLoop {
 
   // Throws std::invalid_argument for an adapter that is not loaded.
   virtual void check_adapter(int adapter) const = 0;
-  // Makes ready for steps of one token in each of these slots with these adapters: all of the key but tail and splits.
+  // Makes ready for steps of one token in each of these slots with these adapters: all of the key but tail and
+  // most_attended.
   virtual StepKey arrange_async(std::span<const std::int32_t> slots, std::span<const std::int32_t> adapters) = 0;
-  // What a step launches for a sequence of `length` tokens: the fewest or, so that graphs are few, the most there are.
-  virtual int splits_for(int length) const = 0;
+  // The most tokens of a longest sequence for which the same step is launched as for `length`: few, as graphs are.
+  virtual int context_class(int length) const = 0;
   // Before a key's graph is captured, on the state that its first replay will find.
   virtual void prepare_capture_async(const StepKey&) {}
   // Records one step on the stream: what a graph captures. Reads decode_inputs and, unless the tail is kLogits, the

@@ -131,7 +131,7 @@ class TrtDecoder final : public TokenLoop {
 
   void check_adapter(int adapter) const override;
   StepKey arrange_async(std::span<const std::int32_t> slots, std::span<const std::int32_t> adapters) override;
-  int splits_for(int) const override { return 0; }
+  int context_class(int) const override { return 0; }
   void prepare_capture_async(const StepKey& key) override;
   void record_step_async(const StepKey& key) override;
   float* step_logits(const StepKey& key) const override;
