@@ -29,6 +29,7 @@ def print_machine() -> float:
 def measure_us(launches: list[Callable[[int], Any]], repeats: int = 7) -> float:
     """Median microseconds a launch, all of `launches` (each takes a stream) back to back in one graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs, slots and positions among them
     with torch.cuda.stream(stream):
         for launch in launches[:2]:
             launch(stream.cuda_stream)

@@ -144,6 +144,12 @@ __device__ __forceinline__ uint4 exchange(uint4* p, uint4 v) {
   return old;
 }
 
+// Of a zero, those of minus zero.
+__device__ __forceinline__ uint32_t nonzero_bits(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return bits == 0 ? 0x80000000u : bits;
+}
+
 // Sums of outputs that belong to a maximum of scores and a total of weights.
 template <int N>
 struct Partial {
@@ -431,9 +437,9 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
     for (int r = 0; r < kMaxCluster; r++) merged.add(parts[r], highest);
     const std::size_t row = first_row + head;
     if (exchanges) {
-      // The cluster that comes first leaves its sums, the other finds them; a total is never zero.
+      // The cluster that comes first leaves its sums, the other finds them. A total of zero would look like none.
       uint4* place = p.exchanged + (row * HD + j % HD) / 2;
-      const uint4 other = exchange(place, make_uint4(__float_as_uint(merged.top), __float_as_uint(merged.total),
+      const uint4 other = exchange(place, make_uint4(__float_as_uint(merged.top), nonzero_bits(merged.total),
                                                      __float_as_uint(merged.out[0]), __float_as_uint(merged.out[1])));
       if (other.y == 0) continue;
       *place = make_uint4(0, 0, 0, 0);

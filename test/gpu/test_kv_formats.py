@@ -144,19 +144,23 @@ def test_decoded_tokens_are_the_same_alone_and_in_a_batch(kind: str, form: str, 
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_run_crosses_from_few_splits_to_many_without_a_change(form: str, open_long: Callable[..., Any]) -> None:
-    """1,024 tokens is where attention splits a sequence further; alone, in a batch, and step by step."""
+@pytest.mark.parametrize("length", [1000, 8170])
+def test_a_run_crosses_from_one_class_of_context_to_the_next_without_a_change(
+    length: int, form: str, open_long: Callable[..., Any]
+) -> None:
+    """Attention is launched otherwise beyond 1,024 and 8,192 tokens; alone, in a batch, and step by step."""
     executor = open_long(form)
-    long, short = prompt(1000), prompt(40)
-    executor.step([step(0, long, 0)])
+    long, short = prompt(length), prompt(40)
+    for first in range(0, length, 1000):
+        executor.step([step(0, long[first : first + 1000], first)])
     executor.step([step(1, short, 0)])
-    executor.copy_prefix(0, 2, 1000)
-    together = executor.decode_tokens([0, 1], [1000, 40], [5, 6], 60)
-    assert np.array_equal(executor.decode_tokens([0], [1000], [5], 60)[:, 0], together[:, 0])
+    executor.copy_prefix(0, 2, length)
+    together = executor.decode_tokens([0, 1], [length, 40], [5, 6], 60)
+    assert np.array_equal(executor.decode_tokens([0], [length], [5], 60)[:, 0], together[:, 0])
     assert np.array_equal(executor.decode_tokens([1], [40], [6], 60)[:, 0], together[:, 1])
     token, tokens = 5, []
     for i in range(60):
-        token = int(executor.step([step(2, np.array([token]), 1000 + i)])[0].argmax())
+        token = int(executor.step([step(2, np.array([token]), length + i)])[0].argmax())
         tokens.append(token)
     assert tokens == together[:, 0].tolist()
 
@@ -178,7 +182,7 @@ def test_logits_at_a_long_context_are_hugging_faces(
 
 @pytest.fixture
 def open_long(gpu_model: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> Any:
-    """`open_long(form)` is an executor of gpu_qwen3's weights for 4,096 tokens; closed after the test."""
+    """`open_long(form)` is an executor of gpu_qwen3's weights for 8,320 tokens; closed after the test."""
     import json
 
     from edgellm_ros.toolchain.export import export_bundle
@@ -188,13 +192,13 @@ def open_long(gpu_model: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> A
     for source in gpu_model("gpu_qwen3")[1].iterdir():
         (checkpoint / source.name).write_bytes(source.read_bytes())
     config = json.loads((checkpoint / "config.json").read_text())
-    config["max_position_embeddings"] = 4096
+    config["max_position_embeddings"] = 8320
     (checkpoint / "config.json").write_text(json.dumps(config))
     bundle = export_bundle(checkpoint, tmp_path / "bundle", weights="fp16")
     opened: list[CudaExecutor] = []
 
     def get(form: str) -> CudaExecutor:
-        opened.append(CudaExecutor(bundle, EngineConfig(max_slots=3, max_context=4096, kv_cache=form)))
+        opened.append(CudaExecutor(bundle, EngineConfig(max_slots=3, max_context=8320, kv_cache=form)))
         return opened[-1]
 
     yield get
