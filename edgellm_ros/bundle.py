@@ -77,6 +77,8 @@ class ModelSpec:
     local_rope_theta: float = 0.0  # rope_theta of the layers whose rope is local
     wide_activations: bool = False  # beyond fp16's largest number: engines compute in bf16
     local_rope_scaling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Per layer, the powers of two that keys and values in the cache are divided by; in the weights; empty: 1
+    kv_scales: tuple[tuple[float, float], ...] = ()
 
     @property
     def num_rows(self) -> int:

@@ -34,8 +34,8 @@ class EngineConfig:
     kv_cache: str = setting(
         "auto",
         "Number format of the KV cache. auto: what the executor computes in (cuda: bf16, onnxruntime: fp32). cuda also "
-        "has fp16 and fp8; fp8 (E4M3 without scales) halves its memory and reading, rounds keys and values to 3 bits "
-        "and cuts them off at 448.",
+        "has fp16 and fp8; fp8 (E4M3) halves its memory and reading, rounds keys and values to 3 bits and cuts them "
+        "off at 448; a checkpoint's scales for it are in the bundle's weights.",
         choices=("auto", "fp32", "bf16", "fp16", "fp8"),
     )
     prefill_chunk: int = setting(
@@ -137,7 +137,7 @@ class BuildOptions:
     lora: bool = setting(False, "take adapters as inputs, from rank 0 to what the bundle was exported for")
     trees: bool = setting(False, "verify trees of drafts too, of up to max-verify nodes: attention's mask is an input")
     kv_cache: str = setting(
-        "auto", "auto: what the engine computes in; fp8: E4M3 without scales, half the memory, with plugins only",
+        "auto", "auto: what the engine computes in; fp8: E4M3, half the memory, with plugins only",
         choices=("auto", "fp8"),
     )  # fmt: skip
     activations: str = setting(

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import Bundle, ModelSpec, WeightFile
 from edgellm_ros.errors import BundleError, RequestError
+from edgellm_ros.executors.kv_scales import projection_factors
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
 
 FloatArray = npt.NDArray[np.float32]
@@ -74,7 +75,7 @@ def stacks_of(model: ModelSpec) -> tuple[Stack, ...]:
 
 
 def fit(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: str = "") -> LoraAdapter:
-    """The adapter with its stacked projections taken apart, as `pack` wants it.
+    """The adapter with its stacked projections taken apart, as `pack` wants it, scaled as the stored projections are.
 
     Raises RequestError that names the first tensor which is not of this model or is over `max_rank`.
     """
@@ -84,7 +85,8 @@ def fit(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: str = "")
         for part in _take_apart(item, model):
             if (part.layer, part.target) in tensors:
                 raise RequestError(f"layers.{part.layer}: {item.target} is changed twice; the adapter is damaged")
-            tensors[part.layer, part.target] = part
+            factor = projection_factors(model, part.layer).get(part.target, 1.0)
+            tensors[part.layer, part.target] = replace(part, scale=part.scale * factor)
     return replace(adapter, tensors=tuple(tensors.values()))
 
 

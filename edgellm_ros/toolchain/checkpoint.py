@@ -79,6 +79,10 @@ class Checkpoint(abc.ABC):
         """How the input of the weight `name` is rounded where activations are quantised too; None when it is not."""
         return None
 
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        """What keys and values of the layer `prefix` are divided by in an FP8 cache; None where nothing is said."""
+        return None
+
     @abc.abstractmethod
     def num_bytes(self) -> int:
         """Bytes that all tensors take on disk."""

@@ -35,6 +35,7 @@ from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
 from edgellm_ros.toolchain.graph.plugin import check_plugin_support, write_plugin_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
 from edgellm_ros.toolchain.keep import WHOLE_INPUT, KeptWeights
+from edgellm_ros.toolchain.kv_scales import read_kv_scales, scale_layer
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer, read_norm
 from edgellm_ros.toolchain.quantize_weights import quantize_int4, quantize_int8
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
@@ -135,6 +136,8 @@ def _write(
     check_tensors(source, family, model)
     _check_supported(model)
     model = replace(model, name=name or model.name, max_context=_context(model, max_context))
+    scales, kv_notes = read_kv_scales(source, model.num_layers)
+    model = replace(model, kv_scales=scales)
     kept = None
     if quant is None:
         kept = KeptWeights(source, model, tables)
@@ -156,6 +159,7 @@ def _write(
         model = replace(model, head_rows=len(vocab))
     logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab, kept)
     quant = kept.quant if kept is not None else quant  # with the notes that writing made
+    quant = replace(quant, notes=(*quant.notes, *kv_notes))
     graph = GraphSpec(
         activation_dtype="float32" if quant.weights == "fp32" else "float16", max_lora_rank=max_lora_rank
     )
@@ -212,6 +216,7 @@ def _write_weights(
         for layer in range(model.num_layers):
             tensors = read_layer(source, model, layer, buffers)
             reference.layer(layer, tensors)
+            scale_layer(model, layer, tensors)
             for stem, tensor in tensors.items():
                 at = f"layers.{layer}.{stem}"
                 if tensor.ndim == 2:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.executors.kv_scales import projection_factors, row_factors
 from edgellm_ros.executors.small_floats import e4m3_bytes
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
@@ -50,7 +51,7 @@ class KeptWeights:
 
         tables: fp16 or int8, of a head and an embedding that the checkpoint has as floats.
         """
-        self._source = source
+        self._source, self._model = source, model
         self._notes: dict[str, None] = dict.fromkeys(source.quantization_notes())
         self._rounding = 0.0  # largest relative change of a scale
         self._layers: dict[str, _Layer] = {}
@@ -104,6 +105,9 @@ class KeptWeights:
         layer = self._layers.get(stem) or self._layers["embed"]
         form = layer.format
         weight = stack([_convert(part, form) for part in parts], stem)
+        factors = row_factors(self._model, stem)
+        if factors is not None:
+            weight = weight.times_rows(factors)
         found: dict[str, npt.NDArray[Any]] = {"weight": _stored_values(weight)}
         if form.scheme in INTEGERS:
             found["scale"] = self._half(weight.scale, stem)
@@ -116,7 +120,7 @@ class KeptWeights:
         if form.offset:
             found["offset"] = np.zeros_like(weight.scale) if weight.offset is None else weight.offset
         if form.activation:
-            found["input_scale"] = np.array([self._input_scale(layer.names)], np.float32)
+            found["input_scale"] = np.array([self._stored_input_scale(stem)], np.float32)
         if form.input_order:
             assert weight.order is not None
             found["input_order"] = weight.order
@@ -169,6 +173,13 @@ class KeptWeights:
             "cuda executor do not"
         ] = None
         return kind
+
+    def _stored_input_scale(self, stem: str) -> float | None:
+        """Attention's output is a mean of values, which are stored divided by their scale."""
+        scale = self._input_scale(self._layers[stem].names)
+        if scale is None or not (self._model.kv_scales and stem.endswith("attn.o")):
+            return scale
+        return scale / projection_factors(self._model, int(stem.split(".")[1]))["o_proj"]
 
     def _input_scale(self, names: tuple[str, ...]) -> float | None:
         """The largest of the layers' that share an input; None where one of them has none."""

@@ -68,6 +68,10 @@ class QuantizedCheckpoint(HfCheckpoint):
         """See Checkpoint.activation_scale."""
         return self._reader.activation_scale(self._modules[name]) if name in self._modules else None
 
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        """See Checkpoint.kv_scales."""
+        return self._reader.kv_scales(prefix)
+
     def packed_parts(self, name: str, step: int) -> Iterator[PackedWeight]:
         """See Checkpoint.packed_parts."""
         return self._reader.read_parts(self._modules[name], step)

@@ -142,6 +142,7 @@ def test_input_and_kv_scales_are_the_largest_values_that_the_original_computes_o
 ) -> None:
     made = quantised("qwen3", "fp8", kv_cache="fp8")
     assert unified.quantization(made.path)["kv_cache_quant_algo"] == "FP8"
+    assert any(note.startswith("scales of the KV cache (k_scale, v_scale) from ") for note in made.notes)
     model, largest = tiny.make_model("qwen3"), {}
 
     def watch(name: str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.toolchain.checkpoint import open_checkpoint
+from edgellm_ros.toolchain.kv_scales import read_kv_scales
 from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_tokens
 from edgellm_ros.toolchain.quantize.model import choose_device, load_model, open_source, stored_dtype, untie_head
 from edgellm_ros.toolchain.quantize.recipe import dump_recipe, load_recipe
@@ -103,6 +105,10 @@ def quantize_and_save(
         write_tokenizer(source.checkpoint, partial)
         (partial / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
         show("writing", 1, 1)
+    if recipe.kv_cache == "fp8":
+        written = open_checkpoint(output)
+        _, said = read_kv_scales(written, int(written.config["num_hidden_layers"]))
+        notes += said or ("no layer of this model got scales of an FP8 KV cache: they are 1",)
     details = json.loads((output / QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
     return Quantized(
         path=output,

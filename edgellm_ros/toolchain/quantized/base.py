@@ -107,6 +107,20 @@ class QuantReader(abc.ABC):
         """How the module's input is rounded, with one scale for all tokens; None where it is not, or otherwise."""
         return None
 
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        """See Checkpoint.kv_scales. Raises CheckpointError for what is no positive number, or one for each head."""
+        names = [next((n for n in _kv_names(prefix, part) if n in self.tensors), None) for part in "kv"]
+        found = [1.0 if name is None else self._kv_scale(name) for name in names]
+        return None if names == [None, None] else (found[0], found[1])
+
+    def _kv_scale(self, name: str) -> float:
+        values = self.tensors.floats(name)
+        if values.size != 1:
+            raise self.error(f"{name} is {list(values.shape)}; read is one scale of the KV cache for a layer")
+        if not values.reshape(()) > 0:
+            raise self.error(f"{name} is {float(values.reshape(()))}; a scale of the KV cache must be above 0", DAMAGED)
+        return float(values.reshape(()))
+
     @abc.abstractmethod
     def describe(self) -> str:
         """Method, bits and groups in a few words, for `edgellm inspect`."""
@@ -215,6 +229,13 @@ def is_excluded(module: str, patterns: Sequence[str], prefixes: bool = False) ->
         if found:
             return True
     return False
+
+
+def _kv_names(prefix: str, part: str) -> tuple[str, ...]:
+    """What tools call the scale of a layer's keys (k) or values (v): ModelOpt, llm-compressor, vLLM, older ones."""
+    at = f"{prefix}self_attn."
+    places = (f"{part}_proj.", "qkv_proj.", "", "attn.")
+    return (*(f"{at}{place}{part}_scale" for place in places), f"{at}kv_scale")
 
 
 def group_order(index: npt.NDArray[Any]) -> npt.NDArray[np.int32]:

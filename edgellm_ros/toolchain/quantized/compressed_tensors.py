@@ -285,8 +285,12 @@ class CompressedTensors(QuantReader):
         made_for = any(entry.get("input_activations") for entry in groups.values())
         if made_for and all(self.activation_scale(module) is None for module in self.modules):
             self.notes.append("activations stay floating point: the checkpoint was made for quantised ones")
-        if self.config.get("kv_cache_scheme"):
-            self.notes.append("the checkpoint's scales of a quantised KV cache are not used")
+        scheme = self.config.get("kv_cache_scheme")
+        if scheme and not any(name.endswith((".k_scale", ".v_scale")) for name in self.tensors.names()):
+            self.notes.append("kv_cache_scheme has no scales in the checkpoint: they are 1")
+        kind = f"{scheme.get('num_bits')} bit {scheme.get('type')}" if isinstance(scheme, Mapping) else "8 bit float"
+        if kind != "8 bit float":
+            self.notes.append(f"the checkpoint was made for a KV cache of {kind}; the executors' formats are floats")
 
 
 def _signed(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:

@@ -196,8 +196,6 @@ class ModelOpt(QuantReader):
         scaled = {name.removesuffix(".input_scale") for name in found if name.endswith(".input_scale")}
         if any(self._kinds.get(module) == "nvfp4" for module in scaled):
             self.notes.append("activations of nvfp4 layers stay floating point: input_scale is not used")
-        if any(name.endswith((".k_scale", ".v_scale")) for name in found):
-            self.notes.append("the checkpoint's scales of an FP8 KV cache (k_scale, v_scale) are not used")
 
     def _read_details(self) -> Mapping[str, Any]:
         """The `quantization` object of hf_quant_config.json, or what config.json says in its place."""

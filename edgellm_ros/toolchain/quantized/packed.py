@@ -84,6 +84,13 @@ class PackedWeight:
             global_scale=None if self.global_scale is None else self.global_scale[rows],
         )
 
+    def times_rows(self, factors: FloatArray) -> PackedWeight:
+        """The same integers for the weight times (out,) `factors`."""
+        if self.global_scale is not None:
+            return replace(self, global_scale=self.global_scale * factors)
+        offset = None if self.offset is None else self.offset * factors[:, None]
+        return replace(self, scale=self.scale * factors[:, None], offset=offset)
+
     def dequantize(self) -> FloatArray:
         """(out, in) fp32, the input's factor included and its features in their own order."""
         rows, columns = self.shape
