@@ -18,6 +18,7 @@ from edgellm_ros.bundle import DECODER_PLUGIN
 pytest.importorskip("onnx")
 pytest.importorskip("transformers")
 pytestmark = needs_gpu
+ALLOWED = 4e-2  # of the largest logit: bf16 inside the kernels, fp16 between them
 
 
 def run(name: str, attributes: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> None:
@@ -57,5 +58,25 @@ def test_a_decoder_with_plugins_computes_what_the_portable_one_does(kind: str, w
 
     library()  # skips where there is none
     bundle = export_64(tmp_path, kind, weights)
-    # Of the largest logit: bf16 inside the kernels, fp16 between them.
-    compare(bundle, bundle.file(DECODER_PLUGIN), allowed=4e-2, ops=gpu_ops())
+    compare(bundle, bundle.file(DECODER_PLUGIN), allowed=ALLOWED, ops=gpu_ops())
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("qwen3", "int4"), ("llama_bias", "int8")])
+def test_a_prompt_whose_products_are_cublaslts_too(kind: str, weights: str, tmp_path: Path) -> None:
+    from plugin_bundles import export_64
+    from test_plugin_graph import compare
+
+    library()
+    bundle = export_64(tmp_path, kind, weights)
+    steps = ([[0, 0], 40], [[40, 40], 1], [[41, 41], 33])  # of two sequences: 80 and 66 tokens are prompts
+    compare(bundle, bundle.file(DECODER_PLUGIN), allowed=ALLOWED, ops=gpu_ops(), steps=steps, capacity=80)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("qwen3", "int4"), ("mistral", "fp16")])
+def test_trees_through_the_plugins_have_the_logits_of_each_path_alone(kind: str, weights: str, tmp_path: Path) -> None:
+    from plugin_bundles import export_64
+    from test_build_trees import paths_alone, plugin_tree_error
+
+    library()
+    bundle, *rest = paths_alone(export_64(tmp_path, kind, weights))
+    assert plugin_tree_error(bundle, bundle.file(DECODER_PLUGIN), *rest, ops=gpu_ops()) < ALLOWED

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from plugin_ops import OPS
 from test_plugin_graph import plugin_graph
 
-from edgellm_ros.bundle import DECODER, DECODER_PLUGIN, WEIGHTS, Bundle
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.contract import MASK, TREE_MASKS, mask_windows
@@ -83,18 +83,19 @@ def empty(bundle: Bundle, together: bool = False) -> dict[str, Any]:
 def of_paths(tiny_bundle: TinyBundle) -> Callable[[str], tuple[Bundle, np.ndarray, np.ndarray, np.ndarray]]:
     """A bundle, a prefix, draft embeddings, and each node's logits on its path alone, from decoder.onnx as it is."""
 
-    def get(kind: str) -> tuple[Bundle, np.ndarray, np.ndarray, np.ndarray]:
-        bundle = tiny_bundle(kind, "fp32")
-        rng = np.random.default_rng(5)
-        prefix, draft = (rng.normal(0, 1, (n, bundle.manifest.model.hidden_size)).astype(np.float32) for n in (PREFIX, 8))
-        session = ort.InferenceSession(str(bundle.file(DECODER)), providers=["CPUExecutionProvider"])
-        expected = []
-        for path in PATHS:
-            tokens = np.concatenate([prefix, draft[path]])
-            expected.append(run(session, bundle, tokens, np.arange(len(tokens)), 0, empty(bundle), {})[0][-1])
-        return bundle, prefix, draft, np.stack(expected)
+    return lambda kind: paths_alone(tiny_bundle(kind, "fp32"))
 
-    return get
+
+def paths_alone(bundle: Bundle) -> tuple[Bundle, np.ndarray, np.ndarray, np.ndarray]:
+    """As of_paths gives it."""
+    rng, dtype = np.random.default_rng(5), bundle.manifest.graph.activation_dtype
+    prefix, draft = (rng.normal(0, 1, (n, bundle.manifest.model.hidden_size)).astype(dtype) for n in (PREFIX, 8))
+    session = ort.InferenceSession(str(bundle.file(DECODER)), providers=["CPUExecutionProvider"])
+    expected = []
+    for path in PATHS:
+        tokens = np.concatenate([prefix, draft[path]])
+        expected.append(run(session, bundle, tokens, np.arange(len(tokens)), 0, empty(bundle), {})[0][-1])
+    return bundle, prefix, draft, np.stack(expected)
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -121,20 +122,26 @@ def test_a_nodes_logits_are_those_of_its_path_alone(kind: str, of_paths: Any, tm
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_the_plugins_graph_takes_trees_as_bits(kind: str, of_paths: Any, tmp_path: Path) -> None:
-    bundle, prefix, draft, expected = of_paths(kind)
-    path = plugin_graph(bundle, tmp_path)
+    bundle, *rest = of_paths(kind)
+    assert plugin_tree_error(bundle, plugin_graph(bundle, tmp_path), *rest) < 2e-5
+
+
+def plugin_tree_error(
+    bundle: Bundle, path: Path, prefix: np.ndarray, draft: np.ndarray, expected: np.ndarray, ops: Any = OPS
+) -> float:
+    """Of the nodes' logits by the plugin graph at `path`, which is changed to take trees."""
     graph = onnx.load(path, load_external_data=False)
     take_trees(graph, bundle.manifest, replace(OPTIONS, dialect="plugin"))
     onnx.save(graph, path)
-    session = ReferenceEvaluator(str(path), new_ops=OPS)
-    assert path.name == DECODER_PLUGIN and session.input_names[-1] == TREE_MASKS
+    session = ReferenceEvaluator(str(path), new_ops=ops)
+    assert session.input_names[-1] == TREE_MASKS
 
     def bits(sees: np.ndarray) -> dict[str, Any]:
         return {TREE_MASKS: (sees * (1 << np.arange(sees.shape[1]))).sum(1)[None]}
 
     _, caches = run(session, bundle, prefix, np.arange(PREFIX), 0, empty(bundle, True), bits(np.tri(PREFIX, dtype=bool)))
     got, _ = run(session, bundle, draft, PREFIX + np.array(DEPTHS), PREFIX, caches, bits(sees_itself_and_ancestors()))
-    assert error(got, expected) < 2e-5
+    return error(got, expected)
 
 
 def test_a_decoder_without_the_masks_is_refused_by_name(tiny_bundle: TinyBundle) -> None:

@@ -38,7 +38,10 @@ def plugin_graph(bundle: Bundle, directory: Path, lora: bool = False) -> Path:
     return path
 
 
-def compare(bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0, ops: Any = OPS) -> None:
+def compare(
+    bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0, ops: Any = OPS, steps: Any = STEPS,
+    capacity: int = CAPACITY,
+) -> None:  # fmt: skip
     """Both graphs over the same steps: logits, and what each wrote to its cache."""
     model, names = bundle.manifest.model, bundle.manifest.graph
     dtype = np.dtype(names.activation_dtype)
@@ -47,7 +50,7 @@ def compare(bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0
     assert ours.input_names[:4] == [i.name for i in theirs.get_inputs()][:4]
     rng = np.random.default_rng(3)
     caches: dict[str, Any] = {
-        name.format(layer=layer): np.zeros((2, model.num_kv_heads, CAPACITY, model.head_dim), dtype)
+        name.format(layer=layer): np.zeros((2, model.num_kv_heads, capacity, model.head_dim), dtype)
         for layer in range(model.num_layers)
         for name in (names.past_key, names.past_value)
     }
@@ -58,10 +61,10 @@ def compare(bundle: Bundle, path: Path, lora: bool = False, allowed: float = 0.0
             adapters[a] = rng.normal(0, 0.1, (stack.in_features, 4)).astype(dtype)
             adapters[b] = rng.normal(0, 0.1, (4, stack.out_features)).astype(dtype)
     combined = {
-        names.past_kv.format(layer=layer): np.zeros((2, 2, model.num_kv_heads, CAPACITY, model.head_dim), dtype)
+        names.past_kv.format(layer=layer): np.zeros((2, 2, model.num_kv_heads, capacity, model.head_dim), dtype)
         for layer in range(model.num_layers)
     }
-    for write, tokens in STEPS:
+    for write, tokens in steps:
         inputs = {
             names.embeds: rng.normal(0, 1, (2, tokens, model.hidden_size)).astype(dtype),
             names.positions: np.asarray(write)[:, None] + np.arange(tokens)[None],
