@@ -56,7 +56,8 @@ def execute(args: argparse.Namespace) -> int:
 
             engine, fresh = build_engine(bundle, args.target, options, args.builder, args.force, show)
     except ModuleNotFoundError as error:
-        raise ToolchainError(f"build needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
+        remedy = "pip install 'onnx>=1.19' 'ml_dtypes>=0.5'"
+        raise ToolchainError(f"build needs the package {error.name}; {remedy}") from error
     facts = engine.report
     print(f"{'built' if fresh else 'already there'}: {engine.path}")
     print(f"  {facts['seconds']['build']:.1f} s, peak memory {human_bytes(facts['peak_memory_bytes'])}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,6 +190,33 @@ def test_adapters_and_bf16_have_their_own_graph_and_key(
     assert engine.key.endswith("-lora-plugin-bf16") and DECODER_PLUGIN_LORA in engine.report["sources"]
     assert kinds == {"float16"}, "scales stay fp16 in a bf16 engine"
     assert is_of(engine, bundle)
+
+
+_ON_A_ROBOT = """
+import importlib.machinery, sys
+from pathlib import Path
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "modelopt", "gguf", "onnxruntime"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, {here!r})
+import tensorrt_double
+module = sys.modules["tensorrt"] = tensorrt_double.make_module("10.3.0")
+module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+from edgellm_ros import trt_plugins
+from edgellm_ros.cli.main import main
+from edgellm_ros.toolchain.build import targets
+targets.current_target = lambda: "sm87"
+trt_plugins.find_library = lambda: Path("/opt/libedgellm_plugins.so")
+sys.exit(main(["build", {bundle!r}, "--max-input", "32", "--max-context", "64", "--activations", "bf16"]))
+"""
+
+
+def test_a_robot_builds_without_what_a_workstation_exports_with(bundle: Bundle) -> None:
+    script = _ON_A_ROBOT.format(here=str(Path(__file__).parent), bundle=str(bundle.path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "16 PLUGIN_V3" in done.stdout, done.stderr
 
 
 def test_in_bf16_the_graph_computes_about_the_same(exported: Bundle) -> None:
