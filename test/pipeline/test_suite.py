@@ -17,6 +17,8 @@ from suite import RECIPES, Case, parse_case, read_suite
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.quality import Quality
+from edgellm_ros.toolchain.families import FAMILIES
+from edgellm_ros.toolchain.quantize.recipe import recipe_names
 from edgellm_ros.toolchain.verify.passages import read_text
 
 QUESTIONS = ("What is the capital of France?", "Count from one to five.", "Name a colour.")
@@ -134,6 +136,14 @@ def test_pipeline(
     if not case.is_tiny:
         assert all(answer.strip() for answer in together), together
     judge(quality, case, case.fails)
+
+
+def test_ci_carries_every_shipped_recipe_out_on_the_real_model_and_on_a_tiny_one_of_each_family() -> None:
+    cases = read_suite("l0")
+    assert set(RECIPES) == set(recipe_names()) <= {case.scheme for case in cases if not case.is_tiny}
+    families = {family.name for family in FAMILIES}
+    assert families <= {case.model.removeprefix("tiny_") for case in cases if case.is_tiny}
+    assert {"sm86", "sm89", "sm120"} <= {target for case in cases if not case.is_tiny for target in case.targets}
 
 
 @pytest.mark.parametrize("name", ["l0", "l1"])
