@@ -82,13 +82,20 @@ def test_the_units_command_launches_what_the_launch_file_declares(tmp_path: Path
 
 @pytest.mark.parametrize("page", ["docker/Dockerfile.l4t", "docs/jetson.md"])
 def test_robots_get_the_packages_that_the_project_declares(page: str) -> None:
-    """The project's own, with NumPy kept below 2 for apt's ROS messages, and pybind11 for the native module."""
-    project = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    """The project's own, with NumPy kept below 2 for apt's ROS messages, pybind11 for the native module, and what builds
+    an engine: in the container beforehand, on the page in a step of its own."""
+    declared = (ROOT / "pyproject.toml").read_text()
+    project = re.search(r"^dependencies = \[(.*?)^\]", declared, re.DOTALL | re.MULTILINE)
+    toolchain = re.search(r"^toolchain = \[(.*?)\]", declared, re.MULTILINE)
+    assert toolchain is not None
+    builds = {name for name in re.findall(r'"([^"]+)"', toolchain[1]) if name.startswith(("onnx", "ml_dtypes"))}
     assert project is not None
     needed = set(re.findall(r'^ +"([^"]+)"', project[1], re.MULTILINE)) | {"pybind11>=2.12"}
     needed = {f"{name},<2" if name.startswith("numpy") else name for name in needed}
-    install = re.search(r"pip install(.*?)(?:\n\n|\n *```)", (ROOT / page).read_text(), re.DOTALL)
-    assert install is not None and set(re.findall(r'"([^"]+)"', install[1])) == needed
+    text = (ROOT / page).read_text()
+    install = re.search(r"pip install(.*?)(?:\n\n|\n *```)", text, re.DOTALL)
+    assert len(builds) == 2 and all(f'"{name}"' in text for name in builds)
+    assert install is not None and set(re.findall(r'"([^"]+)"', install[1])) - builds == needed
 
 
 def test_the_table_of_models_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
