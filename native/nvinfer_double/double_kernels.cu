@@ -78,6 +78,8 @@ __global__ void check_mask_kernel(const CheckMaskArgs p) {
     }
     if (p.is_tree && is_new) {
       wrong |= node > own ? sees : node == own && !sees;
+      // A mask has its window in it along a path too; bits leave that to the engine.
+      wrong |= p.mask != nullptr && sees && p.positions[row - own + node] < oldest;
       if (sees) atomicOr(&nodes, 1ULL << node);
     } else {
       wrong |= sees != (place <= position && place >= oldest);
