@@ -128,6 +128,22 @@ def test_drafts_are_graphs_of_a_power_of_two_that_replay_what_plain_launches_com
     assert all(np.array_equal(*pair) for pair in zip(captured, verify(), strict=True))
 
 
+@pytest.mark.parametrize("dialect", ["standard", "plugin"])
+def test_a_path_that_is_longer_than_the_window(dialect: str, with_engine: WithEngine, open_one: Open) -> None:
+    bundle = with_engine("gpu_mistral", build={**BUILD, "max_verify": 32, "dialect": needed(dialect)})
+    tensorrt, cuda = open_one("tensorrt", bundle), open_one("cuda", bundle)
+    assert bundle.manifest.model.sliding_windows[0] == 16
+    ids, draft = prompt(20), prompt(26)
+    for executor in (tensorrt, cuda):
+        one(executor, 0, ids, 0)
+        one(executor, 1, ids, 0)
+    deep = np.array([-1, *range(21), 3, 22, 23, 24], np.int32)  # a path of 22 nodes, and one that leaves it early
+    got = tensorrt.verify_tree(0, 20, draft, deep).copy()
+    for node in (5, 16, 17, 21, 25):
+        alone = one_by_one(cuda, 1, draft[path_to(deep.tolist(), node)], 20)[-1]
+        assert relative_error(got[node], alone) < 0.03, node
+
+
 def test_drafts_at_the_end_of_a_slot_need_no_place_behind_it(with_engine: WithEngine, open_one: Open) -> None:
     executor = open_one("tensorrt", with_engine("gpu_qwen3", build={**BUILD, "max_context": 64}), max_context=64)
     ids, draft = prompt(59), prompt(5)
