@@ -456,7 +456,10 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(hint)}
         for key in value:
             if key not in fields:
-                raise BundleError(f"{where} has an unknown field {key!r}; known are {', '.join(fields)}")
+                raise BundleError(
+                    f"{where} has an unknown field {key!r}; known are {', '.join(fields)}; perhaps a newer "
+                    "edgellm_ros wrote it: update this one, or export the model again"
+                )
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and name not in value:

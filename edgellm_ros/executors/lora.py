@@ -171,7 +171,7 @@ def _check_honoured(path: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
     for key, unused in _UNUSED.items():
         if key in config and config[key] not in unused:
-            remedy = _REMEDIES.get(key, "")
+            remedy = _REMEDIES.get(key, "; merge the adapter with PEFT (merge_and_unload) and export the result")
             raise UnsupportedError(f"{path}: {key} is {config[key]!r}; adapters with it are not supported{remedy}")
     for key, value in config.items():
         if key not in _KNOWN and value:

@@ -120,6 +120,8 @@ def _check_fits(adapter: LoraAdapter, model: ModelSpec, max_rank: int, remedy: s
         if item.b.shape != (out, rank):
             raise RequestError(f"{name}.lora_B is {list(item.b.shape)}; it must be [{out}, {rank}]{other}")
         if rank > max_rank:
+            if rank > LARGEST_RANK:
+                remedy = f"; none takes more than {LARGEST_RANK}: merge it with `edgellm lora merge`"
             raise RequestError(f"{name} has rank {rank}; at most {max_rank} is possible{remedy}")
 
 

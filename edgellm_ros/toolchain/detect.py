@@ -14,6 +14,7 @@ from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import FAMILIES, Family
 from edgellm_ros.toolchain.families.left_out import why_left_out
 
+_OF_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scales", ".qzeros")
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # a table that old versions of transformers saved
 _MAX_NAMED = 4
 _ROWS = 4096
@@ -56,7 +57,6 @@ def load_spec(checkpoint: Checkpoint) -> tuple[Family, ModelSpec]:
     family = detect(checkpoint)
     return family, family.spec(checkpoint.config, checkpoint.name())
 
-
 def check_tensors(checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> None:
     """Raise CheckpointError that counts and names missing, extra and wrongly shaped tensors.
 
@@ -89,7 +89,17 @@ def check_tensors(checkpoint: Checkpoint, family: Family, spec: ModelSpec) -> No
         raise CheckpointError(
             f"{checkpoint.path}: the tensors are not those of a {family.name} model with {spec.num_layers} layers: "
             + ", ".join(problems)
+            + _hint(checkpoint, extra)
         )
+
+
+def _hint(checkpoint: Checkpoint, extra: list[str]) -> str:
+    if not checkpoint.quantization() and any(name.endswith(_OF_QUANTISED) for name in extra):
+        return (
+            "; these are of quantised layers, but config.json has no quantization_config that says how: "
+            "download the whole checkpoint, or take the original one"
+        )
+    return "; download the checkpoint again, or correct config.json"
 
 
 def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:

@@ -233,9 +233,27 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("edgellm_ros.toolchain.weights.WeightWriter.write", full)
-    with pytest.raises(ToolchainError, match="cannot write .*No space left"):
+    with pytest.raises(ToolchainError, match="cannot write .*No space left.*make room .*nothing of it was kept"):
         export_bundle(tiny_checkpoint("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_cannot_be_replaced_stays_whole(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = export_bundle(tiny_checkpoint("llama"), tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ToolchainError, match="cannot write .*Input/output error"):
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out", weights="int8", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Bundle.open(tmp_path / "out").manifest == first.manifest
 
 
 @pytest.mark.parametrize("limit", [3_000, 120_000], ids=["before the weights", "in the weights"])

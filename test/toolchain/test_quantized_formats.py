@@ -300,3 +300,9 @@ def test_an_offset_that_is_no_zero_point_is_an_error_and_no_other_weight(tmp_pat
     changed[f"{stem}.offset"] = changed[f"{stem}.offset"] + 0.4 * changed[f"{stem}.scale"].astype(np.float32)
     with pytest.raises(BundleError, match=r"layers\.0\.mlp\.down\.offset is not a zero point"):
         native_weight(changed, stem, form, bundle.manifest.model)  # type: ignore[arg-type]
+
+
+def test_tensors_of_quantised_layers_without_a_configuration_are_said_to_be_that(tmp_path: Path) -> None:
+    packers.save_quantized("llama", tmp_path / "source", packers.awq(32), {})
+    with pytest.raises(CheckpointError, match=r"21 missing .*qweight.*config\.json has no quantization_config"):
+        export_bundle(tmp_path / "source", tmp_path / "out")

@@ -230,4 +230,6 @@ def test_the_cuda_executor_gives_its_kernels_a_bundles_adapter_projection_by_pro
         executor.load_adapter("b", write(tmp_path / "b", pair(Q, 9, 32, 32), r=9))
     with pytest.raises(RequestError, match=r"layers\.3\.q_proj has rank 17; at most 16"):
         executor.load_adapter("b", write(tmp_path / "b", pair(Q, 17, 32, 32), r=17))
+    with pytest.raises(RequestError, match=r"has rank 65; at most 16 .*none takes more than 64: merge it"):
+        executor.load_adapter("b", write(tmp_path / "b2", pair(Q, 65, 32, 32), r=65))
     assert set(executor.adapters) == {"a"}

@@ -141,7 +141,8 @@ class QuantReader(abc.ABC):
             raise self.error(f"{name} is {list(found)}; {why} needs {allowed}", "the configuration and the tensors do "
                              "not belong together: download the checkpoint again")  # fmt: skip
         if dtype not in dtypes:
-            raise self.error(f"{name} is stored as {dtype}; {why} needs {' or '.join(dtypes)}", DAMAGED)
+            raise self.error(f"{name} is stored as {dtype}; {why} needs {' or '.join(dtypes)}", "the configuration and "
+                             "the tensors do not belong together: download the checkpoint again")  # fmt: skip
         self.parts.add(name)
         return name
 
