@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import TokenSpec
+from edgellm_ros.bundle import MANIFEST, TokenSpec
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.quantized.packed import ActivationScale, PackedWeight, Scheme
 
@@ -125,6 +125,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return _open_gguf(found[0])
         if found:
             raise CheckpointError(f"{path} holds {len(found)} .gguf files; name one, such as {found[0]}")
+        if (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path} is a bundle; give the checkpoint that it was made from")
         raise CheckpointError(f"{path} has no config.json; it is not a Hugging Face checkpoint, or not a whole one")
     from edgellm_ros.toolchain.hf_checkpoint import HfCheckpoint, quantization_config
     from edgellm_ros.toolchain.quantized_checkpoint import QuantizedCheckpoint

@@ -22,7 +22,7 @@ from tiny import make_model, save_checkpoint, save_tokenizer
 from edgellm_ros.bundle import TOKENIZER, Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import ToolchainError
+from edgellm_ros.errors import CheckpointError, ToolchainError, UnsupportedError
 from edgellm_ros.executors.base import SequenceStep
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.quality import Quality
@@ -473,7 +473,7 @@ def test_the_text_and_the_marks_that_are_shipped_are_what_the_page_says(smollm2_
 
 
 def test_a_checkpoint_that_is_not_the_original_is_refused_by_what_differs(
-    tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path
+    tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tiny_bundle("llama", "fp32")
     with pytest.raises(ToolchainError, match=r"another model.*head_dim 32 \(the bundle has 16\)"):
@@ -485,6 +485,11 @@ def test_a_checkpoint_that_is_not_the_original_is_refused_by_what_differs(
     (other / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ToolchainError, match="another tokenizer"):
         verify_bundle(bundle, other, text)
+    with pytest.raises(CheckpointError, match="is a bundle; give the checkpoint that it was made from"):
+        verify_bundle(bundle, tiny_bundle("llama", "int8").path, text)
+    monkeypatch.setattr("edgellm_ros.executors._cuda_reason", lambda _: "no NVIDIA GPU")
+    with pytest.raises(UnsupportedError, match="executor is 'cuda': no NVIDIA GPU"):  # before the original is read
+        verify_bundle(bundle, tiny_checkpoint("llama"), text, executor="cuda", progress=lambda *_: pytest.fail("read"))
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,10 @@ def verify_bundle(
     original = CheckpointReading(against, cache=cache) if isinstance(against, Path) else against
     if original is not None:
         original.check_same(manifest.model, tokenizer, material.text.content)
-        original.read(material.passages, context, bundle.vocab_map(), progress)
-    candidate = ExecutorReading(bundle, material.passages, executor)
+    candidate = ExecutorReading(bundle, material.passages, executor)  # first: that it cannot run is said at once
     try:
+        if original is not None:
+            original.read(material.passages, context, bundle.vocab_map(), progress)
         quality = _measure(candidate, original, material, scheme, progress)
     finally:
         candidate.close()
