@@ -145,6 +145,10 @@ def _run(root: Path, part: ModelProto, values: list[_Values]) -> None:
     options.log_severity_level = 3
     options.add_session_config_entry(_FOLDER, str(root))
     outputs = [value.name for value in part.graph.output]
+    for needed in part.graph.input:
+        if not needed.type.tensor_type.HasField("shape"):  # ORT 1.30 infers a wrong width without it
+            *_, width = values[0][needed.name].shape
+            needed.CopyFrom(helper.make_tensor_value_info(needed.name, TensorProto.FLOAT, ["batch", "sequence", width]))
     try:
         session = ort.InferenceSession(
             part.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
