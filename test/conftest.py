@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,14 @@ edgellm_ros.__path__.append(str(Path(__file__).resolve().parents[1] / "build" / 
 # A shell without job control starts what runs in the background deaf to Ctrl-C, which tests send to themselves.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Many workers share the processors: a library in each would start a spinning thread for every one that it may use.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 2:
+    _cpus = sorted(os.sched_getaffinity(0))
+    _place = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, set(_cpus[_place::_workers]) or {_cpus[_place % len(_cpus)]})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

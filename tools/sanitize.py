@@ -45,6 +45,7 @@ class Job:
     log: Path
     started: float = field(default_factory=time.monotonic)
     process: subprocess.Popen[bytes] | None = None
+    place: int = 0  # among those that run side by side
 
 
 def verdict(tool: str, code: int | None, text: str) -> tuple[bool, str]:
@@ -76,6 +77,12 @@ def kinds_of(tests: Path, python: str, words: list[str]) -> list[str]:
     command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests), *words]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
     return re.findall(r"::test_every_path_once\[(.+)\]$", output, re.MULTILINE)
+
+
+def share_of_cpus(place: int, jobs: int) -> set[int]:
+    """The processors of job `place` of `jobs`: libraries start a spinning thread for each that they may use."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return set(cpus[place::jobs]) or {cpus[place % len(cpus)]}
 
 
 class Runs:
@@ -118,11 +125,14 @@ class Runs:
             "PYTHONUNBUFFERED": "1",
         }
         job.started = time.monotonic()
+        job.place = min(set(range(self._args.jobs)) - {other.place for other in self._running})
+        cpus = share_of_cpus(job.place, self._args.jobs)
         with job.log.open("wb") as log:
             command = self._command(job)
             job.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+            )  # fmt: skip
         self._running.append(job)
 
     def _end(self, job: Job) -> None:

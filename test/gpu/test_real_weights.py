@@ -18,6 +18,7 @@ from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.selftest import measure_self_test
 from edgellm_ros.llm import LLM
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a worker reads the GGUF twice, with transformers and to export it
 NUM_TOKENS = 64
 PROMPTS = (
     "What is the capital of France?",

@@ -84,3 +84,9 @@ def test_every_kind_and_tool_has_a_line_also_where_it_was_told_to_stop(
         assert "0 errors: load 0.1 s" in lines[name, "clean"]
         assert "FOUND 1 hazard" in lines[name, "racy"]
         assert "CUT OFF after load 0.1 s; 0 findings so far" in lines[name, "slow"]
+
+
+def test_jobs_share_the_processors(sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 6})
+    assert [sanitize.share_of_cpus(place, 2) for place in range(2)] == [{0, 2, 6}, {1, 5}]
+    assert [sanitize.share_of_cpus(place, 7) for place in (0, 4, 5, 6)] == [{0}, {6}, {0}, {1}]
