@@ -22,6 +22,7 @@ import onnxruntime as ort
 from edgellm_ros.bundle import DECODER_ORT, DECODER_ORT_LORA, WEIGHTS, Bundle, LinearFormat, QuantSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
+from edgellm_ros.executors import ort_windows
 from edgellm_ros.executors.base import Executor, ExecutorInfo, LoadedAdapter, SequenceStep
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_regions
@@ -140,10 +141,12 @@ class OnnxRuntimeExecutor(Executor):
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # sequence lengths vary: a pattern would be kept for each
         options.log_severity_level = 3
+        graph: str | bytes = str(bundle.file(decoder))
+        if ort_windows.sees_one_more():
+            graph = ort_windows.narrowed(bundle.file(decoder).read_bytes())
+            options.add_session_config_entry(ort_windows.FOLDER_OPTION, str(bundle.path))
         try:
-            return ort.InferenceSession(
-                str(bundle.file(decoder)), sess_options=options, providers=["CPUExecutionProvider"]
-            )
+            return ort.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a family of its own that derives from Exception alone
             raise BundleError(f"ONNX Runtime cannot load {bundle.path / decoder}: {error}") from error
 

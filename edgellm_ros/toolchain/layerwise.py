@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edgellm_ros.bundle import DECODER_ORT, Bundle
 from edgellm_ros.errors import BundleError
+from edgellm_ros.executors import ort_windows
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.memory import physical_cores
 
@@ -30,7 +31,6 @@ HEAD_PARTS = 32  # sessions that share the head at most: one holds its part in f
 _LEAST_NUMBERS = 1 << 20  # of a part: a session takes some milliseconds to make
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _WHOLE = (".input_factor", ".input_order")  # of a head's tensors, those that have no row for each token
-_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def first_logits(bundle: Bundle, prompts: Sequence[npt.NDArray[np.int32]], counts: Sequence[int]) -> list[FloatArray]:
@@ -143,16 +143,17 @@ def _run(root: Path, part: ModelProto, values: list[_Values]) -> None:
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    options.add_session_config_entry(_FOLDER, str(root))
+    options.add_session_config_entry(ort_windows.FOLDER_OPTION, str(root))
     outputs = [value.name for value in part.graph.output]
     for needed in part.graph.input:
         if not needed.type.tensor_type.HasField("shape"):  # ORT 1.30 infers a wrong width without it
             *_, width = values[0][needed.name].shape
             needed.CopyFrom(helper.make_tensor_value_info(needed.name, TensorProto.FLOAT, ["batch", "sequence", width]))
     try:
-        session = ort.InferenceSession(
-            part.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
-        )
+        graph = part.SerializeToString()
+        if ort_windows.sees_one_more():
+            graph = ort_windows.narrowed(graph)
+        session = ort.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
         for value in values:
             feed = {needed.name: value[needed.name] for needed in part.graph.input}
             value.update(zip(outputs, session.run(outputs, feed), strict=True))
