@@ -24,14 +24,23 @@ Tensor = tuple[str, str, np.ndarray]  # suffix of the module's name, safetensors
 _GROUP = 128
 _HEAD = "lm_head"
 _RNG = np.random.default_rng(0)
+_START = _RNG.bit_generator.state  # what is written does not depend on what was written before
 
 
 def _bytes(*shape: int) -> np.ndarray:
     return _RNG.integers(0, 256, shape, np.uint8)
 
 
+def _nibbles(*shape: int) -> np.ndarray:
+    """Bytes of two numbers from 1 to 15: their mean is 8, so that a layer's outputs have no common part."""
+    found = _bytes(*shape)
+    found[found & 0x0F == 0] |= 0x08
+    found[found & 0xF0 == 0] |= 0x80
+    return found
+
+
 def _words(rows: int, columns: int) -> np.ndarray:
-    return _bytes(rows, 4 * columns).view("<i4")
+    return _nibbles(rows, 4 * columns).view("<i4")
 
 
 def _scales(shape: tuple[int, ...], columns: int, spread: float, dtype: Any = np.float16) -> np.ndarray:
@@ -86,7 +95,7 @@ def _modelopt_fp8(rows: int, columns: int) -> Iterator[Tensor]:
 
 
 def _modelopt_int4(rows: int, columns: int) -> Iterator[Tensor]:
-    yield "weight", "U8", _bytes(rows // 2, columns)
+    yield "weight", "U8", _nibbles(rows // 2, columns) ^ 0x88  # signed
     yield "weight_scale", "F16", _scales((rows, columns // _GROUP), columns, 4.6)
 
 
@@ -118,6 +127,7 @@ FORMS: dict[str, tuple[dict[str, Any], Packer | None, bool]] = {
     "bf16": ({}, None, False),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True}, _awq, False),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "sym": True}, _gptq, False),
+    "gptq-head": ({"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "sym": True, "lm_head": True}, _gptq, True),
     "ct-int4": (_compressed("pack-quantized", 4, "int", "group", _GROUP), _ct_int4, False),
     "ct-fp8": (_compressed("float-quantized", 8, "float", "channel"), _ct_fp8, False),
     "modelopt-fp8": (_modelopt("FP8"), _modelopt_fp8, False),
@@ -135,6 +145,7 @@ _SPREADS = {"q4_0": 4.6, "q4_1": 4.6, "q8_0": 74.0, "q4_k": 4.6 * 37, "q6_k": 18
 
 def write_checkpoint(model: ModelSpec, form: str, path: Path) -> int:
     """Write `path`, a directory or for `gguf-…` a file, in one of ALL_FORMS; returns the weight file's bytes."""
+    _RNG.bit_generator.state = _START
     if form.startswith("gguf-"):
         _write_gguf(model, form.removeprefix("gguf-"), path)
         return path.stat().st_size

@@ -27,7 +27,7 @@ from edgellm_ros.executors.memory import physical_cores
 FloatArray = npt.NDArray[np.float32]
 _Values = dict[str, npt.NDArray[Any]]  # by their names in the graph
 
-HEAD_PARTS = 32  # sessions that share the head at most: one holds its part in fp32 up to six times while it loads
+HEAD_PARTS = 32  # sessions that share the head at most: one widens its part to fp32 while it loads
 _LEAST_NUMBERS = 1 << 20  # of a part: a session takes some milliseconds to make
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _WHOLE = (".input_factor", ".input_order")  # of a head's tensors, those that have no row for each token

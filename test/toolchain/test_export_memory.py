@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from random_checkpoints import write_checkpoint
-from tiny import FAMILIES, save_checkpoint
+from tiny import save_checkpoint
 
 from edgellm_ros.bundle import Bundle, ModelSpec
 from edgellm_ros.config import EngineConfig
@@ -32,12 +32,12 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
     ("bf16", {}),
     ("awq", {}),
     ("awq", {"lm_head": "int8"}),
+    ("gptq-head", {}),
     ("ct-fp8", {}),
     ("modelopt-fp8-head", {}),
     ("modelopt-int4-head", {}),
     ("modelopt-nvfp4-head", {}),
     ("gguf-q4_0", {}),
-    ("gguf-q8_0", {}),
 ]
 each_form = pytest.mark.parametrize(("form", "options"), FORMS, ids=["-".join([f, *o.values()]) for f, o in FORMS])
 
@@ -96,7 +96,7 @@ def test_layer_by_layer_every_form_gives_the_whole_decoders_logits(
     check_layer_by_layer(export_bundle(tmp_path / "source", tmp_path / "bundle", **options))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3", "phi3_partial", "gemma3"])  # what graphs differ in
 def test_layer_by_layer_every_family_gives_the_whole_decoders_logits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

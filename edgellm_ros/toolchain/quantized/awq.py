@@ -6,7 +6,11 @@ scales [in / group, out]. weight = (number - zero) * scale. A word holds its eig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, text_list
 from edgellm_ros.toolchain.quantized.bits import unpack_words
@@ -46,21 +50,21 @@ class Awq(QuantReader):
 
     def read(self, module: str) -> PackedWeight:
         """See QuantReader.read."""
-        info = self.modules[module]
-        rows = info.shape[0]
-        numbers = self._numbers(f"{module}.qweight", rows).T  # (out, in)
-        scale = np.ascontiguousarray(self.tensors.floats(f"{module}.scales").T)
-        values = (numbers.astype(np.int8) - _MIDDLE).astype(np.int8)
-        offset = None
-        if info.scheme.offset:
-            zeros = self._numbers(f"{module}.qzeros", rows).T.astype(np.float32) - _MIDDLE
-            offset = -zeros * scale
-        return PackedWeight("int4", info.scheme.group, values, scale, offset)
+        return next(self.read_parts(module, self.modules[module].shape[0]))
 
-    def _numbers(self, name: str, rows: int) -> np.ndarray:
-        """Words to (words' rows, out) numbers, columns in order."""
-        packed = unpack_words(self.tensors.raw(name), 4, rows)
-        return packed.reshape(len(packed), -1, 8)[..., _PLACE].reshape(len(packed), rows)
+    def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
+        """See QuantReader.read_parts; the words are read at once, and unpacked in parts."""
+        scheme = self.modules[module].scheme
+        words, scales = self.tensors.raw(f"{module}.qweight"), self.tensors.floats(f"{module}.scales")
+        zero_words = self.tensors.raw(f"{module}.qzeros") if scheme.offset else None
+        for start in range(0, scales.shape[1], step):
+            rows, of_words = slice(start, start + step), slice(start // 8, (start + step) // 8)
+            values = _numbers(words[:, of_words]).T.view(np.int8) - np.int8(_MIDDLE)  # (out, in)
+            scale = np.ascontiguousarray(scales[:, rows].T)
+            offset = None
+            if zero_words is not None:
+                offset = (_MIDDLE - _numbers(zero_words[:, of_words]).T.astype(np.float32)) * scale
+            yield PackedWeight("int4", scheme.group, values, scale, offset)
 
     def _scan_module(self, module: str) -> None:
         stored = self.tensors.shape(f"{module}.qweight")
@@ -77,3 +81,9 @@ class Awq(QuantReader):
             self.need(f"{module}.qzeros", [(groups, words)], ["I32"], why + " and zero_point")
         scheme = Scheme("int4", max(self._group, 0), offset=zeros, zero_points=zeros)
         self.modules[module] = Module((rows, columns), scheme)
+
+
+def _numbers(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Words to eight times as many numbers, columns in order."""
+    packed = unpack_words(words, 4, 8 * words.shape[1])
+    return packed.reshape(len(packed), -1, 8)[..., _PLACE].reshape(len(packed), -1)

@@ -98,7 +98,7 @@ class QuantReader(abc.ABC):
         """The numbers of one module."""
 
     def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
-        """`read` in parts of `step` rows, a multiple of 8; by default all are read at once, for layouts by column."""
+        """`read` in parts of `step` rows, a multiple of 8; by default all are unpacked at once."""
         whole = self.read(module)
         for start in range(0, whole.shape[0], step):
             yield whole.take(slice(start, start + step))

@@ -9,14 +9,14 @@ gathered in that order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.toolchain.quantized.base import PLAIN, Module, QuantReader, group_order
 from edgellm_ros.toolchain.quantized.bits import unpack_words
-from edgellm_ros.toolchain.quantized.packed import PackedWeight, Scheme
+from edgellm_ros.toolchain.quantized.packed import FloatArray, PackedWeight, Scheme
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format: what is added to a stored zero
 
@@ -51,15 +51,27 @@ class Gptq(QuantReader):
 
     def read(self, module: str) -> PackedWeight:
         """See QuantReader.read."""
-        info = self.modules[module]
-        rows, columns = info.shape
+        return next(self.read_parts(module, self.modules[module].shape[0]))
+
+    def read_parts(self, module: str, step: int) -> Iterator[PackedWeight]:
+        """See QuantReader.read_parts; the words are read at once, and unpacked in parts."""
+        words, scales = self.tensors.raw(f"{module}.qweight"), self.tensors.floats(f"{module}.scales")
+        for start in range(0, words.shape[1], step):
+            part = slice(start, start + step)
+            yield self._unpack(module, words[:, part], scales[:, part], start)
+
+    def _unpack(self, module: str, words: npt.NDArray[np.int32], scales: FloatArray, start: int) -> PackedWeight:
+        """Rows of the weight, from `start` on, out of their columns of what is stored."""
+        info, rows = self.modules[module], words.shape[1]
+        columns = info.shape[1]
         middle = 1 << (self._bits - 1)
-        numbers = unpack_words(self.tensors.raw(f"{module}.qweight").T, self._bits, columns)
-        values = (numbers ^ middle).view(np.int8) if self._bits == 8 else numbers.astype(np.int8) - np.int8(middle)
-        scale = np.ascontiguousarray(self.tensors.floats(f"{module}.scales").T)
+        numbers = unpack_words(words.T, self._bits, columns)
+        values = (numbers ^ middle).view(np.int8) if self._bits == 8 else numbers.view(np.int8) - np.int8(middle)
+        scale = np.ascontiguousarray(scales.T)
         offset = None
         if info.scheme.offset:
-            offset = (middle - self._zeros(module, rows).T.astype(np.float32)) * scale
+            zeros = self._zeros(module, info.shape[0])[:, start : start + rows]
+            offset = (middle - zeros.T.astype(np.float32)) * scale
         order = None
         if info.scheme.ordered:
             order = group_order(self.tensors.raw(f"{module}.g_idx"))
