@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 from plugin_ops import OPS
+from portable_session import portable_session
 from test_plugin_graph import plugin_graph
 
 from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
@@ -90,7 +90,7 @@ def paths_alone(bundle: Bundle) -> tuple[Bundle, np.ndarray, np.ndarray, np.ndar
     """As of_paths gives it."""
     rng, dtype = np.random.default_rng(5), bundle.manifest.graph.activation_dtype
     prefix, draft = (rng.normal(0, 1, (n, bundle.manifest.model.hidden_size)).astype(dtype) for n in (PREFIX, 8))
-    session = ort.InferenceSession(str(bundle.file(DECODER)), providers=["CPUExecutionProvider"])
+    session = portable_session(bundle.file(DECODER))
     expected = []
     for path in PATHS:
         tokens = np.concatenate([prefix, draft[path]])
@@ -110,7 +110,7 @@ def test_a_nodes_logits_are_those_of_its_path_alone(kind: str, of_paths: Any, tm
     shutil.copy(bundle.file(WEIGHTS), tmp_path / WEIGHTS)
     onnx.save(graph, tmp_path / DECODER)
     onnx.checker.check_model(str(tmp_path / DECODER), full_check=True)
-    session = ort.InferenceSession(str(tmp_path / DECODER), providers=["CPUExecutionProvider"])
+    session = portable_session(tmp_path / DECODER)
     at = np.arange(PREFIX)
     _, caches = run(session, bundle, prefix, at, 0, empty(bundle), masks(bundle, at, 0, np.tri(PREFIX, dtype=bool)))
     at = PREFIX + np.array(DEPTHS)

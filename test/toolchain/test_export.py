@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import safetensors.numpy
 import torch
+from portable_session import portable_session
 from tiny import FAMILIES, VOCAB_SIZE, make_model, save_checkpoint, save_gguf
 
 from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, GraphSpec
@@ -62,9 +62,7 @@ def run_executor(bundle: Bundle, ids: np.ndarray, num_greedy: int = 0) -> tuple[
 
 def run_portable(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
     """Logits of every position from decoder.onnx, in two calls over one cache."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(bundle.path / DECODER), options, providers=["CPUExecutionProvider"])
+    session = portable_session(bundle.path / DECODER)
     model, graph = bundle.manifest.model, bundle.manifest.graph
     dtype = np.dtype(graph.activation_dtype)
     embeds = np.empty((len(ids), model.hidden_size), np.float32)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from adapters import (
@@ -23,6 +22,7 @@ from adapters import (
     step,
     write_adapter,
 )
+from portable_session import portable_session
 from test_export import hf_logits, quantised_model, relative_error
 from tiny import make_model
 
@@ -68,9 +68,7 @@ def prefilled_and_decoded(executor: Executor, ids: np.ndarray, num_prefilled: in
 
 def run_portable(bundle: Bundle, ids: np.ndarray, adapter: dict[str, np.ndarray]) -> np.ndarray:
     """Logits of every position from decoder.lora.onnx; `adapter` has the packed file's tensors."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(bundle.path / DECODER_LORA), options, providers=["CPUExecutionProvider"])
+    session = portable_session(bundle.path / DECODER_LORA)
     graph = bundle.manifest.graph
     dtype = np.dtype(graph.activation_dtype)
     embeds = np.empty((len(ids), bundle.manifest.model.hidden_size), np.float32)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import packers
 import pytest
 from onnx.reference import ReferenceEvaluator
 from plugin_ops import OPS
+from portable_session import portable_session
 
 from edgellm_ros.bundle import DECODER, DECODER_LORA, DECODER_PLUGIN, DECODER_PLUGIN_LORA, WEIGHTS, Bundle
 from edgellm_ros.cli.main import main
@@ -45,7 +45,7 @@ def compare(
     """Both graphs over the same steps: logits, and what each wrote to its cache."""
     model, names = bundle.manifest.model, bundle.manifest.graph
     dtype = np.dtype(names.activation_dtype)
-    theirs = ort.InferenceSession(str(bundle.file(DECODER_LORA if lora else DECODER)), providers=["CPUExecutionProvider"])
+    theirs = portable_session(bundle.file(DECODER_LORA if lora else DECODER))
     ours = ReferenceEvaluator(str(path), new_ops=ops)
     assert ours.input_names[:4] == [i.name for i in theirs.get_inputs()][:4]
     rng = np.random.default_rng(3)
