@@ -87,7 +87,8 @@ def install_native(
 @pytest.fixture(autouse=True)
 def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No cuda-python, no native module, no driver's files: each test adds what it is about."""
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.runtime"):  # PyTorch for CUDA brings it
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(native, "import_module", lambda: (None, "the native module is not built: make native"))
     monkeypatch.setattr(gpu_checks, "_PROC", tmp_path / "nvidia")
     monkeypatch.setattr(gpu_checks, "_TEGRA", tmp_path / "nv_tegra_release")
