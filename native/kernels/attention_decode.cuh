@@ -10,113 +10,13 @@
 #include <algorithm>
 #include <cassert>
 
+#include "attention_decode_parts.cuh"
 #include "attention_decode_tile.cuh"
 #include "cluster.cuh"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
-
-constexpr int kAttentionWarps = 4;
-constexpr int kLongWarps = 8;  // of the blocks of a long sequence
-template <int HD>
-constexpr bool has_long = HD <= 128;  // wide heads' sums would take too much shared memory
-constexpr int kMaxCluster = 8;
-constexpr float kNoScore = -1e30f;  // not -inf: the difference of two of them must be a number
-
-struct DecodeAttentionParams {
-  const float* qkv;
-  void* cache;
-  const float* cos;
-  const float* sin;
-  const bf16* q_gain;
-  const bf16* k_gain;
-  const int32_t* slots;
-  const int32_t* positions;
-  bf16* out;
-  uint4* exchanged;        // (batch, num_heads, head_dim / 2), zero between calls; or null
-  float* partial_out;      // (batch, num_heads, gridDim.x, head_dim)
-  float2* partial_tops;    // (batch, num_heads, gridDim.x): maximum, total
-  unsigned int* num_done;  // (batch, gridDim.y, kMaxCluster), zero between calls
-  int num_heads;
-  int num_kv_heads;
-  int capacity;
-  int window;
-  int most_splits;
-  int cluster;  // blocks, along x
-  float norm_eps;
-  float scale;  // times log2(e)
-};
-
-__device__ __forceinline__ float fast_exp2(float x) {  // 0 for what is far below
-  float y;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The positions of one split: blocks of 64 in turn with the other splits, so that what a head's blocks read at a time
-// lies together. A long sequence's come in tiles, so that no split has many more than another.
-template <int kWarps>
-struct SplitRange {
-  int num_splits, start, end, stride, step, shift;
-  bool is_long;
-
-  __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int split) {
-    end = position + 1;
-    const int first = p.window > 0 ? max(0, end - p.window) : 0;
-    is_long = kWarps == kLongWarps && end - first > kLongContext;
-    num_splits = min(decode_attention_splits(end - first, p.most_splits), static_cast<int>(gridDim.x));
-    shift = is_long ? 4 : 6;
-    start = first + (split << shift);
-    step = is_long ? num_splits * kTilePositions : kTilePositions;
-    stride = num_splits * (is_long ? kLongWarps : kAttentionWarps) * kTilePositions;
-  }
-  // A warp's first tile, or none.
-  __device__ __forceinline__ int first_tile(int warp) const {
-    return warp < kAttentionWarps || is_long ? start + warp * step : end;
-  }
-  // `position` is the last one.
-  __device__ __forceinline__ bool has_last(int position) const {
-    const int behind = position - start;
-    return behind >= 0 && (behind >> shift) % num_splits == 0;
-  }
-};
-
-// A row of qkv that a warp rotates: lane i has pairs i and i + 32 of (dim, dim + head_dim / 2).
-template <int HD>
-struct RopeRow {
-  static constexpr int kHalf = HD / 2;
-  static constexpr int kPairs = (kHalf + 31) / 32;
-  float low[kPairs], high[kPairs], low_gain[kPairs], high_gain[kPairs];
-
-  static __device__ __forceinline__ bool has(int j, int lane) { return lane + 32 * j < kHalf; }
-
-  __device__ __forceinline__ void load(const float* row, const bf16* gain, int lane) {
-#pragma unroll
-    for (int j = 0; j < kPairs; j++) {
-      const int i = lane + 32 * j;
-      low[j] = high[j] = 0.0f, low_gain[j] = high_gain[j] = 1.0f;
-      if (!has(j, lane)) continue;
-      low[j] = load_l2(row + i), high[j] = load_l2(row + i + kHalf);
-      if (gain) low_gain[j] = __bfloat162float(gain[i]), high_gain[j] = __bfloat162float(gain[i + kHalf]);
-    }
-  }
-  __device__ __forceinline__ void normalise(float eps) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kPairs; j++) squares = fmaf(low[j], low[j], fmaf(high[j], high[j], squares));
-    const float inverse = rsqrtf(warp_sum(squares) / HD + eps);
-#pragma unroll
-    for (int j = 0; j < kPairs; j++) low[j] *= inverse * low_gain[j], high[j] *= inverse * high_gain[j];
-  }
-  __device__ __forceinline__ void rotate(const float* cos, const float* sin) {
-#pragma unroll
-    for (int j = 0; j < kPairs; j++) {
-      const float x = low[j], y = high[j];
-      low[j] = x * cos[j] - y * sin[j], high[j] = y * cos[j] + x * sin[j];
-    }
-  }
-};
 
 // Tiles that a warp has in registers: about 28 KB of keys and values a block are under way. Of heads wider than 128 one
 // is more than that.
@@ -125,45 +25,6 @@ constexpr int kTilesInFlight = HD > 128 ? 1 : std::clamp(112 / PositionTile<HD, 
 // Blocks an SM whose registers hold that, the sums and the queries.
 template <int HD, KvFormat F>
 constexpr int kBlocksPerSm = kTilesInFlight<HD, F> * PositionTile<HD, F>::kRegisters + HD / 2 <= 112 ? 3 : 2;
-
-// Puts v at *p and gives what was there: PTX ISA, atom.exch of 128 bits.
-__device__ __forceinline__ uint4 exchange(uint4* p, uint4 v) {
-  uint4 old = {};
-#if __CUDA_ARCH__ >= 900
-  uint64_t low, high;
-  asm volatile(
-      "{\n.reg .b128 given, found;\nmov.b128 given,{%2,%3};\n"
-      "atom.relaxed.gpu.global.exch.b128 found,[%4],given;\nmov.b128 {%0,%1},found;\n}"
-      : "=l"(low), "=l"(high)
-      : "l"(v.x | static_cast<uint64_t>(v.y) << 32), "l"(v.z | static_cast<uint64_t>(v.w) << 32),
-        "l"(__cvta_generic_to_global(p))
-      : "memory");
-  old = make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
-                   static_cast<uint32_t>(high >> 32));
-#endif
-  return old;
-}
-
-// Of a zero, those of minus zero.
-__device__ __forceinline__ uint32_t nonzero_bits(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  return bits == 0 ? 0x80000000u : bits;
-}
-
-// Sums of outputs that belong to a maximum of scores and a total of weights.
-template <int N>
-struct Partial {
-  float top = kNoScore, total = 0.0f, out[N] = {};
-
-  // `highest` is at least both maxima; the first call finds this empty.
-  __device__ __forceinline__ void add(const Partial& part, float highest) {
-    const float e = fast_exp2(part.top - highest);
-    top = highest;
-    total = fmaf(e, part.total, total);
-#pragma unroll
-    for (int i = 0; i < N; i++) out[i] = fmaf(e, part.out[i], out[i]);
-  }
-};
 
 template <int HD, KvFormat F, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlocksPerSm<HD, F> : 1))
