@@ -150,9 +150,7 @@ def _run(root: Path, part: ModelProto, values: list[_Values]) -> None:
             *_, width = values[0][needed.name].shape
             needed.CopyFrom(helper.make_tensor_value_info(needed.name, TensorProto.FLOAT, ["batch", "sequence", width]))
     try:
-        graph = part.SerializeToString()
-        if ort_windows.sees_one_more():
-            graph = ort_windows.narrowed(graph)
+        graph = ort_windows.for_this_version(part.SerializeToString())
         session = ort.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
         for value in values:
             feed = {needed.name: value[needed.name] for needed in part.graph.input}

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from edgellm_ros.executors.ort_windows import narrowed, sees_one_more
+from edgellm_ros.executors.ort_windows import for_this_version, narrowed, sees_one_more
 
 HEADS, SIZE, LENGTH = 2, 16, 24
 
@@ -50,8 +50,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.nd
 def test_a_token_sees_as_many_positions_as_the_attribute_says(window: int) -> None:
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((1, LENGTH, HEADS * SIZE)).astype(np.float32) for _ in range(3))
-    graph = attention(window)
-    session = ort.InferenceSession(narrowed(graph) if sees_one_more() else graph, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(for_this_version(attention(window)), providers=["CPUExecutionProvider"])
     cache = np.zeros((1, HEADS, LENGTH, SIZE), np.float32)
     feed = {"q": q, "k": k, "v": v, "past_k": cache, "past_v": cache}
     feed |= {"seqlens_k": np.array([LENGTH - 1], np.int32), "total": np.array(LENGTH, np.int32)}
