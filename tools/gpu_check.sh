@@ -47,7 +47,7 @@ for part in "${parts[@]}"; do
       TAIL=60 run alone 90 $pytest -m alone
       ;;
     sanitize)  # every path once: a line for each kind of model and tool
-      TAIL=200 run sanitize 300 "$python" tools/sanitize.py ${SANITIZE_ARGS:-}
+      TAIL=200 run sanitize 590 "$python" tools/sanitize.py ${SANITIZE_ARGS:-}
       ;;
     bench) run bench 470 "$python" bench/bench_decode.py ${BENCH_ARGS:---torch} ;;
     kernels)

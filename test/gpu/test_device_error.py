@@ -46,6 +46,7 @@ def tell(what):
     else:
         print("nothing")
 """
+_BAD_ADDRESS = "cudaError(IllegalAddress|InvalidAddressSpace)"  # some of that range can be another address space's
 _EXECUTOR = """
 executor = CudaExecutor(bundle, config)
 one = [SequenceStep(0, np.array([5], np.int32), 0)]
@@ -82,7 +83,7 @@ def run(script: str, bundle: Bundle) -> list[str]:
 
 def test_the_executor_names_the_place_and_then_refuses_everything(gpu_bundle: Callable[..., Bundle]) -> None:
     first, second, copy, closed = run(_EXECUTOR, gpu_bundle("gpu_llama", "int4"))
-    assert first.startswith("DeviceError ") and "cudaErrorIllegalAddress" in first
+    assert first.startswith("DeviceError ") and re.search(_BAD_ADDRESS, first), first
     assert first.endswith("start it again")
     place = first.removeprefix("DeviceError ")
     assert re.match(r"[a-z_]+\.[ch]pp:\d+: cuda[A-Z]", place), place  # token_loop.cpp:90: cudaStreamSynchronize failed
@@ -96,7 +97,7 @@ def test_a_running_request_ends_with_the_error_and_later_ones_are_refused_with_i
 ) -> None:
     answered, running, second, third = run(_ENGINE, gpu_bundle("gpu_qwen3", "int4"))
     assert answered == "answered 240"
-    assert running.startswith("DeviceError ") and "cudaErrorIllegalAddress" in running
+    assert running.startswith("DeviceError ") and re.search(_BAD_ADDRESS, running), running
     for later in (second, third):
         assert later.startswith("DeviceError the executor failed earlier and must be loaded again: ")
         assert running.removeprefix("DeviceError ") in later

@@ -284,7 +284,7 @@ def test_what_a_run_cannot_draw_is_said(open_cuda: OpenCuda) -> None:
     with pytest.raises(ValueError, match="logit_bias has token 320; the head's rows are 0 to 319"):
         begin(executor, [member])
     member = Member(0, np.array([1, VOCAB], np.int32), SamplingParams(seed=1, presence_penalty=1.0))
-    with pytest.raises(ValueError, match="the prompt has token id 320"):
+    with pytest.raises(ValueError, match="the prompt has token 320; the head's rows are 0 to 319"):
         begin(executor, [member])
     with pytest.raises(ValueError, match="1 to 8 sequences, not 9"):
         begin(executor, [Member(0, prompt(5), SamplingParams(seed=1))] * 9)

@@ -194,7 +194,7 @@ def open_long(gpu_model: Callable[[str], tuple[Any, Path]], tmp_path: Path) -> A
     config = json.loads((checkpoint / "config.json").read_text())
     config["max_position_embeddings"] = 8320
     (checkpoint / "config.json").write_text(json.dumps(config))
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", weights="fp16")
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", weights="fp16", max_context=8320)
     opened: list[CudaExecutor] = []
 
     def get(form: str) -> CudaExecutor:

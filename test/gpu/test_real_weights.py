@@ -20,6 +20,7 @@ from edgellm_ros.llm import LLM
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a worker reads the GGUF twice, with transformers and to export it
 NUM_TOKENS = 64
+TIE = 0.01  # between fp32's two best logits: Hugging Face's own bf16 errs by 0.6 to 1.0 in these texts
 PROMPTS = (
     "What is the capital of France?",
     "Name three things that a robot should check before it crosses a room.",
@@ -103,12 +104,22 @@ def agreeing(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
+def lead(model: Any, ids: list[int]) -> float:
+    """By how much the most likely next token's logit exceeds the second's."""
+    import torch
+
+    with torch.no_grad():
+        best, second = model(torch.tensor([ids], device=model.device)).logits[0, -1].topk(2).values.tolist()
+    return float(best - second)
+
+
 def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
     smollm2: Callable[[str], Bundle], reference: dict[str, Any]
 ) -> None:
     bundle = smollm2("fp16")
     config = EngineConfig(executor="cuda", max_slots=2, max_context=512)
-    compared, whole = [], 0
+    compared: list[tuple[int, int, str]] = []
+    ties: list[tuple[int, float, str]] = []
     with LLM(bundle, config, CudaExecutor(bundle, config)) as llm:
         for text in PROMPTS:
             chat = Request(messages=(ChatMessage("user", text),))
@@ -116,19 +127,22 @@ def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
             expected, rounded = greedy(reference["fp32"], ids), greedy(reference["bf16"], ids)
             sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
             got = list(llm.complete(Request(prompt_ids=tuple(ids), sampling=sampling)).token_ids)
-            limit = agreeing(expected, rounded)
-            compared.append((agreeing(got, expected), limit, text))
-            whole += limit == NUM_TOKENS
-    print(compared)
-    assert whole >= 2, compared  # otherwise nothing was shown
+            equal, limit = agreeing(got, expected), agreeing(expected, rounded)
+            if equal < limit < NUM_TOKENS and (apart := lead(reference["fp32"], ids + expected[:equal])) < TIE:
+                ties.append((equal, round(apart, 5), text))
+                limit = equal
+            compared.append((equal, limit, text))
+    print(compared, ties)
+    assert sum(limit == NUM_TOKENS for _, limit, _ in compared) >= 2, compared  # otherwise nothing was shown
     assert all(equal >= limit for equal, limit, _ in compared), compared
+    assert len(ties) <= 1, ties
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
 def test_logits_are_as_close_to_those_of_the_stored_weights_in_fp32_as_bf16_is(
     weights: str, smollm2: Callable[[str], Bundle], reference: dict[str, Any]
 ) -> None:
-    """The largest error over the largest logit: 1.0 to 2.2e-2 was measured for bf16 activations."""
+    """Beside transformers' own bf16, whose largest error is 4 to 8 % of the largest logit on these tokens."""
     import torch
 
     bundle = smollm2(weights)
@@ -139,14 +153,22 @@ def test_logits_are_as_close_to_those_of_the_stored_weights_in_fp32_as_bf16_is(
             tokens = torch.tensor(ids[None].astype(np.int64), device=reference["fp32"].device)
             model = with_stored_weights(reference["fp32"], bundle)
             expected = model(tokens).logits[0].float().cpu().numpy()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+            rounded = model(tokens).logits[0].float().cpu().numpy()
         prefilled = executor.step([step(0, ids[:80], 0, 80)]).copy()
         decoded = [executor.step([step(0, ids[i : i + 1], i)]).copy() for i in range(80, 96)]
     finally:
         executor.close()
     got = np.concatenate([prefilled, *decoded])
-    error = np.abs(got - expected).max() / np.abs(expected).max()
-    print(f"{weights}: largest error {error:.4f} of the largest logit")
-    assert error < 0.022
+    largest = np.abs(expected).max()
+    ours, theirs = (np.abs(found - expected) / largest for found in (got, rounded))
+    means = [float(np.sqrt((errors**2).mean())) for errors in (ours, theirs)]
+    middle = float(np.median(ours.max(1)))
+    print(f"{weights}, of the largest logit: largest error {ours.max():.4f} and bf16's {theirs.max():.4f}; root mean square "
+          f"{means[0]:.4f} and {means[1]:.4f}; a token's largest error, median {middle:.4f}")  # fmt: skip
+    assert ours.max() <= 1.25 * theirs.max() and means[0] < 0.75 * means[1]
+    assert middle < 0.022  # what bf16 activations cost on random weights
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])

@@ -54,7 +54,7 @@ def sanitize() -> ModuleType:
         (0, PARTS + CLEAN, True, "0 hazards displayed (0 errors, 0 warnings): load 2.5 s, run 31.0 s"),
         (9, PARTS + FOUND, False, "FOUND 1 hazard displayed (1 error, 0 warnings); first: Error: Race reported between"),
         (0, PARTS, False, "NO SUMMARY (exit 0): .part run 31.0 s"),
-        (1, "E assert 0\n1 failed in 3 s\n" + CLEAN, False, "TEST FAILED (exit 1), 0 hazards"),
+        (1, "E assert 0\n1 failed in 3 s\n" + CLEAN, False, "TEST FAILED (exit 1) after nothing, 0 hazards"),
         (None, PARTS + HAZARD, False, "CUT OFF after load 2.5 s, run 31.0 s; 1 findings so far"),
     ],
 )

@@ -197,7 +197,7 @@ class Driver {
          Buffer& buffer = buffers_[next<std::string>(line)];
          buffer.size = next<std::size_t>(line);
          cuda(cudaMalloc(&buffer.data, buffer.size));
-         cuda(cudaMemset(buffer.data, 0, buffer.size));
+         cuda(cudaMemsetAsync(buffer.data, 0, buffer.size, stream_));  // cudaMemset is on another stream
          return answer(true);
        }},
       // TENSOR BUFFER, with an offset in bytes.
