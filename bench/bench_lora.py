@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from edgellm_ros import native
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
+from edgellm_ros.manifest import ModelSpec
 
 CONTEXT = 512
 

@@ -23,10 +23,10 @@ from kernel_timing import NATIVE, K, measure_us, print_machine
 
 from edgellm_ros.benchmark.costs import prefill_flops
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.manifest import ModelSpec
 
 WEIGHT_BYTES = 160 << 20  # of the copies that a product goes round, more than any L2 cache holds
 EPS = 1e-5

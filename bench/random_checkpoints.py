@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from edgellm_ros.benchmark.random_bundle import word_tokenizer
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.families import family_of
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

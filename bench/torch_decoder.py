@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.manifest import ModelSpec
 
 
 def _rms(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization import extensions
 
-from edgellm_ros.bundle import TokenSpec
+from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.quality import Quality
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.checkpoint import open_checkpoint

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes
 from edgellm_ros.benchmark.devices import Device
-from edgellm_ros.bundle import ModelSpec, QuantSpec
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors.cuda_formats import native_formats
+from edgellm_ros.manifest import ModelSpec, QuantSpec
 
 SYSTEM_GB = 1.5  # Linux without a desktop, ROS 2 and the node's own process
 CONTEXT_GB = 0.4  # what the CUDA driver takes for a process

@@ -6,8 +6,8 @@ widens what no kernel has (executors/cuda_formats.py), ONNX Runtime on a CPU hol
 
 from __future__ import annotations
 
-from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.executors.cuda_formats import as_on_device
+from edgellm_ros.manifest import LinearFormat, ModelSpec, QuantSpec
 
 _INTEGERS = {"int8": 1.0, "int4": 0.5}
 _BYTES_PER_WEIGHT = {  # nvfp4 becomes int8 on a CPU, which holds twice its numbers exactly

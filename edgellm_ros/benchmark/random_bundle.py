@@ -12,17 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.benchmark.shapes import MAX_CONTEXT, SCHEME_FIELDS, SHAPE_FIELDS
-from edgellm_ros.bundle import (
-    LOCAL_ROPE,
-    ROPE_STEMS,
-    TOKENIZER,
-    Bundle,
-    GraphSpec,
-    Manifest,
-    ModelSpec,
-    QuantSpec,
-    TokenSpec,
-)
+from edgellm_ros.bundle import TOKENIZER, Bundle
+from edgellm_ros.manifest import LOCAL_ROPE, ROPE_STEMS, GraphSpec, Manifest, ModelSpec, QuantSpec, TokenSpec
 
 SHAPES: dict[str, ModelSpec] = {
     shape: ModelSpec(**{**fields, "name": f"{fields['name']} (random weights)"}, max_context=MAX_CONTEXT)

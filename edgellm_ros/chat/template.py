@@ -8,10 +8,10 @@ from typing import Any
 
 import jinja2
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.chat.sandbox import ChatEnvironment, TemplateRefusal, check_length, limited_steps
 from edgellm_ros.core import ChatMessage, Tool
 from edgellm_ros.errors import EdgeLLMError, RequestError, TemplateError, UnsupportedError
+from edgellm_ros.manifest import TokenSpec
 
 __all__ = ["ChatTemplate"]
 

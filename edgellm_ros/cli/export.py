@@ -138,8 +138,9 @@ def execute(args: argparse.Namespace) -> int:
 
 def _adapters_of(output: Path) -> list[str]:
     """Names of the adapters packed into a bundle that is there already."""
-    from edgellm_ros.bundle import MANIFEST, Bundle
+    from edgellm_ros.bundle import Bundle
     from edgellm_ros.errors import BundleError
+    from edgellm_ros.manifest import MANIFEST
 
     if not (output / MANIFEST).is_file():
         return []

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edgellm_ros.bundle import Bundle, LinearFormat, Manifest
+    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.manifest import LinearFormat, Manifest
 
 HELP = "show what a bundle holds"
 EXAMPLES = """\

@@ -95,7 +95,7 @@ def _measure(
 
 
 def _is_checkpoint(path: Path) -> bool:
-    from edgellm_ros.bundle import MANIFEST
+    from edgellm_ros.manifest import MANIFEST
 
     return (path / "config.json").is_file() and not (path / MANIFEST).exists()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from edgellm_ros.bundle import GraphSpec, ModelSpec
 from edgellm_ros.executors.lora_layout import stacks_of
+from edgellm_ros.manifest import GraphSpec, ModelSpec
 
 BATCH, SEQUENCE, CAPACITY, NUM_LOGITS = "batch", "sequence", "capacity", "num_logits"
 VARIES = -1  # of a size in an engine

@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
+from edgellm_ros.manifest import LinearFormat, ModelSpec, QuantSpec
 
 GROUPED = ("int4", "int8")
 FLOATS = ("fp16", "fp32")

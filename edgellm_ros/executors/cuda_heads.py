@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import NO_ROPE, ROPE_STEMS, ModelSpec
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
+from edgellm_ros.manifest import NO_ROPE, ROPE_STEMS, ModelSpec
 
 NO_ROPE_STEM = "rope.none"
 Array = npt.NDArray[Any]

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.errors import RequestError
 from edgellm_ros.executors.cuda_formats import folds_factor, folds_order, linear_shapes, native_format
 from edgellm_ros.executors.cuda_weights import half
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
+from edgellm_ros.manifest import ModelSpec, QuantSpec
+from edgellm_ros.weight_file import WeightFile
 
 Array = npt.NDArray[Any]
 _NORMS = {"input_norm": "attn.qkv", "post_norm": "mlp.gate_up"}  # whose output is which layer's input

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import LinearFormat, ModelSpec, WeightFile
 from edgellm_ros.errors import BundleError
 from edgellm_ros.executors.cuda_formats import FLOATS, folds_factor, folds_order, native_format
 from edgellm_ros.executors.small_floats import E2M1, e4m3, nibbles
+from edgellm_ros.manifest import LinearFormat, ModelSpec
+from edgellm_ros.weight_file import WeightFile
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from edgellm_ros import native, trt_plugins
-from edgellm_ros.bundle import Bundle, Manifest
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, UnsupportedError
 from edgellm_ros.executors.contract import tensor_faults
@@ -25,6 +25,7 @@ from edgellm_ros.executors.engines import (
     read_engine,
 )
 from edgellm_ros.executors.memory import free_device_memory
+from edgellm_ros.manifest import Manifest
 
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
 _SHOWN = 12  # differences in one message

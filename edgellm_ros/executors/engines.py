@@ -11,20 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import (
-    DECODER,
-    DECODER_LORA,
-    DECODER_PLUGIN,
-    DECODER_PLUGIN_LORA,
-    WEIGHTS,
-    Bundle,
-    GraphSpec,
-    Manifest,
-    hash_file,
-)
+from edgellm_ros.bundle import DECODER, DECODER_LORA, DECODER_PLUGIN, DECODER_PLUGIN_LORA, WEIGHTS, Bundle, hash_file
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import BundleError, ToolchainError
 from edgellm_ros.executors.contract import TensorContract, decoder_contract
+from edgellm_ros.manifest import GraphSpec, Manifest
 
 CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
 ENGINES, ENGINE, REPORT, LAYERS = "engines", "decoder.engine", "report.json", "layers.json"

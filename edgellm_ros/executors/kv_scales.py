@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.manifest import ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -20,10 +20,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import Bundle, ModelSpec, WeightFile
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.errors import BundleError, RequestError
 from edgellm_ros.executors.kv_scales import projection_factors
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
+from edgellm_ros.manifest import ModelSpec
+from edgellm_ros.weight_file import WeightFile
 
 FloatArray = npt.NDArray[np.float32]
 FUSED = {"qkv_proj": "attn.qkv", "gate_up_proj": "mlp.gate_up"}  # projections that Phi-3 has stacked itself

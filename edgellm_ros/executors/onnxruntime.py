@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgellm_ros.bundle import DECODER_ORT, DECODER_ORT_LORA, WEIGHTS, Bundle, LinearFormat, QuantSpec
+from edgellm_ros.bundle import DECODER_ORT, DECODER_ORT_LORA, WEIGHTS, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors import ort_windows
@@ -30,6 +30,7 @@ from edgellm_ros.executors.lora import LoraAdapter
 from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.executors.memory import available_memory, physical_cores
 from edgellm_ros.executors.onnxruntime_lora import OrtAdapters, planned_bytes
+from edgellm_ros.manifest import LinearFormat, QuantSpec
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import GraphSpec, ModelSpec
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import LoadedAdapter
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, stacks_of, unpack
+from edgellm_ros.manifest import GraphSpec, ModelSpec
 
 Matrices = Mapping[str, FloatArray]  # by the name of the graph's input
 

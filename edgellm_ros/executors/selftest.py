@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import Manifest
 from edgellm_ros.errors import BundleError
 from edgellm_ros.executors.base import Executor, SequenceStep
+from edgellm_ros.manifest import Manifest
 from edgellm_ros.vocab_map import VocabMap
 
 

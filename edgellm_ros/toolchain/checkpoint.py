@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import MANIFEST, TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import MANIFEST, TokenSpec
 from edgellm_ros.toolchain.quantized.packed import ActivationScale, PackedWeight, Scheme
 
 

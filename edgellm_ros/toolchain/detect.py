@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.errors import CheckpointError, UnknownModelError
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import FAMILIES, Family
 from edgellm_ros.toolchain.families.left_out import why_left_out

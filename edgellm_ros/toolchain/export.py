@@ -16,19 +16,19 @@ import numpy as np
 
 import edgellm_ros
 from edgellm_ros import bundle as names
-from edgellm_ros.bundle import (
-    Bundle,
+from edgellm_ros.bundle import Bundle, hash_file
+from edgellm_ros.errors import ToolchainError
+from edgellm_ros.executors.lora_layout import LARGEST_RANK
+from edgellm_ros.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
     GraphSpec,
     LinearFormat,
     Manifest,
     ModelSpec,
     QuantSpec,
     SelfTest,
-    WeightFile,
-    hash_file,
 )
-from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.lora_layout import LARGEST_RANK
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
@@ -45,6 +45,7 @@ from edgellm_ros.toolchain.vocab_file import load_vocab_map, tokenizer_hash, wri
 from edgellm_ros.toolchain.weights import Progress, WeightWriter
 from edgellm_ros.toolchain.whole_output import whole_output
 from edgellm_ros.vocab_map import VocabMap
+from edgellm_ros.weight_file import WeightFile
 
 DEFAULT_MAX_CONTEXT = 8192  # bounds the position tables; --max-context raises it to the model's own limit
 # Input features that share a scale, the first that divides every layer's. 64 decodes 13 % faster than 32 on a CPU, and
@@ -100,7 +101,7 @@ def export_bundle(
     output = Path(output)
     if output.exists() and not overwrite:
         raise ToolchainError(f"{output} exists; choose another directory, or let it be replaced with --force")
-    if output.exists() and not (output / names.MANIFEST).exists():
+    if output.exists() and not (output / MANIFEST).exists():
         raise ToolchainError(f"{output} exists and is not a bundle; it is not replaced")
     source = open_checkpoint(Path(checkpoint))
     with whole_output(output) as partial:
@@ -175,7 +176,7 @@ def _write(
         write_plugin_graph(root / names.DECODER_PLUGIN_LORA, model, quant, graph, stored, lora=True)
     files = {path.name: hash_file(path) for path in sorted(root.iterdir())}
     manifest = Manifest(
-        schema_version=names.SCHEMA_VERSION,
+        schema_version=SCHEMA_VERSION,
         model=model,
         tokens=tokens,
         quantization=quant,
@@ -186,7 +187,7 @@ def _write(
     )
     progress("self-test", 0, 1)
     manifest = finish_self_test(root, manifest)
-    (root / names.MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     progress("self-test", 1, 1)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.config_values import positive_int
 from edgellm_ros.toolchain.families import FAMILIES

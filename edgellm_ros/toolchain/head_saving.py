@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgellm_ros.bundle import ModelSpec, QuantSpec
+from edgellm_ros.manifest import ModelSpec, QuantSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import load_spec
 from edgellm_ros.toolchain.export import SCHEMES, with_groups

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.safetensors_file import SafetensorsFile
 from edgellm_ros.toolchain.tokenizer_files import TOKENIZER_FILES, HfTokenizerFiles, read_json_object

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.kv_scales import projection_factors, row_factors
 from edgellm_ros.executors.small_floats import e4m3_bytes
+from edgellm_ros.manifest import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.layers import EMBEDDING, HEAD, layer_prefix

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.executors.kv_scales import FloatArray, projection_factors, row_factors
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.layers import layer_prefix
 

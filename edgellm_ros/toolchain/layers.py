@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from edgellm_ros.bundle import ModelSpec, QuantSpec
+from edgellm_ros.manifest import ModelSpec, QuantSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.reference import FloatArray

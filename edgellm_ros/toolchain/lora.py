@@ -10,10 +10,11 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from edgellm_ros.bundle import LORA, MANIFEST, WEIGHTS, Bundle, LoraEntry, Manifest, hash_file
+from edgellm_ros.bundle import LORA, WEIGHTS, Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora import TARGETS, LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
+from edgellm_ros.manifest import MANIFEST, LoraEntry, Manifest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What is added to a model's name for the same weights in another format.

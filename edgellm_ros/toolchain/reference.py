@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import NO_ROPE, ModelSpec
+from edgellm_ros.manifest import NO_ROPE, ModelSpec
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import jinja2
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.tokenizer import Tokenizer
 
 _DIGITS = re.compile(r"[ \u2581]?[0-9]+")

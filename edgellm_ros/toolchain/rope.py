@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import GLOBAL_ROPE, LOCAL_ROPE, ModelSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import GLOBAL_ROPE, LOCAL_ROPE, ModelSpec
 from edgellm_ros.toolchain.config_values import flag, positive_float, positive_int
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "factors")

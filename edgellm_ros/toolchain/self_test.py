@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from edgellm_ros.bundle import Bundle, Manifest, SelfTestCase
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.selftest import compare_self_test
+from edgellm_ros.manifest import Manifest, SelfTestCase
 from edgellm_ros.toolchain.layerwise import first_logits
 from edgellm_ros.toolchain.reference import FloatArray
 from edgellm_ros.vocab_map import VocabMap

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import TokenSpec
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -16,8 +16,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from edgellm_ros.bundle import VOCAB_MAP, ModelSpec
+from edgellm_ros.bundle import VOCAB_MAP
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.required_tokens import required_tokens
 from edgellm_ros.vocab_map import VocabMap

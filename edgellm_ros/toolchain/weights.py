@@ -21,8 +21,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.bundle import LinearFormat
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import LinearFormat
 
 ALIGNMENT = 64  # bytes: a cache line, and what vector loads of the native executor want
 

@@ -10,11 +10,12 @@ import pytest
 from engines import GRAPH, MODEL, OPTIONS, make_bundle, write_engine
 
 from edgellm_ros import native
-from edgellm_ros.bundle import Bundle, LinearFormat, QuantSpec
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import UnsupportedError
 from edgellm_ros.executors.engine_settings import engine_settings
 from edgellm_ros.executors.engines import Engine
+from edgellm_ros.manifest import LinearFormat, QuantSpec
 
 NATIVE, NO_MODULE = native.import_module()
 pytestmark = pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)

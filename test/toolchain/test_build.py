@@ -19,11 +19,12 @@ from pathlib import Path
 import packers
 import pytest
 
-from edgellm_ros.bundle import DECODER, DECODER_LORA, MANIFEST, Bundle, hash_file
+from edgellm_ros.bundle import DECODER, DECODER_LORA, Bundle, hash_file
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import BundleError, ToolchainError
 from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
+from edgellm_ros.manifest import MANIFEST
 from edgellm_ros.toolchain.build import targets
 from edgellm_ros.toolchain.build.builder import build_engine
 from edgellm_ros.toolchain.build.kernels import check_kernels, fused_attentions, kernel_counts

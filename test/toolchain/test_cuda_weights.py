@@ -20,11 +20,12 @@ import transformers
 from test_export import PROMPT, hf_logits, relative_error
 from test_quantized_gguf import dequantised, pack_q4_k, pack_q6_k
 
-from edgellm_ros.bundle import ROPE_STEMS, Bundle
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.executors.cuda import _upload
 from edgellm_ros.executors.cuda_formats import linear_shapes, native_formats
 from edgellm_ros.executors.cuda_inputs import LayerInputs
 from edgellm_ros.executors.lora import LoraAdapter, LoraTensors
+from edgellm_ros.manifest import ROPE_STEMS
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.reference import ReferenceDecoder
 

@@ -17,12 +17,13 @@ import torch
 from portable_session import portable_session
 from tiny import FAMILIES, VOCAB_SIZE, make_model, save_checkpoint, save_gguf
 
-from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, GraphSpec
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.base import SequenceStep
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+from edgellm_ros.manifest import GraphSpec
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.quantize_weights import dequantize_int4, quantize_int4, quantize_int8
 

@@ -14,10 +14,11 @@ import pytest
 from random_checkpoints import write_checkpoint
 from tiny import save_checkpoint
 
-from edgellm_ros.bundle import Bundle, ModelSpec
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors.base import SequenceStep
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain import layerwise
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.layerwise import first_logits

@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 from test_export import PROMPT, hf_logits, relative_error, run_executor, run_portable
 
-from edgellm_ros.bundle import DECODER, Bundle, LinearFormat
+from edgellm_ros.bundle import DECODER, Bundle
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.executors.cuda import _upload
+from edgellm_ros.manifest import LinearFormat
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
 

@@ -14,12 +14,13 @@ import tokenizers
 from doubles import sentencepiece_tokenizer_json
 from tiny import TEMPLATE, TEXTS, VOCAB_SIZE, make_tokenizer
 
-from edgellm_ros.bundle import Bundle, TokenSpec
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import ChatMessage, Request, SamplingParams
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.llm import LLM
+from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.corpus import count_tokens
 from edgellm_ros.toolchain.export import export_bundle

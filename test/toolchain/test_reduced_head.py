@@ -17,12 +17,13 @@ from test_export import PROMPT, hf_logits, run_executor, run_portable
 from tiny import VOCAB_SIZE, make_model
 from transformers.generation import logits_process as hf
 
-from edgellm_ros.bundle import DECODER, MANIFEST, VOCAB_MAP, Bundle, hash_file
+from edgellm_ros.bundle import DECODER, VOCAB_MAP, Bundle, hash_file
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, Request, SamplingParams
 from edgellm_ros.errors import BundleError, RequestError, ToolchainError
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.llm import LLM
+from edgellm_ros.manifest import MANIFEST
 from edgellm_ros.runtime.sampling import uniform
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import export_bundle

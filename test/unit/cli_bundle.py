@@ -9,20 +9,9 @@ from typing import Any
 import pytest
 from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer_json
 
-from edgellm_ros.bundle import (
-    CHAT_TEMPLATE,
-    MANIFEST,
-    SCHEMA_VERSION,
-    TOKENIZER,
-    Bundle,
-    GraphSpec,
-    Manifest,
-    ModelSpec,
-    QuantSpec,
-    TokenSpec,
-    hash_file,
-)
+from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, hash_file
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.manifest import MANIFEST, SCHEMA_VERSION, GraphSpec, Manifest, ModelSpec, QuantSpec, TokenSpec
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"

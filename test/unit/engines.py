@@ -7,23 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import (
-    DECODER,
-    SCHEMA_VERSION,
-    WEIGHTS,
-    Bundle,
-    FileEntry,
-    GraphSpec,
-    Manifest,
-    ModelSpec,
-    QuantSpec,
-    TokenSpec,
-    hash_file,
-)
+from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle, hash_file
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.executors.contract import lora_ranks
 from edgellm_ros.executors.engine_preflight import Binding, Machine
 from edgellm_ros.executors.engines import ENGINE, ENGINES, REPORT, Engine, engine_contract, read_engine, source_hashes
+from edgellm_ros.manifest import SCHEMA_VERSION, FileEntry, GraphSpec, Manifest, ModelSpec, QuantSpec, TokenSpec
 
 MODEL = ModelSpec("llama", "tiny", 2, 64, 96, 4, 2, 16, 320, 256, 1e-5)
 GRAPH = GraphSpec(activation_dtype="float16", max_lora_rank=8)

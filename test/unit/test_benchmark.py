@@ -23,12 +23,13 @@ from edgellm_ros.benchmark.figures import Decode, Prefill, spread
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
 from edgellm_ros.benchmark.report import ratios_line
-from edgellm_ros.bundle import TOKENIZER, Bundle, ModelSpec
+from edgellm_ros.bundle import TOKENIZER, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, SamplingParams
 from edgellm_ros.errors import ConfigError, DeviceError
 from edgellm_ros.executors import ExecutorInfo, SequenceStep
 from edgellm_ros.llm import LLM
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.tokenizer import Tokenizer
 
 # Published sizes, in millions of parameters (Hugging Face model cards; norms included, so a little more than matrices).

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgellm_ros.bundle import SCHEMA_VERSION, Bundle, Manifest
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.errors import BundleError
+from edgellm_ros.manifest import SCHEMA_VERSION, Manifest
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from chat_templates import FAMILIES, FEATURES, QWEN3
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.chat import ChatTemplate
 from edgellm_ros.core import ChatMessage, Tool, ToolCall
 from edgellm_ros.errors import RequestError, TemplateError, UnsupportedError
+from edgellm_ros.manifest import TokenSpec
 
 TOKENS = TokenSpec(bos_token="<s>", eos_token="</s>")
 WEATHER = Tool("weather", "Look out of the window", '{"type": "object", "properties": {"city": {"type": "string"}}}')

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from cli_bundle import write_bundle
 
-from edgellm_ros.bundle import MANIFEST, TOKENIZER, Bundle
+from edgellm_ros.bundle import TOKENIZER, Bundle
 from edgellm_ros.cli import checks
 from edgellm_ros.cli.checks import Check, State
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import MANIFEST
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from edgellm_ros import native
 from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
 from edgellm_ros.benchmark.devices import DEVICES
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
-from edgellm_ros.bundle import LinearFormat
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.manifest import LinearFormat
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

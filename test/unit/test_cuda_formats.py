@@ -8,8 +8,8 @@ import pytest
 
 from edgellm_ros.benchmark.costs import decode_bytes
 from edgellm_ros.benchmark.random_bundle import RandomBundle
-from edgellm_ros.bundle import LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.executors.cuda_formats import as_on_device, native_formats, widenings
+from edgellm_ros.manifest import LinearFormat, ModelSpec, QuantSpec
 
 # stem, how it is stored, what the device has
 CASES = {

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer_json, fake_logits, reference_greedy
 
-from edgellm_ros.bundle import (
-    CHAT_TEMPLATE,
+from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, hash_file
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import ChatMessage, FinishReason, Phase, Request, SamplingParams, Tool
+from edgellm_ros.errors import BundleError, ConfigError, ContextOverflowError, RequestError, UnsupportedError
+from edgellm_ros.llm import LLM
+from edgellm_ros.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
-    TOKENIZER,
-    Bundle,
     GraphSpec,
     Manifest,
     ModelSpec,
@@ -25,12 +27,7 @@ from edgellm_ros.bundle import (
     SelfTest,
     SelfTestCase,
     TokenSpec,
-    hash_file,
 )
-from edgellm_ros.config import EngineConfig
-from edgellm_ros.core import ChatMessage, FinishReason, Phase, Request, SamplingParams, Tool
-from edgellm_ros.errors import BundleError, ConfigError, ContextOverflowError, RequestError, UnsupportedError
-from edgellm_ros.llm import LLM
 
 TEMPLATE = (
     "{% if messages[0].role == 'system' and messages | length == 1 %}{{ raise_exception('a user is needed') }}{% endif %}"

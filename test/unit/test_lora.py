@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from edgellm_ros.bundle import ModelSpec, QuantSpec
 from edgellm_ros.errors import EdgeLLMError, RequestError, UnsupportedError
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, LoraTensors, make_adapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, pack_matrices
+from edgellm_ros.manifest import ModelSpec, QuantSpec
 
 MODEL = ModelSpec("llama", "tiny", 4, 32, 80, 2, 1, 16, 64, 128, 1e-5)
 Q = "base_model.model.model.layers.3.self_attn.q_proj"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from cli_bundle import serve_with_fakes, write_bundle
 
-from edgellm_ros.bundle import MANIFEST, Bundle
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import BundleError
 from edgellm_ros.llm import LLM
+from edgellm_ros.manifest import MANIFEST
 from edgellm_ros.quality import Quality, QualityMark, TaskScore
 
 RATIO = QualityMark("max_perplexity_ratio", 1.1234, 1.08)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros import trt_plugins
-from edgellm_ros.bundle import WEIGHTS, Bundle, Manifest
+from edgellm_ros.bundle import WEIGHTS, Bundle
+from edgellm_ros.manifest import Manifest
 from edgellm_ros.errors import ToolchainError, UnsupportedError
 from edgellm_ros.toolchain.build.packing import pack_int4, pack_scales
 

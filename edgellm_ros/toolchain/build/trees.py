@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgellm_ros.bundle import Manifest
+from edgellm_ros.manifest import Manifest
 from edgellm_ros.config import BuildOptions
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.contract import TensorContract, decoder_contract

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.errors import UnknownModelError
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.families.base import Family
 from edgellm_ros.toolchain.families.gemma3 import Gemma3
 from edgellm_ros.toolchain.families.llama import Llama

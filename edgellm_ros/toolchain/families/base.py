@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from edgellm_ros.bundle import GLOBAL_ROPE, ModelSpec
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import GLOBAL_ROPE, ModelSpec
 from edgellm_ros.toolchain.config_values import flag, positive_float, positive_int
 from edgellm_ros.toolchain.rope import read_rope, read_rotary_dim
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgellm_ros.bundle import GLOBAL_ROPE, NO_ROPE
 from edgellm_ros.errors import CheckpointError
+from edgellm_ros.manifest import GLOBAL_ROPE, NO_ROPE
 from edgellm_ros.toolchain.config_values import flag, positive_int
 from edgellm_ros.toolchain.families.base import Family, Ropes, layer_windows
 from edgellm_ros.toolchain.rope import read_rope

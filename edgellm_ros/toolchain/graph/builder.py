@@ -10,8 +10,10 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgellm_ros.bundle import WEIGHTS, GraphSpec, WeightFile
+from edgellm_ros.bundle import WEIGHTS
 from edgellm_ros.executors.contract import lora_contract
+from edgellm_ros.manifest import GraphSpec
+from edgellm_ros.weight_file import WeightFile
 
 CONTRIB = "com.microsoft"
 

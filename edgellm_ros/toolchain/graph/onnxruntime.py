@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import NO_ROPE, ROPE_STEMS, GraphSpec, LinearFormat, ModelSpec, QuantSpec, WeightFile
+from edgellm_ros.manifest import NO_ROPE, ROPE_STEMS, GraphSpec, LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
+from edgellm_ros.weight_file import WeightFile
 
 _FLOAT = TensorProto.FLOAT
 OPSET = 21

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from edgellm_ros.bundle import NO_ROPE, GraphSpec, LinearFormat, ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import NO_ROPE, GraphSpec, LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.portable import PortableDecoder
 from edgellm_ros.trt_plugins import ATTENTION, DOMAIN, GROUPS, HEAD_DIMS, INT4_GEMM, INT8_GEMM, VERSION
+from edgellm_ros.weight_file import WeightFile
 
 OPSET = 18
 IR_VERSION = 8

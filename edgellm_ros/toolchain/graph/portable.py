@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import NO_ROPE, GraphSpec, ModelSpec, QuantSpec, WeightFile
 from edgellm_ros.executors.contract import MASK, decoder_contract, mask_windows
+from edgellm_ros.manifest import NO_ROPE, GraphSpec, ModelSpec, QuantSpec
 from edgellm_ros.toolchain.graph import stored
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
+from edgellm_ros.weight_file import WeightFile
 
 OPSET = 24
 IR_VERSION = 12

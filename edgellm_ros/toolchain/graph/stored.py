@@ -12,8 +12,9 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from edgellm_ros.bundle import LinearFormat, WeightFile
+from edgellm_ros.manifest import LinearFormat
 from edgellm_ros.toolchain.graph.builder import GraphBuilder
+from edgellm_ros.weight_file import WeightFile
 
 _WHOLE = 1e-3  # how far from a whole number a zero point may come out of fp32
 # E2M1's sixteen numbers, doubled, as bytes with an offset of 128: what MatMulNBits takes for 8 bits.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_ros.bundle import ModelSpec
 from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.tokenizer_files import read_json_object

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from edgellm_ros.bundle import QuantSpec
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import QuantSpec
 from edgellm_ros.quality import Quality, QualityMark
 
 # Mark -> the figure of a Quality that it bounds; None where it was not measured.

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from edgellm_ros.bundle import TokenSpec
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import TokenSpec
 
 Encode = Callable[[str], list[int]]
 Ids = npt.NDArray[np.int32]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from edgellm_ros.bundle import ModelSpec
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.families import family_of
 from edgellm_ros.toolchain.layers import layer_prefix

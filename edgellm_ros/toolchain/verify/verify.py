@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgellm_ros.bundle import MANIFEST, TOKENIZER, Bundle, TokenSpec
+from edgellm_ros.bundle import TOKENIZER, Bundle
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import MANIFEST, TokenSpec
 from edgellm_ros.quality import Quality, TaskScore
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.verify.comparison import Comparison, TextFigures
