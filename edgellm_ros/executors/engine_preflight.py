@@ -12,7 +12,7 @@ from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, UnsupportedError
-from edgellm_ros.executors.contract import tensor_faults
+from edgellm_ros.executors.contract import VARIES, tensor_faults
 from edgellm_ros.executors.engine_settings import batched_slots, usable_context
 from edgellm_ros.executors.engines import (
     Engine,
@@ -28,6 +28,7 @@ from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.manifest import Manifest
 
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
+_LARGEST = 2**31 - 1  # size of a tensor that the native module takes
 _SHOWN = 12  # differences in one message
 
 
@@ -106,6 +107,9 @@ def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine:
     """Why `engine` cannot be loaded here with these settings; empty when it can."""
     if not is_of(engine, bundle):
         return ["it was built from other weights or another graph; build it again with --force"]
+    damaged = _profile_fault(engine, bundle.manifest)
+    if damaged:
+        return [damaged]
     faults = [*_build_faults(engine, machine), *_setting_faults(engine, bundle, config)]
     needed = memory_needed(engine, bundle, config)
     total = sum(needed.values())
@@ -166,6 +170,41 @@ def binding_faults(
                     f"{wanted[index][binding.name]}"
                 )
     return faults
+
+
+def _profile_fault(engine: Engine, manifest: Manifest) -> str:
+    """Where the report's profiles are no ranges of the inputs that its options make; empty when they are."""
+    options = engine.options
+    names = ("decode", "prefill") if options.profile == "split" else ("single",)
+    if len(engine.profiles) != len(names):
+        return f"its report has {len(engine.profiles)} profiles instead of {len(names)}; build it again with --force"
+    for name, profile in zip(names, engine.profiles, strict=True):
+        for tensor in engine_contract(manifest, options):
+            shapes = profile.get(tensor.name, [])
+            if not tensor.is_input or _is_range(shapes, tensor.sizes):
+                continue
+            return (
+                f"its report gives {tensor.name} the range {shapes} in the {name} profile, which is none of "
+                f"{tensor.sizes}; build it again with --force"
+            )
+        batch = profile[manifest.graph.embeds][2][0]
+        if batch < options.max_batch:
+            asked = f"its report's max_batch is {options.max_batch}"
+            return f"{asked} and its {name} profile takes {batch} sequences; build it again with --force"
+    return ""
+
+
+def _is_range(shapes: Sequence[Sequence[object]], sizes: Sequence[int]) -> bool:
+    """Smallest, best and largest, none smaller than the one before; VARIES is any size."""
+    if len(shapes) != 3 or any(len(shape) != len(sizes) for shape in shapes):
+        return False
+    for fixed, *found in zip(sizes, *shapes, strict=True):
+        counts = [count for count in found if type(count) is int]
+        if len(counts) != 3 or counts != sorted(counts) or counts[0] < 0 or counts[2] > _LARGEST:
+            return False
+        if fixed != VARIES and {*counts} != {fixed}:
+            return False
+    return True
 
 
 def _build_faults(engine: Engine, machine: Machine) -> list[str]:

@@ -47,7 +47,7 @@ class Engine:
     @property
     def context_bytes(self) -> int:
         """Scratch memory of the profile that needs most, as the builder logged it; 0 where it did not."""
-        return max((int(size) for size in self.report.get("activation_memory_bytes") or ()), default=0)
+        return max([0, *(int(size) for size in self.report.get("activation_memory_bytes") or ())])
 
     @property
     def builder(self) -> str:
@@ -131,8 +131,10 @@ def read_engine(path: Path) -> Engine:
         if size != engine.size:
             raise BundleError(f"{engine.file} has {size} bytes instead of {engine.size}; {_REMEDY}")
         # Whatever is read later is there: a report without it is damaged.
-        _ = (engine.builder, engine.version, engine.target, engine.options, engine.profiles)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ToolchainError) as error:
+        _ = (engine.builder, engine.version, engine.target, engine.profiles, engine.context_bytes)
+        if engine.options.max_context is None:
+            raise ValueError("its report's options have no max_context")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, ToolchainError) as error:
         raise BundleError(f"{path} is not a whole engine ({error}); {_REMEDY}") from error
     return engine
 

@@ -134,6 +134,34 @@ def test_a_report_that_lacks_something_is_a_damaged_engine(bundle: Bundle, field
 
 
 @pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("options.max_context", None, ["not a whole engine", "max_context"]),
+        ("options.max_batch", 4, ["max_batch is 4", "decode profile takes 2 sequences"]),
+        ("activation_memory_bytes", ["much"], ["not a whole engine", "much"]),
+        ("activation_memory_bytes.1", float("inf"), ["not a whole engine", "infinity"]),
+        ("profiles", [], ["0 profiles instead of 2"]),
+        ("profiles.0.inputs_embeds", [], ["inputs_embeds", "[]", "decode profile"]),
+        ("profiles.1.inputs_embeds.2", [2, 32], ["inputs_embeds", "(2, 32)", "prefill profile"]),
+        ("profiles.1.inputs_embeds.2.1", "32", ["inputs_embeds", "(2, '32', 64)"]),
+        ("profiles.1.inputs_embeds.2.1", 10**12, ["inputs_embeds", "1000000000000"]),
+        ("profiles.0.past_key.1.2.2", 128, ["past_key.1", "128", "(-1, 2, 64, 16)"]),
+        ("profiles.0.logit_indices.0.0", 99, ["logit_indices", "99"]),
+    ],
+)  # fmt: skip
+def test_a_report_that_was_edited_is_refused_by_what_is_wrong(bundle: Bundle, place: str, value: Any, words: list[str]) -> None:
+    engine = write_engine(bundle)
+    report = json.loads((engine.path / REPORT).read_text())
+    at, keys = report, place.replace("past_key.1", "past_key/1").split(".")
+    for key in keys[:-1]:
+        at = at[int(key) if isinstance(at, list) else key.replace("/", ".")]
+    at[int(keys[-1]) if isinstance(at, list) else keys[-1]] = value
+    (engine.path / REPORT).write_text(json.dumps(report))
+    chosen, reasons = choose_engine(bundle, DEFAULT, ORIN)
+    assert chosen is None and all(word in reasons[0] for word in [*words, "--force"]), reasons
+
+
+@pytest.mark.parametrize(
     "options",
     [
         OPTIONS, replace(OPTIONS, lora=True), replace(OPTIONS, profile="single", activations="bf16"),
