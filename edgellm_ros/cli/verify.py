@@ -23,6 +23,7 @@ examples:
   edgellm verify int4 int8 fp8 --against original/           the original is read once; a table of all at the end
   edgellm verify int4 --against original/ --cache ~/.cache/verify    and not again another day
   edgellm verify smollm2 --against original/ --text mine.txt --marks mine.yaml
+  edgellm verify smollm2 --executor tensorrt                 on a robot: by the engine that was built there
 
 Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 96 tasks with one right answer. The
 verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
@@ -43,8 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: one of our own)")
     parser.add_argument("--scheme", default="", metavar="NAME", help="whose marks count (default: the bundle's scheme)")
     parser.add_argument("--marks", type=Path, metavar="FILE", help="YAML file with other marks, as quality/marks.yaml")
-    parser.add_argument("--executor", choices=("onnxruntime", "cuda"), default="onnxruntime",
-                        help="what runs the bundle (default onnxruntime)")  # fmt: skip
+    parser.add_argument("--executor", choices=("onnxruntime", "cuda", "tensorrt", "auto"), default="onnxruntime",
+                        help="what runs the bundle (default onnxruntime): tensorrt is the engine that was built here, "
+                        "auto the one that a node would choose")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="let a failed mark through: noted, and exit code 0")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from engines import ORIN, bindings_of, write_engine
 
 from edgellm_ros.bundle import Bundle
+from edgellm_ros.cli.main import main
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors import create_executor, engine_preflight
@@ -231,3 +234,33 @@ def test_the_engine_that_fits_is_handed_over_and_the_choice_is_logged(
         create_executor(engine_here, EngineConfig(self_test=False))
     assert given == ["tensorrt-10.13.3.9-sm87"]
     assert any("executor: tensorrt on Orin" in r.message and "tensorrt-10.13.3.9-sm87 fits" in r.message for r in caplog.records)
+
+
+class Stands:
+    """Stands for the executor of an engine that is right: ONNX Runtime computes, under the engine's name."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, engine: Any) -> None:
+        from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
+
+        self._inner = OnnxRuntimeExecutor(bundle, replace(config, executor="onnxruntime"))
+        self.info = replace(self._inner.info, name="tensorrt", device=f"Orin by {engine.key}")
+        self.step, self.close = self._inner.step, self._inner.close
+
+
+def test_verify_reads_a_bundle_by_the_engine_that_fits_or_by_what_auto_chooses(
+    engine_here: Bundle, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A robot answers when it is asked, and waits when it is not. " * 8, encoding="utf-8")
+    arguments = ["verify", str(engine_here.path), "--text", str(text), "--executor"]
+    assert main([*arguments, "tensorrt"]) == 2  # its slots hold 64 tokens
+    assert re.search(r"max_context \d+ exceeds the engine's 64; rebuild with `edgellm build", capsys.readouterr().err)
+    write_engine(engine_here, "longer", BuildOptions(max_input=32, max_context=256, activations="fp16"))
+    monkeypatch.setattr(executor_module, "TensorRTExecutor", Stands)
+    measured = []
+    for executor, device in (("tensorrt", "tensorrt on Orin by longer"), ("auto", "tensorrt on Orin by longer"), ("onnxruntime", "onnxruntime on CPU")):
+        assert main([*arguments, executor]) == 0
+        quality = Bundle.open(engine_here.path).manifest.quality
+        assert quality.executor.startswith(device)
+        measured.append((quality.perplexity, quality.tasks))
+    assert measured[0] == measured[1] == measured[2] and measured[0][0] > 1
