@@ -91,36 +91,37 @@ def test_every_path_once(
     bundle = bundle_of(kind, weights)
     part.ends("bundle")
     config = EngineConfig(
-        max_slots=3, max_context=128, prefill_chunk=48, kv_cache=kv_cache, max_loras=1, max_lora_rank=8,
+        max_slots=2, max_context=128, prefill_chunk=48, kv_cache=kv_cache, max_loras=1, max_lora_rank=8,
         executor="cuda", decode_batching=batching,
     )  # fmt: skip
     executor = CudaExecutor(bundle, config)
     try:
         part.ends("load")
-        prompts = [prompt(length) for length in (5, 33, 60)]  # the last in two chunks
+        prompts = [prompt(length) for length in (5, 60)]  # the second in two chunks
         firsts = [int(executor.step([step(slot, ids, 0)])[0].argmax()) for slot, ids in enumerate(prompts)]
         part.ends("prompts")
         together = executor.step(
             [step(slot, np.array([first], np.int32), len(prompts[slot])) for slot, first in enumerate(firsts)]
         ).copy()
-        alone = executor.step([step(1, np.array([firsts[1]], np.int32), 33)])
+        alone = executor.step([step(1, np.array([firsts[1]], np.int32), 60)])
         assert same(alone[0], together[1])
         part.ends("steps")
 
         run = executor.run
         assert run is not None
-        run.start(
-            [
-                RunSequence(slot, len(prompts[slot]), [first], prompts[slot], params, int(params.seed or 0))
-                for slot, (first, params) in enumerate(zip(firsts, (EVERYTHING, GREEDY, PLAIN), strict=True))
-            ]
-        )
-        for _ in range(3):
+        for chosen in ((EVERYTHING, GREEDY), (PLAIN,)):  # few steps: a sampled one is by far the slowest under racecheck
+            run.start(
+                [
+                    RunSequence(slot, len(prompts[slot]), [firsts[slot]], prompts[slot], params, int(params.seed or 0))
+                    for slot, params in enumerate(chosen)
+                ]
+            )
             run.launch()
-        steps = [run.read() for _ in range(3)]
-        assert batching == "fast" or steps[0].token_ids[1] == int(together[1].argmax())
-        assert all(0 <= token < executor.info.vocab_size for read in steps for token in read.token_ids)
-        part.ends("run")
+            run.launch()
+            steps = [run.read(), run.read()]
+            assert len(chosen) == 1 or batching == "fast" or steps[0].token_ids[1] == int(together[1].argmax())
+            assert all(0 <= token < executor.info.vocab_size for read in steps for token in read.token_ids)
+            part.ends("run")
 
         draft, parents = prompt(5), np.array([-1, 0, 0, 1, 2], np.int32)
         chain = executor.step([step(0, draft, 5, 5)]).copy()
@@ -129,10 +130,10 @@ def test_every_path_once(
         executor.accept_path(0, 5, [0, 2, 4])
         part.ends("drafts")
 
-        saved = executor.save_prefix(1, 33)
-        executor.copy_prefix(1, 2, 20)
-        executor.load_prefix(2, saved, 33)
-        assert same(executor.step([step(2, np.array([firsts[1]], np.int32), 33)])[0], together[1])
+        saved = executor.save_prefix(1, 60)
+        executor.copy_prefix(1, 0, 20)
+        executor.load_prefix(0, saved, 60)
+        assert same(executor.step([step(0, np.array([firsts[1]], np.int32), 60)])[0], together[1])
         part.ends("prefixes")
 
         model = bundle.manifest.model
@@ -142,10 +143,10 @@ def test_every_path_once(
         loaded = executor.load_adapter("one", make_adapter((LoraTensors(0, "q_proj", lora_a, lora_b, 0.5),)))
         tokens = [np.array([first], np.int32) for first in firsts]
         adapted = executor.step(
-            [SequenceStep(1, tokens[1], 33, 1, loaded.index), SequenceStep(2, tokens[1], 33)]
+            [SequenceStep(0, tokens[1], 60), SequenceStep(1, tokens[1], 60, 1, loaded.index)]
         )  # fmt: skip
-        assert not np.array_equal(adapted[0], together[1])
-        assert same(adapted[1], together[1])
+        assert same(adapted[0], together[1])
+        assert not np.array_equal(adapted[1], together[1])
         part.ends("adapters")
     finally:
         executor.close()
