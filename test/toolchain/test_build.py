@@ -356,3 +356,9 @@ def test_without_tensorrt_its_absence_is_said(tiny_bundle: TinyBundle, monkeypat
     monkeypatch.setattr(targets, "current_target", lambda: "sm87")
     with pytest.raises(ToolchainError, match="builder tensorrt cannot be imported .*it comes with JetPack"):
         build_engine(tiny_bundle("llama", "int4"), "sm87", QUICK, builder="tensorrt")
+    monkeypatch.setattr(targets, "_has", lambda name: False)
+    with pytest.raises(ToolchainError, match="builds for .*, not for sm87.* nor is tensorrt here: .*--system-site-packages"):
+        build_engine(tiny_bundle("llama", "int4"), "current", QUICK)  # on an Orin, in a closed virtual environment
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(ToolchainError, match="tensorrt_rtx cannot be imported .* nor is tensorrt here"):
+        build_engine(tiny_bundle("llama", "int4"), "current", QUICK)

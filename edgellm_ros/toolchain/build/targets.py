@@ -17,6 +17,10 @@ from edgellm_ros.trt_plugins import DOMAIN
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
 ATTENTION_SINCE = (10, 15)  # of TensorRT: layers for attention, rope and updates of a KV cache, all three
 PLUGINS_SINCE = (10, 3)  # IPluginV3OneBuildV2 and aliased plugin tensors
+_TENSORRT = (
+    "it comes with JetPack (apt install python3-libnvinfer), which a virtual environment sees with "
+    "--system-site-packages; elsewhere: pip install tensorrt"
+)
 MAX_OPSET = 24  # of our graphs, which built; what a builder's own limit is was not tried
 
 
@@ -53,14 +57,17 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
         if here != target:
             raise ToolchainError(f"tensorrt builds for the GPU that it runs on ({here or 'none here'}), not for "
                                  f"{target}; build on the robot, or with --builder tensorrt_rtx")  # fmt: skip
-        return "tensorrt", _import("tensorrt", "it comes with JetPack, or pip install tensorrt")
+        return "tensorrt", _import("tensorrt", _TENSORRT)
     remedy = "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT"
+    if here == target and wanted == "auto":  # TensorRT itself would be the one to take
+        remedy = f"nor is tensorrt here: {_TENSORRT}"
     trt = _import("tensorrt_rtx", remedy)
     known = sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
     if target not in known:
         raise ToolchainError(
             f"TensorRT-RTX {trt.__version__} builds for {', '.join(known)}, not for {target} "
-            f"({BUILD_TARGETS.get(target, 'unknown')}); build on that machine with its TensorRT: edgellm build --target current"
+            f"({BUILD_TARGETS.get(target, 'unknown')}); "
+            + (remedy if here == target and wanted == "auto" else "build on that machine with its TensorRT: edgellm build --target current")
         )
     return "tensorrt_rtx", trt
 
