@@ -15,6 +15,8 @@ from edgellm_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgellm_ros.benchmark.budget import Budget
+    from edgellm_ros.benchmark.devices import Device
+    from edgellm_ros.benchmark.engine_budget import EnginePlan
     from edgellm_ros.bundle import Bundle
 
 HELP = "compute whether a model fits a robot's computer, and about how fast it decodes there"
@@ -25,6 +27,7 @@ examples:
   edgellm plan --bundle smollm2 --device orin-nano thor                      side by side
   edgellm plan --bundle smollm2 --device orin-nano --max-loras 4             with places for adapters of rank 16
   edgellm plan --model qwen3-4b --context 8192 --device agx-orin --json      for a script
+  edgellm plan --bundle smollm2 --device orin-nano --executor tensorrt       the engine that was built for it
 
 Nothing is built, loaded or measured: memory is arithmetic (from the native module's own plan where it is installed),
 and speed is what the memory's bandwidth allows under the assumptions that are printed.
@@ -41,6 +44,7 @@ _USED = (
     "max_loras",
     "max_lora_rank",
 )
+_CACHES = ("auto", "bf16", "fp16", "fp8")  # of the cuda executor
 _MB = 1e6
 
 
@@ -56,6 +60,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", nargs="+", choices=tuple(DEVICES), required=True, metavar="DEVICE",
         help=f"one or more of {', '.join(DEVICES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--executor", choices=("cuda", "tensorrt"), default="cuda",
+        help="whose memory: cuda (default), or tensorrt, of an engine in the bundle",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument(
@@ -73,19 +81,33 @@ def execute(args: argparse.Namespace) -> int:
 
     if args.bundle is not None and args.weights is not None:
         raise ConfigError("--weights belongs to --shape: a bundle's weights are what they are")
+    if args.executor == "tensorrt" and args.bundle is None:
+        raise ConfigError("--executor tensorrt plans an engine, which a --bundle has; --shape is planned for cuda")
     bundle = _open(args)
     model, quant = bundle.manifest.model, bundle.manifest.quantization
-    config = settings_from(args, EngineConfig(executor="cuda"))
+    config = settings_from(args, EngineConfig(executor=args.executor))
     capacity = capacity_of(model, config)
     if capacity > model.max_context:
         raise ConfigError(f"--max-context {capacity} exceeds the model's {model.max_context}")
-    exact = None if args.formula else _exact_plan(bundle, config)
-    budgets = [make_budget(model, quant, config, DEVICES[name], exact) for name in args.device]
+    devices: list[Device] = [DEVICES[name] for name in args.device]
+    plans: list[EnginePlan] = []
+    if args.executor == "tensorrt":
+        from edgellm_ros.benchmark.engine_budget import plan_engine
+
+        plans = [plan_engine(bundle, config, device, args.formula) for device in devices]
+        budgets = [plan.budget for plan in plans]
+    else:
+        if config.kv_cache not in _CACHES:
+            raise ConfigError(f"--kv-cache {config.kv_cache} is not the cuda executor's; it has {', '.join(_CACHES)}")
+        exact = None if args.formula else _exact_plan(bundle, config)
+        budgets = [make_budget(model, quant, config, device, exact) for device in devices]
     if args.json:
         widened = widenings(model, quant)
-        print(json.dumps([_as_dict(budget) | {"widened": widened} for budget in budgets], indent=1))
+        keys = [{"engine": plan.engine.key} for plan in plans] or [{} for _ in budgets]
+        more = {"executor": args.executor, "widened": widened}
+        print(json.dumps([_as_dict(b) | more | key for b, key in zip(budgets, keys, strict=True)], indent=1))
     else:
-        _print(bundle, config, budgets)
+        _print(bundle, config, budgets, plans)
     return 0 if all(budget.fits for budget in budgets) else 1
 
 
@@ -123,7 +145,7 @@ def _as_dict(budget: Budget) -> dict[str, Any]:
     }
 
 
-def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
+def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget], plans: list[EnginePlan]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -133,16 +155,15 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
 
     model, quant = bundle.manifest.model, bundle.manifest.quantization
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{escape(model.name)}[/bold], {quant.weights} weights, head {quant.lm_head}; {config.max_slots} slots "
-        f"of {assumed.capacity_of(model, config)} tokens, KV cache {config.kv_cache}"
-    )
+    built = plans[0].config if plans else config
+    slots = f"{built.max_slots} slots of {assumed.capacity_of(model, built)} tokens, KV cache {built.kv_cache}"
+    console.print(f"[bold]{escape(model.name)}[/bold], {quant.weights} weights, head {quant.lm_head}; {slots}")
     table = Table()
     table.add_column("MB")
     for budget in budgets:
         table.add_column(escape(budget.device.name), justify="right")
-    for name in budgets[0].parts:
-        table.add_row(name.replace("_", " "), *(f"{budget.parts[name] / _MB:,.0f}" for budget in budgets))
+    for name in dict.fromkeys(name for budget in budgets for name in budget.parts):
+        table.add_row(name.replace("_", " "), *(f"{budget.parts.get(name, 0) / _MB:,.0f}" for budget in budgets))
     table.add_row("CUDA context", *(f"{assumed.CONTEXT_GB * 1e3:,.0f}" for _ in budgets))
     table.add_row("system, ROS 2", *(f"{assumed.SYSTEM_GB * 1e3:,.0f}" for _ in budgets))
     table.add_section()
@@ -150,26 +171,46 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget]) -> None:
     table.add_row("there", *(f"{budget.device.memory_gb * 1e3:,.0f}" for budget in budgets))
     table.add_row("", *("[green]fits[/green]" if b.fits else "[bold red]does not fit[/bold red]" for b in budgets))
     table.add_section()
-    for context in budgets[0].tokens_per_s:
-        table.add_row(
-            f"tokens/s at {context}",
-            *(f"{b.tokens_per_s[context]:,.0f} (bound {b.bound_tokens_per_s[context]:,.0f})" for b in budgets),
-        )
+    for context in dict.fromkeys(context for budget in budgets for context in budget.bound_tokens_per_s):
+        table.add_row(f"tokens/s at {context}", *(_speed(budget, context) for budget in budgets))
     console.print(table)
-    for line in widenings(model, quant):
+    for line in widenings(model, quant) if not plans else []:
         console.print(f"wider than stored, {escape(line)}")
-    for budget in budgets:
+    for plan in plans:
+        lacks = "" if plan.engine.context_bytes else "; its report does not say how much scratch memory TensorRT takes"
+        console.print(f"{escape(plan.budget.device.name)}: engines/{escape(plan.engine.key)}{lacks}", soft_wrap=True)
+    for i, budget in enumerate(budgets):
         if not budget.fits:
-            ways = assumed.remedies(model, quant, config, budget)
+            ways = plans[i].remedies if plans else assumed.remedies(model, quant, config, budget)
             text = ", or ".join(ways) if ways else "a smaller model, or weights of fewer bits"
             console.print(f"{escape(budget.device.name)}: would fit with {text}")
-    formula = "a formula (within 5 % of the native module's plan)"
-    source = "the native module's own plan" if budgets[0].exact else formula
-    console.print(
-        f"[dim]memory from {source}. Speed assumes that decoding reaches {assumed.REACHED:.0%} of the stated "
-        "bandwidth "
-        f"and {assumed.STAGE_US_PLAIN} us a stage ({assumed.STAGE_US} from compute capability 9.0), one sequence, in "
-        "the power mode "
-        + "; ".join(sorted({b.device.power_mode for b in budgets}))
-        + ". No Jetson was measured.[/dim]"
+    console.print(f"[dim]{_assumptions(budgets, bool(plans))}[/dim]")
+
+
+def _speed(budget: Budget, context: int) -> str:
+    bound = budget.bound_tokens_per_s.get(context)
+    if bound is None:
+        return ""
+    speed = budget.tokens_per_s.get(context)
+    return f"bound {bound:,.0f}" if speed is None else f"{speed:,.0f} (bound {bound:,.0f})"
+
+
+def _assumptions(budgets: list[Budget], of_engines: bool) -> str:
+    """Where the numbers come from, in a sentence or two."""
+    from edgellm_ros.benchmark import budget as assumed
+
+    exact = budgets[0].exact
+    modes = "; ".join(sorted({budget.device.power_mode for budget in budgets}))
+    if of_engines:
+        rest = "and the native module's own plan" if exact else "and 67 MB for all else, a guess"
+        return (
+            f"memory from the engine's report {rest}. The bound is the stated bandwidth, one sequence, in the power "
+            f"mode {modes}. No engine was measured, and no Jetson."
+        )
+    source = "the native module's own plan" if exact else "a formula (within 5 % of the native module's plan)"
+    return (
+        f"memory from {source}, of the executor cuda; an engine takes its file, its cache and scratch memory: "
+        f"--executor tensorrt, once it is built. Speed assumes that decoding reaches {assumed.REACHED:.0%} of the "
+        f"stated bandwidth and {assumed.STAGE_US_PLAIN} us a stage ({assumed.STAGE_US} from compute capability 9.0), "
+        f"one sequence, in the power mode {modes}. No Jetson was measured."
     )

@@ -5,8 +5,9 @@ Everything is a pure function of reports, settings, what `probe_machine` found, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgellm_ros import native, trt_plugins
 from edgellm_ros.bundle import Bundle
@@ -28,6 +29,7 @@ from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.manifest import Manifest
 
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
+_OTHER = "it was built from other weights or another graph; build it again with --force"
 _LARGEST = 2**31 - 1  # size of a tensor that the native module takes
 _SHOWN = 12  # differences in one message
 
@@ -85,6 +87,26 @@ def choose_engine(bundle: Bundle, config: EngineConfig, machine: Machine) -> tup
         return None, [f"the bundle has no engine; build one on this machine with `edgellm build {bundle.path}`"]
     if machine.reason:
         return None, [machine.reason]
+    return _choose(paths, config, lambda engine: engine_faults(engine, bundle, config, machine))
+
+
+def choose_planned(bundle: Bundle, config: EngineConfig, target: str) -> tuple[Engine | None, list[str]]:
+    """The same for a machine that is elsewhere, whose GPU architecture is all that is known of it."""
+
+    def faults(engine: Engine) -> list[str]:
+        if not is_of(engine, bundle):
+            return [_OTHER]
+        damaged = _profile_fault(engine, bundle.manifest)
+        other = [] if engine.target == target else [f"it is for {engine.target}"]
+        other += [] if engine.builder == "tensorrt" else [_builder_fault(engine)]
+        return [damaged] if damaged else [*other, *_setting_faults(engine, bundle, config)]
+
+    return _choose(list_engines(bundle), config, faults)
+
+
+def _choose(
+    paths: Iterable[Path], config: EngineConfig, faults_of: Callable[[Engine], list[str]]
+) -> tuple[Engine | None, list[str]]:
     fitting: list[Engine] = []
     reasons: list[str] = []
     for path in paths:
@@ -93,7 +115,7 @@ def choose_engine(bundle: Bundle, config: EngineConfig, machine: Machine) -> tup
         except BundleError as error:
             reasons.append(str(error))
             continue
-        faults = engine_faults(engine, bundle, config, machine)
+        faults = faults_of(engine)
         if faults:
             reasons.append(f"engines/{engine.key}: {'; '.join(faults)}")
         else:
@@ -106,7 +128,7 @@ def choose_engine(bundle: Bundle, config: EngineConfig, machine: Machine) -> tup
 def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine: Machine) -> list[str]:
     """Why `engine` cannot be loaded here with these settings; empty when it can."""
     if not is_of(engine, bundle):
-        return ["it was built from other weights or another graph; build it again with --force"]
+        return [_OTHER]
     damaged = _profile_fault(engine, bundle.manifest)
     if damaged:
         return [damaged]
@@ -211,7 +233,7 @@ def _build_faults(engine: Engine, machine: Machine) -> list[str]:
     again = f"build it again on this machine with `edgellm build {engine.path.parent.parent}`"
     faults = []
     if engine.builder != "tensorrt":
-        faults.append(f"it was built by {engine.builder}, and only TensorRT's own engines are loaded; {again}")
+        faults.append(f"{_builder_fault(engine)}; {again}")
     if engine.target != machine.target:
         faults.append(f"it is for {engine.target}, and {machine.gpu} is {machine.target}; {again}")
     built = tuple(int(part) for part in engine.version.split(".") if part.isdigit())
@@ -225,6 +247,10 @@ def _build_faults(engine: Engine, machine: Machine) -> list[str]:
         except UnsupportedError as error:
             faults.append(f"it needs the project's plugins, and {error}")
     return faults
+
+
+def _builder_fault(engine: Engine) -> str:
+    return f"it was built by {engine.builder}, and only TensorRT's own engines are loaded"
 
 
 def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> list[str]:

@@ -144,6 +144,14 @@ class TensorRTExecutor(NativeExecutor):
             _log.log(_LEVELS.get(severity, logging.DEBUG), "TensorRT: %s", text)
 
 
+def plan_memory(bundle: Bundle, engine: Engine, config: EngineConfig) -> dict[str, int]:
+    """Bytes of device memory by purpose, and their "total", by the engine's report; needs no GPU."""
+    module, reason = native.import_module()
+    if module is None:
+        raise UnsupportedError(reason)
+    return _plan(module, engine_settings(module, engine, bundle, config), engine, engine.context_bytes)
+
+
 def balance(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
     """A and B with a power of two moved between them, so that both keep their digits in fp16; A B stays the same.
 

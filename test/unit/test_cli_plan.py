@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from engines import write_engine
 
 from edgellm_ros import native
 from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
 from edgellm_ros.benchmark.devices import DEVICES
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
-from edgellm_ros.config import EngineConfig
-from edgellm_ros.manifest import LinearFormat
+from edgellm_ros.config import BuildOptions, EngineConfig
+from edgellm_ros.manifest import LinearFormat, ModelSpec
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -156,3 +162,74 @@ def test_an_unknown_device_lists_the_known(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as exit_info:
         run(capsys, "--shape", "llama-1b", "--device", "toaster")
     assert exit_info.value.code == 2 and "orin-nano" in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_engine(tiny_bundle: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
+    """A bundle with an engine for an Orin: 4,096-byte file, 64 tokens of context, 3 MiB of scratch in its report."""
+    bundle = Bundle.open(shutil.copytree(tiny_bundle("llama", "int8").path, tmp_path / "bundle"))
+    options = BuildOptions(max_input=32, max_context=64, activations="fp16")
+    write_engine(bundle, "orin", options, activation_memory_bytes=[1 << 20, 3 << 20])
+    return bundle
+
+
+@pytest.mark.parametrize("how", [["--formula"], []])
+def test_an_engine_is_planned_by_its_file_its_cache_and_its_report(
+    with_engine: Bundle, how: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--bundle", str(with_engine.path), "--device", "orin-nano", "--executor", "tensorrt", *how]
+    code, out, _ = run(capsys, *command, "--max-slots", "3", "--json")
+    found = json.loads(out)[0]
+    model, file = with_engine.manifest.model, with_engine.path / "engines" / "orin" / "decoder.engine"
+    assert code == 0 and found["engine"] == "orin" and found["executor"] == "tensorrt" and found["fits"]
+    assert found["exact"] is (not how and not native.import_module()[1])
+    parts = found["parts"]
+    assert parts["engine"] == file.stat().st_size and parts["scratch"] == 3 << 20
+    assert parts["kv_cache"] == 3 * 64 * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
+    assert found["needed_bytes"] == sum(parts.values()) + 1_900_000_000
+    assert found["tokens_per_s"] == {} and list(found["bound_tokens_per_s"]) == ["64"]
+    text = " ".join(run(capsys, *command)[1].split())
+    assert "scratch" in text and "engines/orin" in text and "No engine was measured" in text
+
+
+def test_what_no_engine_is_planned_for_is_said_with_the_reason(
+    with_engine: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--bundle", str(with_engine.path), "--executor", "tensorrt", "--device"]
+    for arguments, words in (
+        (["thor"], ["sm110", "engines/orin: it is for sm87", "edgellm build", "--executor cuda"]),
+        (["orin-nano", "--max-context", "128"], ["max_context 128 exceeds the engine's 64"]),
+        (["orin-nano", "--kv-cache", "fp8"], ["kv_cache is 'fp8'", "--kv-cache fp8 --dialect plugin"]),
+    ):
+        code, _, err = run(capsys, *command, *arguments)
+        assert code == 2 and all(word in err for word in words), err
+    code, _, err = run(capsys, "--shape", "llama-1b", "--device", "thor", "--executor", "tensorrt")
+    assert code == 2 and "--bundle" in err
+    code, out, _ = run(capsys, "--shape", "llama-1b", "--device", "thor")
+    assert code == 0 and "--executor tensorrt, once it is built" in " ".join(out.split())
+
+
+def test_an_engine_that_does_not_fit_would_with_another_build(with_engine: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    large = replace(with_engine.manifest.model, num_layers=24, num_kv_heads=64, head_dim=256, max_context=8192)
+    write_manifest(with_engine, large)
+    options = BuildOptions(max_input=32, max_context=8192, activations="fp16")
+    write_engine(Bundle.open(with_engine.path, verify=False), "large", options, activation_memory_bytes=[])
+    command = ["--bundle", str(with_engine.path), "--device", "agx-orin-32gb", "--executor", "tensorrt", "--formula"]
+    code, out, _ = run(capsys, *command)
+    text = " ".join(out.split())
+    assert code == 1 and "does not say how much scratch memory" in text
+    ways = text.split("would fit with ")[1]
+    assert "an engine of `edgellm build --max-context" in ways and "edgellm build --dialect plugin --kv-cache fp8`" in ways
+    slots = re.search(r"--max-slots (\d)", ways)
+    assert slots is not None and run(capsys, *command, "--max-slots", slots[1])[0] == 0
+    assert run(capsys, *command, "--max-slots", str(int(slots[1]) + 1))[0] == 1
+
+
+def write_manifest(bundle: Bundle, model: ModelSpec) -> None:
+    (bundle.path / "manifest.json").write_text(replace(bundle.manifest, model=model).to_json(), encoding="utf-8")
+
+
+def test_a_cache_that_the_cuda_executor_lacks_is_refused_by_the_formula_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for how in ([], ["--formula"]):
+        code, _, err = run(capsys, "--shape", "llama-1b", "--device", "thor", "--kv-cache", "fp32", *how)
+        assert code == 2 and "--kv-cache fp32" in err and "bf16, fp16, fp8" in err
