@@ -80,6 +80,16 @@ def test_the_units_command_launches_what_the_launch_file_declares(tmp_path: Path
     assert given == {"bundle": "/with a space/bundle", "params_file": "llm.yaml"} and set(given) <= declared
 
 
+def test_the_directories_that_the_steps_write_into_are_made_for_their_users() -> None:
+    """`install -d` gives only the directories that it is told to whom -o names: those above them stay root's."""
+    page = (ROOT / "docs" / "jetson.md").read_text()
+    made = {path: user for user, paths in re.findall(r"sudo install -d -o (\S+) ([^&\n]*) &&", page) for path in paths.split()}
+    assert made[ENVIRONMENT["WORKSPACE"]] == made[ENVIRONMENT["WORKSPACE"] + "/src"] == "$USER"
+    assert Path(ENVIRONMENT["VENV"]).parent == Path(ENVIRONMENT["WORKSPACE"])  # where the steps make it
+    assert made[str(Path(ENVIRONMENT["BUNDLE"]).parent)] == unit()["Service"]["User"]
+    assert f"sudo cp -r bundle {Path(ENVIRONMENT['BUNDLE']).parent}/" in page
+
+
 @pytest.mark.parametrize("page", ["docker/Dockerfile.l4t", "docs/jetson.md"])
 def test_robots_get_the_packages_that_the_project_declares(page: str) -> None:
     """The project's own, with NumPy kept below 2 for apt's ROS messages, pybind11 for the native module, and what builds
