@@ -82,7 +82,10 @@ def probe_machine() -> Machine:
 
 def choose_engine(bundle: Bundle, config: EngineConfig, machine: Machine) -> tuple[Engine | None, list[str]]:
     """The engine that would be loaded, or None; and why each other one is not, as sentences that name the remedy."""
-    paths = list_engines(bundle)
+    try:
+        paths = list_engines(bundle)
+    except BundleError as error:
+        return None, [str(error)]
     if not paths:
         return None, [f"the bundle has no engine; build one on this machine with `edgellm build {bundle.path}`"]
     if machine.reason:

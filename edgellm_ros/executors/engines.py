@@ -143,14 +143,21 @@ def check_engine(engine: Engine, bundle: Bundle) -> None:
     """Raise BundleError unless the engine is unchanged and was built from this bundle's files."""
     if not is_of(engine, bundle):
         raise BundleError(f"{engine.path} was built from other weights or another graph; {_REMEDY}")
-    if hash_file(engine.file).sha256 != engine.report["engine"].get("sha256"):
+    try:
+        found = hash_file(engine.file).sha256
+    except OSError as error:
+        raise BundleError(f"{engine.file} cannot be read ({error}); let this user read it") from error
+    if found != engine.report["engine"].get("sha256"):
         raise BundleError(f"{engine.file} was changed; {_REMEDY}")
 
 
 def list_engines(bundle: Bundle) -> list[Path]:
-    """Directories of the bundle's engines, by name."""
+    """Directories of the bundle's engines, by name; raises BundleError where they may not be read."""
     root = bundle.path / ENGINES
-    return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+    except OSError as error:
+        raise BundleError(f"{root} cannot be read ({error}); let this user read it, and all that is in it") from error
 
 
 def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:

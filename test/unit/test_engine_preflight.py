@@ -53,6 +53,22 @@ def test_without_an_engine_the_command_that_builds_one_is_named(bundle: Bundle) 
     assert choose_engine(bundle, DEFAULT, Machine("no NVIDIA GPU: none")) == (None, ["no NVIDIA GPU: none"])
 
 
+def test_engines_that_this_user_may_not_read_are_a_reason_and_no_crash(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = write_engine(bundle)
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(BundleError, match="decoder.engine cannot be read .*let this user"):
+        patched.setattr("edgellm_ros.executors.engines.hash_file", refuse)
+        check_engine(engine, bundle)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    chosen, reasons = choose_engine(bundle, DEFAULT, ORIN)
+    assert chosen is None and "engines cannot be read" in reasons[0] and "let this user read it" in reasons[0]
+
+
 @pytest.mark.parametrize(
     ("changed", "machine", "words"),
     [
