@@ -105,10 +105,14 @@ def from_mapping(cls: type, values: typing.Mapping[str, Any], error: type[EdgeLL
 
 
 def _range(item: Setting) -> str:
-    low = "-∞" if item.minimum is None else f"{item.minimum:g}"
-    high = "∞" if item.maximum is None else f"{item.maximum:g}"
+    low = "-∞" if item.minimum is None else _number(item.minimum)
+    high = "∞" if item.maximum is None else _number(item.maximum)
     unit = f" {item.unit}" if item.unit else ""
     return f" {low} to {high}{unit}"
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def _plain_type(hint: Any) -> tuple[type, bool]:

@@ -12,17 +12,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from edgellm_ros import native
 from edgellm_ros.cli.check import Check, State, read_text
+from edgellm_ros.cli.engine_checks import check_engines, check_tensorrt
 from edgellm_ros.cli.gpu_checks import check_gpus
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
-
-if TYPE_CHECKING:
-    from edgellm_ros.bundle import Bundle
 
 BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
 TOOLCHAIN = ("onnx", "gguf", "ml_dtypes", "threadpoolctl")
@@ -40,7 +36,7 @@ def all_checks(bundle: Path | None = None) -> Iterator[Check]:
     yield from check_ros(os.environ)
     yield from check_compiler()
     yield from check_gpus()
-    yield check_tensorrt()
+    yield from check_tensorrt()
     yield check_cpu(read_text(Path("/proc/cpuinfo")))
     available = memory_available(read_text(Path("/proc/meminfo")))
     yield Check("machine", "free memory", State.OK, human_bytes(available) if available else "unknown")
@@ -109,31 +105,6 @@ def check_compiler() -> Iterator[Check]:
     else:
         remedy = f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev (only for building)"
         yield Check("build", "Python headers", State.MISSING, f"no {header}", remedy)
-
-
-def check_tensorrt() -> Check:
-    """TensorRT's runtime library, as the executor `tensorrt` finds it."""
-    module, reason = native.import_module()
-    if module is None:
-        return Check("GPU", "TensorRT", State.MISSING, f"not looked for: {reason}", "not needed on a CPU")
-    path, version, reason = native.find_tensorrt(module)
-    if not path:
-        return Check("GPU", "TensorRT", State.MISSING, reason, "not needed on a CPU; part of JetPack on a Jetson")
-    found = f"{'.'.join(map(str, version))} ({path}), headers {module.TENSORRT_HEADERS}"
-    reason = reason or native.unavailable_reason()
-    if reason:
-        return Check("GPU", "TensorRT", State.MISSING, f"{found}; not used: {reason}")
-    return Check("GPU", "TensorRT", State.OK, f"{found}; used by the executor `tensorrt`")
-
-
-def check_engines(bundle: Bundle, config: EngineConfig) -> Check:
-    """Which engine of a bundle would be loaded, or why none."""
-    from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
-
-    chosen, reasons = choose_engine(bundle, config, probe_machine())
-    if chosen is not None:
-        return Check("bundle", "engine", State.OK, f"{chosen.key} fits this machine")
-    return Check("bundle", "engine", State.MISSING, "; ".join(reasons), "not needed: another executor is used")
 
 
 def check_cpu(cpuinfo: str) -> Check:

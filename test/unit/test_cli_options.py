@@ -11,7 +11,7 @@ import pytest
 
 from edgellm_ros.cli.main import VERBS, build_parser, main
 from edgellm_ros.cli.options import add_settings, settings_from, was_given
-from edgellm_ros.config import EngineConfig
+from edgellm_ros.config import EngineConfig, NodeConfig
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError, RequestError
 from edgellm_ros.fields import settings_of
@@ -140,3 +140,10 @@ def test_an_unexpected_failure_is_exit_code_1_and_debug_shows_where(
     for arguments in (["--debug", "inspect", "x"], ["inspect", "x", "--debug"]):
         assert main(arguments) == 1
         assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_range_is_written_out_so_that_its_end_can_be_typed() -> None:
+    with pytest.raises(ConfigError, match=r"max_context is -5; allowed is 0 to 1048576 tokens"):
+        EngineConfig(max_context=-5)
+    with pytest.raises(ConfigError, match=r"result_timeout_s is 0\.5; allowed is 1 to 3600 s"):
+        NodeConfig(result_timeout_s=0.5)

@@ -17,7 +17,7 @@ from edgellm_ros.trt_plugins import DOMAIN
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
 ATTENTION_SINCE = (10, 15)  # of TensorRT: layers for attention, rope and updates of a KV cache, all three
 PLUGINS_SINCE = (10, 3)  # IPluginV3OneBuildV2 and aliased plugin tensors
-_TENSORRT = (
+TENSORRT_REMEDY = (
     "it comes with JetPack (apt install python3-libnvinfer), which a virtual environment sees with "
     "--system-site-packages; elsewhere: pip install tensorrt"
 )
@@ -57,10 +57,10 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
         if here != target:
             raise ToolchainError(f"tensorrt builds for the GPU that it runs on ({here or 'none here'}), not for "
                                  f"{target}; build on the robot, or with --builder tensorrt_rtx")  # fmt: skip
-        return "tensorrt", _import("tensorrt", _TENSORRT)
+        return "tensorrt", _import("tensorrt", TENSORRT_REMEDY)
     remedy = "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT"
     if here == target and wanted == "auto":  # TensorRT itself would be the one to take
-        remedy = f"nor is tensorrt here: {_TENSORRT}"
+        remedy = f"nor is tensorrt here: {TENSORRT_REMEDY}"
     trt = _import("tensorrt_rtx", remedy)
     known = sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
     if target not in known:
