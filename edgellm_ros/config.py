@@ -213,7 +213,7 @@ class Recipe:
     kv_cache: str = setting(
         "none", "Number format that the KV cache is calibrated for: fp8 or none.", choices=("none", "fp8")
     )
-    samples: int = setting(32, "Sequences of calibration text.", minimum=1, maximum=65536)
+    samples: int = setting(32, "Sequences of calibration text.", minimum=4, maximum=65536)
     sequence_length: int = setting(256, "Tokens in each of them.", minimum=16, maximum=32768, unit="tokens")
     exclude: tuple[str, ...] = setting((), "Modules that stay as they are, such as '*layers.0.*' or '*down_proj*'.")
 

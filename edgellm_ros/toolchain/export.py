@@ -154,6 +154,7 @@ def _write(
     if template:
         (root / names.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     prompts = encode_prompts(tokenizer_json, model.vocab_size)
+    _check_context(model, max(map(len, prompts)))
     vocab = load_vocab_map(vocab_map, source, model) if vocab_map is not None else None
     if vocab is not None:
         write_vocab_file(root / names.VOCAB_MAP, vocab, tokenizer_hash(tokenizer_json))
@@ -353,6 +354,14 @@ def _context(model: ModelSpec, asked: int | None) -> int:
     if not 1 <= asked <= model.max_context:
         raise ToolchainError(f"max-context is {asked}; {model.name} allows 1 to {model.max_context}")
     return asked
+
+
+def _check_context(model: ModelSpec, needed: int) -> None:
+    if model.max_context < needed:
+        raise ToolchainError(
+            f"max-context is {model.max_context}, and the self-test's prompts have up to {needed} tokens; take "
+            f"--max-context {needed} or more"
+        )
 
 
 def _provenance(source: Checkpoint, quant: QuantSpec) -> dict[str, str]:

@@ -67,6 +67,10 @@ class HfCheckpoint(Checkpoint):
         small = [self.path / name for name in ("config.json", MODELOPT, INDEX, *TOKENIZER_FILES)]
         return [path for path in small if path.is_file()] + [file.path for file in self._files]
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls the tensor `name`."""
+        return name
+
     def tokenizer_json(self) -> str:
         """tokenizer.json as it is."""
         return self._tokenizer().tokenizer_json()

@@ -15,6 +15,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora import TARGETS, LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
 from edgellm_ros.manifest import MANIFEST, LoraEntry, Manifest
+from edgellm_ros.toolchain.whole_output import system_errors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What is added to a model's name for the same weights in another format.
@@ -113,7 +114,8 @@ def pack_adapter(
     manifest = bundle.manifest
     try:
         (bundle.path / LORA).mkdir(exist_ok=True)
-        save_file(tensors, partial, {**metadata, "name": name})
+        with system_errors():
+            save_file(tensors, partial, {**metadata, "name": name})
         files, loras = dict(manifest.files), dict(manifest.loras)
         if name in loras:  # a manifest without it comes first: the bundle is whole at every moment
             del files[key], loras[name]

@@ -60,7 +60,7 @@ def merge_adapter(
     _check(source, work)
     with whole_output(output) as partial:
         _copy(source, partial)
-        _write(partial, work, progress or _silent)
+        _write(partial, {source.stored_name(name): item for name, item in work.items()}, progress or _silent)
     return len(work)
 
 
@@ -102,6 +102,7 @@ def _write(root: Path, work: dict[str, LoraTensors], progress: Progress) -> None
                 out.write(np.ascontiguousarray(rounded).tobytes())
                 done += 1
                 progress("merge", done, len(work))
+    assert done == len(work), "checked before"
 
 
 def _copy(source: HfCheckpoint, target: Path) -> None:

@@ -128,6 +128,8 @@ def read_token_list(path: Path, tokenizer: Tokenizer, vocab_size: int) -> set[in
         except (OSError, UnicodeDecodeError) as error:
             raise ToolchainError(f"token list {path} cannot be read: {error}") from error
         found = {_token(line, f"{path}:{i}", tokenizer) for i, line in enumerate(lines, 1) if line.strip()}
+    if not found:
+        raise ToolchainError(f"token list {path} is empty; give token ids or tokens, one a line")
     wrong = sorted(i for i in found if not 0 <= i < vocab_size)
     if wrong:
         raise ToolchainError(f"{path} has token id {wrong[0]}; the model's are 0 to {vocab_size - 1}")

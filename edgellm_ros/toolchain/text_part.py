@@ -31,7 +31,9 @@ class TextPartCheckpoint(HfCheckpoint):
             raise CheckpointError(f"{path}: config.json is of a {whole['model_type']} model and has no text_config")
         shared = {key: whole[key] for key in _SHARED if whole.get(key) is not None}
         architecture = TEXT_PARTS[str(whole["model_type"])]
-        self.config: dict[str, Any] = {**text, **shared, "architectures": [architecture]}
+        self.config: dict[str, Any] = {
+            "model_type": f"{whole['model_type']}_text", **text, **shared, "architectures": [architecture],
+        }
         self._own: dict[str, str] = {}
         for name in super().names():
             for prefix, alone in _PREFIXES.items():
@@ -49,17 +51,21 @@ class TextPartCheckpoint(HfCheckpoint):
     def __contains__(self, name: object) -> bool:
         return name in self._own
 
+    def stored_name(self, name: str) -> str:
+        """With what stands before the decoder's tensors."""
+        return self._own.get(name, name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
-        return super().shape(self._own.get(name, name))
+        return super().shape(self.stored_name(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start to stop - 1 of the first axis."""
-        return super().read_rows(self._own.get(name, name), start, stop)
+        return super().read_rows(self.stored_name(name), start, stop)
 
     def read_into(self, name: str, out: npt.NDArray[np.float32]) -> None:
         """See Checkpoint.read_into."""
-        super().read_into(self._own.get(name, name), out)
+        super().read_into(self.stored_name(name), out)
 
     def num_bytes(self) -> int:
         """Bytes of the decoder's tensors."""

@@ -6,6 +6,7 @@ is also what a bundle holds. JSON is for people: `{"vocab_size": 49152, "token_i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.required_tokens import required_tokens
+from edgellm_ros.toolchain.whole_output import system_errors
 from edgellm_ros.vocab_map import VocabMap
 
 _FORMATS = (".json", ".safetensors")
@@ -53,16 +55,19 @@ def write_vocab_file(path: Path, vocab: VocabMap, tokenizer_sha256: str) -> None
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     about = {"vocab_size": vocab.vocab_size, "tokenizer_sha256": tokenizer_sha256}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
             partial.write_text(json.dumps({**about, "token_ids": vocab.token_ids.tolist()}) + "\n", encoding="utf-8")
         else:
             metadata = {key: str(value) for key, value in about.items()}
-            safetensors.numpy.save_file({_TENSOR: vocab.token_ids}, partial, metadata)
+            with system_errors():
+                safetensors.numpy.save_file({_TENSOR: vocab.token_ids}, partial, metadata)
         partial.rename(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise ToolchainError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_vocab_file(path: Path) -> VocabFile:

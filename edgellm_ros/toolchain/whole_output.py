@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,13 @@ from edgellm_ros.errors import ToolchainError
 def whole_output(output: Path) -> Iterator[Path]:
     """Gives a new directory beside `output`, which takes its place, and that of what was there, when the block ends.
 
-    What was there is moved aside whole before it is deleted, so that nothing half deleted has the name either.
-    Raises ToolchainError for an OSError of the block or of the exchange.
+    What was there is moved aside whole before it is deleted, so that nothing half deleted has the name either. Of a
+    link the directory that it points to is replaced. Raises ToolchainError for a name such as `.`, and for an OSError
+    of the block or of the exchange.
     """
+    if output.name in ("", ".."):
+        raise ToolchainError(f"{output} is not a name of its own; name the directory, from outside of it")
+    shown, output = output, output.resolve() if output.is_symlink() else output
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
     try:
@@ -35,7 +40,19 @@ def whole_output(output: Path) -> Iterator[Path]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "; make room there, or choose another directory: nothing of it was kept" if full else ""
-        raise ToolchainError(f"cannot write {output}: {error}{remedy}") from error
+        raise ToolchainError(f"cannot write {shown}: {error}{remedy}") from error
     finally:
         for directory in (partial, replaced):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """What the system says to safetensors' writer, such as a full disk, becomes an OSError again."""
+    import safetensors
+
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error

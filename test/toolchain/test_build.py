@@ -262,6 +262,13 @@ def test_a_disk_that_is_full_in_the_middle_of_an_engine_is_said_and_leaves_nothi
     assert nothing_is_left(bundle)
 
 
+def test_scratch_memory_that_does_not_suffice_is_said_with_the_option(copy: Callable[..., Bundle]) -> None:
+    bundle = copy()
+    with pytest.raises(ToolchainError, match=r"(?s)workspace.*raise --memory-limit, or leave it out"):
+        build_engine(bundle, "sm89", dataclasses.replace(QUICK, memory_limit=1))
+    assert nothing_is_left(bundle)
+
+
 def test_force_keeps_the_engine_that_is_there_until_the_new_one_is_whole(copy: Callable[..., Bundle]) -> None:
     bundle = copy()
     engine, _ = build_engine(bundle, "sm89", QUICK)

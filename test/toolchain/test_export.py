@@ -189,6 +189,7 @@ def test_the_graph_contract_in_the_manifest_names_the_graphs_inputs(tiny_bundle:
         ({"weights": "int3"}, "weights is 'int3'; allowed are int4, int8, fp16, fp32, keep"),
         ({"max_context": 1000}, "max-context is 1000; .* allows 1 to 256"),
         ({"max_context": 0}, "max-context is 0"),
+        ({"max_context": 20}, r"max-context is 20, and the self-test's prompts have up to \d+ tokens; take --max-context"),
     ],
 )
 def test_impossible_options_are_refused_by_value_and_leave_nothing(
@@ -213,6 +214,21 @@ def test_an_existing_bundle_is_replaced_only_when_told_and_anything_else_never(
     with pytest.raises(ToolchainError, match="not a bundle; it is not replaced"):
         export_bundle(source, tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def test_over_a_link_the_bundle_that_it_points_to_is_replaced_and_the_current_directory_is_not(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint("llama").resolve()
+    export_bundle(source, tmp_path / "v1", weights="fp16")
+    (tmp_path / "current").symlink_to("v1")
+    export_bundle(source, tmp_path / "current", weights="int8", overwrite=True)
+    assert Bundle.open(tmp_path / "v1").manifest.quantization.weights == "int8"
+    assert (tmp_path / "current").is_symlink() and {path.name for path in tmp_path.iterdir()} == {"v1", "current"}
+    monkeypatch.chdir(tmp_path / "v1")
+    with pytest.raises(ToolchainError, match=r"\. is not a name of its own"):
+        export_bundle(source, Path("."), overwrite=True)
+    assert Bundle.open(tmp_path / "v1").manifest.quantization.weights == "int8"
 
 
 def test_a_checkpoint_that_breaks_half_way_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         ({"head_dim": 24}, "positions turn 24 of a head's 24 channels; .* multiples of 16"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]"),
+        ({"layer_types": 3}, "layer_types is 3; it must be a list"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"use_sliding_window": True, "sliding_window": -4, "layer_types": None}, "sliding_window is -4"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
@@ -105,6 +107,11 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 def test_impossible_values_are_refused_with_key_and_value(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         BY_NAME["qwen2"].spec({**tiny.CONFIGS["qwen2"]().to_dict(), **change}, "x")
+
+
+def test_a_rope_scaling_that_is_no_object_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="rope_scaling is 'linear'; it must be an object"):
+        BY_NAME["gemma3"].spec({**tiny.CONFIGS["gemma3"]().to_dict(), "rope_scaling": "linear"}, "x")
 
 
 def test_names_types_and_architectures_belong_to_one_family_each() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import transformers
 from adapters import PATTERN, merged, peft_adapter, write_adapter
 from safetensors.torch import load_file
+from test_text_part import save_model_with_images
 from tiny import make_model, save_checkpoint
 
 from edgellm_ros.bundle import Bundle
@@ -123,6 +125,32 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     with pytest.raises(ToolchainError, match="cannot write .*No space left"):
         merge_adapter(source, adapter, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"source", "small", "other", "named", "pick"}
+
+
+def test_the_decoder_of_a_model_with_images_is_merged_and_the_rest_is_not(tmp_path: Path) -> None:
+    save_model_with_images(tmp_path / "source")
+    adapter = write_adapter(tmp_path / "adapter", make_model("gemma3"), {"q_proj": 4, "down_proj": 2}, 1)
+    count = merge_adapter(tmp_path / "source", adapter, tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
+    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert count == len(changed) == 14 and all("language_model" in name for name in changed)
+    for item in read_adapter(adapter).tensors:
+        name = next(n for n in changed if f"layers.{item.layer}." in n and item.target in n)
+        expected = before[name].numpy().astype(np.float64) + item.scale * (item.b.astype(np.float64) @ item.a)
+        assert np.allclose(after[name].numpy(), expected, atol=1e-5)
+
+
+def test_a_disk_that_is_full_leaves_the_bundle_without_the_adapter(bundle: Bundle, adapter: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(path.name for path in bundle.path.rglob("*") if path.is_file())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limit[1]))
+    try:
+        with pytest.raises(ToolchainError, match=r"cannot write .*pick.safetensors.*File too large"):
+            pack_adapter(adapter, bundle)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in bundle.path.rglob("*") if path.is_file()) == before
+    assert not Bundle.open(bundle.path).manifest.loras
 
 
 @pytest.mark.parametrize("said_in", ["config.json", "hf_quant_config.json"])

@@ -20,6 +20,7 @@ import transformers
 import unified
 from modelopt.torch.quantization.model_calib import max_calibrate
 from test_export import PROMPT, hf_logits, relative_error, run_executor
+from test_text_part import save_model_with_images
 
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import CheckpointError, ToolchainError
@@ -297,6 +298,7 @@ def test_calibration_windows_are_spread_over_the_text_and_do_not_overlap(
         ("weights: int4\ngroup_size: 96\n", r"group_size is 96; allowed are 128, 64, 32, 16"),
         ("weights: fp8\nactivations: fp8\nmethod: max\ngroup_size: 64\n", r"group_size is 64 with weights fp8"),
         ("weights: int4\ngroup_size: 64\nsamples: none\n", r"samples is 'none'; it must be of type int"),
+        ("weights: fp8\nactivations: fp8\nmethod: max\nsamples: 3\n", r"samples is 3; allowed is 4 to"),
         ("- fp8\n", r"holds no keys"),
         ("weights: [\n", r"cannot be read"),
     ],
@@ -306,6 +308,21 @@ def test_a_wrong_recipe_is_refused_with_what_is_allowed(tmp_path: Path, text: st
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ToolchainError, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        (("*down_proj", "*dwon_proj"), r"exclude has '\*dwon_proj', which no linear layer's name fits; they are like model"),
+        (("*_proj",), r"exclude \*_proj leaves no layer to quantise"),
+    ],
+)
+def test_what_a_recipe_leaves_out_has_to_be_there_and_not_be_all(
+    exclude: tuple[str, ...], message: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ToolchainError, match=message):
+        quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", load_recipe("int4_awq", exclude=exclude, **SHORT))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones() -> None:
@@ -327,7 +344,22 @@ def test_calibration_text_that_is_missing_binary_or_too_short_is_refused(
     (tmp_path / "short").write_text("Go to the kitchen.", encoding="utf-8")
     with pytest.raises(ToolchainError, match=r"holds \d+ tokens, which make 0 sequences of 32; at least 4 are needed"):
         quantize_and_save(source, tmp_path / "out", recipe, calibration=tmp_path / "short")
+    with pytest.raises(ToolchainError, match=r"none.txt cannot be read"):  # also where the recipe does not need it
+        quantize_and_save(source, tmp_path / "out", load_recipe("nvfp4"), calibration=tmp_path / "none.txt", device="cpu")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "long").write_text("Go to the kitchen. " * 500, encoding="utf-8")
+    made = quantize_and_save(source, tmp_path / "out", load_recipe("nvfp4"), calibration=tmp_path / "long", device="cpu")
+    assert made.num_sequences == 0 and "is not used: these scales come from the weights alone" in made.notes[-1]
+
+
+def test_of_a_model_with_images_the_decoder_is_quantised_and_exports(tmp_path: Path) -> None:
+    save_model_with_images(tmp_path / "source")
+    made = quantize_and_save(tmp_path / "source", tmp_path / "out", load_recipe("fp8", **SHORT), device="cpu")
+    assert "its decoder alone is quantised" in made.notes[0]
+    bundle = export_bundle(tmp_path / "out", tmp_path / "bundle")
+    assert bundle.manifest.model.family == "gemma3" and bundle.manifest.quantization.weights == "fp8"
+    original = export_bundle(tmp_path / "source", tmp_path / "original", weights="fp32")
+    assert relative_error(run_executor(bundle, PROMPT)[0], run_executor(original, PROMPT)[0]) < 0.15
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(quantised: Callable[..., Quantized], tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_a_token_list_stays_whole(smollm2_gguf: Path, tmp_path: Path) -> None:
         ({"corpus": "latin.txt", "size": 320}, "latin.txt is not UTF-8 text"),
         ({"corpus": "empty", "size": 320}, "empty holds no text"),
         ({"tokens": "gone.txt"}, "token list .*gone.txt cannot be read"),
+        ({"tokens": "blank.txt"}, "token list .*blank.txt is empty"),
         ({"tokens": "all.txt"}, "all 320 tokens of .* would stay"),
         ({"tokens": "all.txt", "coverage": 0.5}, "--coverage needs --corpus"),
     ],
@@ -186,6 +187,7 @@ def test_impossible_wishes_are_refused_by_value(
 ) -> None:
     (tmp_path / "latin.txt").write_bytes("Tür".encode("latin-1"))
     (tmp_path / "all.txt").write_text("\n".join(map(str, range(VOCAB_SIZE))))
+    (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "some.txt").write_text("some")
     paths = {key: tmp_path / value for key, value in options.items() if isinstance(value, str)}

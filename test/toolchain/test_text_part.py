@@ -20,7 +20,7 @@ from edgellm_ros.toolchain.detect import load_spec
 from edgellm_ros.toolchain.export import export_bundle
 
 
-def _save(path: Path) -> Any:
+def save_model_with_images(path: Path) -> Any:
     text = {**tiny.CONFIGS["gemma3"]().to_dict(), "rope_parameters": None}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -40,7 +40,7 @@ def _save(path: Path) -> Any:
 
 @pytest.mark.parametrize("names", ["as on the hub", "as transformers 4.52 wrote them"])
 def test_the_decoder_alone_says_of_text_what_the_whole_model_does(names: str, tmp_path: Path) -> None:
-    model = _save(tmp_path / "source")
+    model = save_model_with_images(tmp_path / "source")
     if names != "as on the hub":
         file = tmp_path / "source" / "model.safetensors"
         tensors = safetensors.torch.load_file(file)

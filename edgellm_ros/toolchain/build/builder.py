@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 _REMEDIES = (
     (r"HW-specific datatypes", "export with --weights int8 or fp16, or choose a newer target"),
     (r"block|divide", "export again: the groups of a quantised layer have to divide its input features"),
+    (r"workspace", "raise --memory-limit, or leave it out"),
     (r"out of memory|alloc|memory", "close other programs, or lower --max-context, --max-input or --max-batch"),
     (r"static sequence length", "export the model again: the cache's capacity is not named 'capacity'"),
 )

@@ -167,7 +167,7 @@ class Family(abc.ABC):
 
     def _activation(self, config: Mapping[str, Any]) -> str:
         asked = config.get(self.activation_key) or next(iter(self.activations))
-        if asked not in self.activations:
+        if not isinstance(asked, str) or asked not in self.activations:
             raise CheckpointError(
                 f"the configuration's {self.activation_key} is {asked!r}; the {self.name} family has "
                 f"{next(iter(self.activations))}"
@@ -180,6 +180,8 @@ def layer_kinds(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...] |
     types = config.get("layer_types")
     if types is None:
         return None
+    if not isinstance(types, list):
+        raise CheckpointError(f"the configuration's layer_types is {types!r}; it must be a list, one a layer")
     unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
     if unknown or len(types) != num_layers:
         raise CheckpointError(

@@ -62,7 +62,10 @@ class Gemma3(Family):
             raise CheckpointError(
                 f"the configuration's rope_parameters is {given!r}; it must have full_attention and sliding_attention"
             )
-        whole = {**(given.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
+        scaling = config.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise CheckpointError(f"the configuration's rope_scaling is {scaling!r}; it must be an object or null")
+        whole = {**(given.get("full_attention") or {}), **scaling}
         local = given.get("sliding_attention") or {}
         theta, scaling = read_rope(
             {"rope_theta": config.get("rope_theta"), "rope_parameters": whole}, max_context, 1000000.0

@@ -11,6 +11,7 @@ from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec
+from edgellm_ros.toolchain.text_part import TextPartCheckpoint
 from edgellm_ros.toolchain.tokenizer_files import read_json_object
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -82,8 +83,8 @@ def load_model(source: Source, device: str) -> Any:
     path = source.checkpoint.path
     dtype = torch.float32 if device == "cpu" else stored_dtype(source)
     try:
-        if source.checkpoint.kind == "gguf":
-            model = _model_of_gguf(source, dtype)
+        if source.checkpoint.kind == "gguf" or isinstance(source.checkpoint, TextPartCheckpoint):
+            model = _model_of_tensors(source, dtype)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -92,10 +93,10 @@ def load_model(source: Source, device: str) -> Any:
     return model.to(device).eval()
 
 
-def _model_of_gguf(source: Source, dtype: Any) -> Any:
-    """The file's tensors and settings as export reads them.
+def _model_of_tensors(source: Source, dtype: Any) -> Any:
+    """The model of the tensors and settings that export reads: a GGUF file's, or the decoder's of one with images.
 
-    transformers' own reader takes ten times as long for the same numbers, and gives a Mistral file no window.
+    transformers' own reader of GGUF takes ten times as long for the same numbers, and gives a Mistral file no window.
     """
     import torch
     import transformers
@@ -103,7 +104,7 @@ def _model_of_gguf(source: Source, dtype: Any) -> Any:
     checkpoint, tokens = source.checkpoint, source.checkpoint.token_spec()
     stop = next(iter(tokens.stop_ids), None)
     special = {"bos_token_id": tokens.bos_id, "eos_token_id": stop, "pad_token_id": tokens.pad_id}
-    config = transformers.AutoConfig.for_model(**checkpoint.config, **special)
+    config = transformers.AutoConfig.for_model(**{**special, **checkpoint.config})
     weights = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.names()}
     model, report = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import io
 import logging
 import warnings
@@ -94,8 +95,6 @@ def common_group(widths: dict[str, int], most: int) -> int:
 
 def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
     """Input features of every linear layer that will be int4, by module name."""
-    import fnmatch
-
     head = model.get_output_embeddings()
     found = {}
     for name, module in model.named_modules():
@@ -104,9 +103,24 @@ def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
         if module is head:
             if recipe.lm_head == "int4":
                 found[name] = module.in_features
-        elif recipe.weights == "int4" and not any(fnmatch.fnmatch(name, pattern) for pattern in recipe.exclude):
+        elif recipe.weights == "int4" and not any(_leaves_out(pattern, name) for pattern in recipe.exclude):
             found[name] = module.in_features
     return found
+
+
+def check_exclude(model: Any, recipe: Recipe) -> None:
+    """Raise ToolchainError for a pattern that no linear layer has, and where nothing is left to quantise."""
+    head = model.get_output_embeddings()
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name, module in layers if module is not head]
+    for pattern in recipe.exclude:
+        if not any(_leaves_out(pattern, name) for name in names):
+            raise ToolchainError(
+                f"exclude has {pattern!r}, which no linear layer's name fits; they are like {names[0]} and {names[-1]}"
+            )
+    left = [name for name in names if not any(_leaves_out(pattern, name) for pattern in recipe.exclude)]
+    if not left:
+        raise ToolchainError(f"exclude {', '.join(recipe.exclude)} leaves no layer to quantise; take a pattern out")
 
 
 def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
@@ -133,6 +147,10 @@ def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:
 
 def _int4(group_size: int) -> dict[str, Any]:
     return {"num_bits": 4, "block_sizes": {-1: group_size, "type": "static"}}
+
+
+def _leaves_out(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatch(f"{name}.weight_quantizer", _quantisers_of(pattern))
 
 
 def _quantisers_of(pattern: str) -> str:

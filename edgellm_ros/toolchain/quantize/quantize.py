@@ -18,8 +18,9 @@ from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_toke
 from edgellm_ros.toolchain.quantize.model import choose_device, load_model, open_source, stored_dtype, untie_head
 from edgellm_ros.toolchain.quantize.recipe import dump_recipe, load_recipe
 from edgellm_ros.toolchain.quantize.tokenizer_out import write_tokenizer
+from edgellm_ros.toolchain.text_part import TextPartCheckpoint
 from edgellm_ros.toolchain.weights import Progress
-from edgellm_ros.toolchain.whole_output import whole_output
+from edgellm_ros.toolchain.whole_output import system_errors, whole_output
 
 QUANT_CONFIG = "hf_quant_config.json"  # ModelOpt's; the mark of what --force may replace
 RECIPE_FILE = "recipe.yaml"  # the recipe as it was used, beside the weights
@@ -71,13 +72,18 @@ def quantize_and_save(
     _check_packages()
     device = choose_device(device, source)
     recipe, notes = _adapt(recipe, device)
-    sequences = calibration_tokens(calibration, source.checkpoint, recipe) if recipe.takes_calibration else []
+    sequences = []
+    if recipe.takes_calibration or str(calibration) != BUILTIN:  # a text that was named is looked at in any case
+        sequences = calibration_tokens(calibration, source.checkpoint, recipe)
+    if sequences and not recipe.takes_calibration:
+        sequences = []
+        notes.append(f"{calibration} is not used: these scales come from the weights alone")
     if sequences and len(sequences) < recipe.samples:
         notes.append(f"the calibration text holds {len(sequences)} sequences, fewer than the recipe's {recipe.samples}")
     if source.checkpoint.kind == "gguf":
         notes.append("the source is a GGUF file: what its own quantisation lost stays lost")
-
-    import safetensors
+    if isinstance(source.checkpoint, TextPartCheckpoint):
+        notes.append("the source is a model for images and text: its decoder alone is quantised and written")
 
     from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 
@@ -86,6 +92,7 @@ def quantize_and_save(
         show("loading", 0, 1)
         model = load_model(source, device)
         show("loading", 1, 1)
+        backend.check_exclude(model, recipe)
         if recipe.lm_head != "none" and untie_head(model):
             notes.append("the head was tied to the embedding; it now has weights of its own")
         group = 0
@@ -98,10 +105,8 @@ def quantize_and_save(
                 notes.append(f"groups of {group} instead of {most}, which do not divide {odd} input features")
         model = backend.quantize_model(model, recipe, group, _Reader(sequences, recipe, show))
         show("writing", 0, 1)
-        try:
+        with system_errors():
             backend.save_model(model, partial, stored_dtype(source))
-        except safetensors.SafetensorError as error:  # a full disk, for one
-            raise ToolchainError(f"cannot write {output}: {error}") from error
         write_tokenizer(source.checkpoint, partial)
         (partial / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
         show("writing", 1, 1)
