@@ -1,7 +1,8 @@
 """What a step has to move and compute: bytes of weights and KV cache of a decode step, operations of a prompt.
 
 The sizes are those in the executor's memory, which are not always the stored ones: a GPU holds floats in bf16 and
-widens what no kernel has (executors/cuda_formats.py), ONNX Runtime on a CPU holds floats and scales in fp32.
+widens what no kernel has (executors/cuda_formats.py), ONNX Runtime on a CPU holds floats and scales in fp32. An engine
+is taken to read what is stored; what TensorRT makes of it is not known.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ _INTEGERS = {"int8": 1.0, "int4": 0.5}
 _BYTES_PER_WEIGHT = {  # nvfp4 becomes int8 on a CPU, which holds twice its numbers exactly
     "cuda": {"fp32": 2.0, "fp16": 2.0, "fp8": 1.0, **_INTEGERS},
     "onnxruntime": {"fp32": 4.0, "fp16": 4.0, "fp8": 4.0, "nvfp4": 1.0, **_INTEGERS},
+    "tensorrt": {"fp32": 4.0, "fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5, **_INTEGERS},
 }
-_BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0}
-_BYTES_PER_OFFSET = {"cuda": 2.0, "onnxruntime": 4.0}
+_BYTES_PER_SCALE = {"cuda": 2.0, "onnxruntime": 4.0, "tensorrt": 2.0}
+_BYTES_PER_OFFSET = {"cuda": 2.0, "onnxruntime": 4.0, "tensorrt": 2.0}
 
 
 def layer_weights(model: ModelSpec) -> int:

@@ -1,6 +1,6 @@
 """Times the executor alone: prompts and single tokens, without scheduling, sampling on the host, or text.
 
-Where the executor can feed itself on the device (CUDA), tokens are greedy and the host reads one step behind;
+Where the executor can feed itself on the device (CUDA, TensorRT), tokens are greedy and the host reads one step behind;
 elsewhere a step computes given tokens, and drawing the next one is no part of it.
 """
 
@@ -12,6 +12,8 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from edgellm_ros.benchmark.ratios import time_run
+from edgellm_ros.core import SamplingParams
 from edgellm_ros.executors.base import Executor, SequenceStep
 from edgellm_ros.runtime.kv_cache import chunk_length
 
@@ -37,6 +39,8 @@ def time_decode(executor: Executor, batch: int, context: int, num_steps: int) ->
     """Milliseconds a step that gives slots 0 to batch - 1, with `context` tokens each, one more token each."""
     if executor.info.name == "cuda":
         return _time_device_loop(executor, batch, context, num_steps)
+    if executor.info.on_gpu:
+        return time_run(executor, batch, context, num_steps, SamplingParams(temperature=0.0))
     tokens = np.random.default_rng(context).integers(0, executor.info.vocab_size, (num_steps, batch)).astype(np.int32)
     started = time.perf_counter()
     for i, row in enumerate(tokens):

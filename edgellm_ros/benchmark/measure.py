@@ -27,7 +27,7 @@ from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError
-from edgellm_ros.executors.base import Executor, ExecutorInfo
+from edgellm_ros.executors.base import ON_GPU, Executor, ExecutorInfo
 from edgellm_ros.executors.memory import available_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
 from edgellm_ros.llm import LLM
@@ -96,7 +96,7 @@ class Benchmark:
             # Touches all memory that will be used.
             engine_path.cache_prompts(llm, self._prompts(run.batch).tolist(), self._plan.sampling)
             run.resident_bytes, run.peak_bytes = resident_bytes()
-            if run.info.name == "cuda" and free is not None:
+            if run.info.on_gpu and free is not None:
                 run.device_bytes = free - (free_device_bytes() or 0)
             if read is None:
                 progress("read bandwidth of the memory")
@@ -204,11 +204,12 @@ class Benchmark:
 def check_batches(batches: tuple[int, ...], executor: str) -> None:
     """Raise ConfigError for a batch that a run on the device of `executor` cannot hold."""
     module, _ = native.import_module()
-    if executor == "cuda" and module is not None and max(batches) > module.MAX_BATCH:
-        raise ConfigError(f"--batch {max(batches)} is more than the cuda executor decodes at once, {module.MAX_BATCH}")
+    if executor in ON_GPU and module is not None and max(batches) > module.MAX_BATCH:
+        most = f"the {executor} executor decodes at once, {module.MAX_BATCH}"
+        raise ConfigError(f"--batch {max(batches)} is more than {most}")
 
 
 def fits_twice(info: ExecutorInfo) -> bool:
     """Whether what `info` describes, which is loaded, fits once more into the memory that is free now."""
-    free = (free_device_bytes() or 0) if info.name == "cuda" else available_memory()
+    free = (free_device_bytes() or 0) if info.on_gpu else available_memory()
     return 1.25 * info.memory_bytes < free

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgellm_ros import native
+from edgellm_ros.executors.base import ON_GPU
 from edgellm_ros.executors.memory import available_memory, physical_cores
 
 _CPU_BYTES = 512 << 20  # many times any last-level cache that a robot has
@@ -25,8 +26,8 @@ class ReadBandwidth:
 
 
 def measure_read_bandwidth(executor: str, num_threads: int = 0) -> ReadBandwidth:
-    """Of the memory that `executor` (cuda or onnxruntime) computes from; `num_threads` 0 is one a physical core."""
-    if executor == "cuda":
+    """Of the memory that `executor`, a name, computes from; `num_threads` 0 is one a physical core."""
+    if executor in ON_GPU:
         return _read_gpu()
     return _read_cpu(num_threads or physical_cores())
 

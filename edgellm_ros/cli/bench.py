@@ -33,7 +33,7 @@ text and streaming. GB/s are the weights and the KV cache that a step reads, ove
 relation to what a program that only reads reaches here, measured in the same run. Ctrl-C shows what there is so far.
 Numbers of a busy machine are too low: the output says so.
 """
-_COMPARABLE = ("onnxruntime", "cuda")
+_COMPARABLE = ("onnxruntime", "cuda", "tensorrt")
 _ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens", "loras")  # given by what is measured
 _SAMPLING_USED = ("temperature", "top_k", "top_p", "min_p")
 _DEFAULT_PROMPT = 512
@@ -174,6 +174,8 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
     if args.bundle is not None:
         if reason:
             raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
+        if "tensorrt" in executors:
+            _require_engine(args, bundle)
         return bundle, args.bundle
     others = [name for name in executors if name != "cuda"]
     if others:
@@ -188,6 +190,16 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
         )
     random = RandomBundle(args.shape, args.weights or "bf16")
     return random, random
+
+
+def _require_engine(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Raise UnsupportedError now where no engine would be loaded, and not after another executor's minutes."""
+    from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
+
+    config = settings_from(args, EngineConfig(max_slots=max(args.batch)))
+    engine, reasons = choose_engine(bundle, config, probe_machine())
+    if engine is None:
+        raise UnsupportedError(f"executor is 'tensorrt': {'; '.join(reasons)}; or use auto")
 
 
 def _plan(args: argparse.Namespace, executors: tuple[str, ...], bundle: Bundle) -> Plan:

@@ -19,6 +19,8 @@ from edgellm_ros.executors.lora import LoraAdapter
 from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.vocab_map import VocabMap
 
+ON_GPU = ("cuda", "tensorrt")  # names of the executors over the native module
+
 
 @dataclass(frozen=True)
 class ExecutorInfo:
@@ -34,6 +36,11 @@ class ExecutorInfo:
     memory_bytes: int  # weights + KV cache + workspace, as planned at load
     rounding: float = 0.0  # relative error of logits that the executor's own number formats add to the bundle's
     vocab_map: VocabMap | None = None  # which tokens the logits' columns are; None: all, in order
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes from a GPU's memory."""
+        return self.name in ON_GPU
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,15 @@ def test_decode_bytes_of_an_exported_bundle_are_its_files_bytes(tiny_bundle: Cal
         assert costs.decode_bytes(bundle.manifest.model, bundle.manifest.quantization, "onnxruntime") == read
 
 
+def test_an_engine_is_taken_to_read_what_is_stored(tiny_bundle: Callable[[str, str], Bundle]) -> None:
+    for weights in ("fp16", "int8", "int4"):
+        bundle = tiny_bundle("llama", weights)
+        tensors = bundle.weights()
+        names = [name for name in tensors.names() if tensors[name].ndim == 2 and not name.startswith(("embed", "rope"))]
+        read = sum(tensors[name].nbytes for name in names)
+        assert costs.decode_bytes(bundle.manifest.model, bundle.manifest.quantization, "tensorrt") == read
+
+
 def test_cache_bytes_end_at_a_layers_window() -> None:
     model = dataclasses.replace(SHAPES["llama-1b"], num_layers=2, sliding_windows=(16, 0))
     assert costs.kv_bytes(model, 8, 10) == 80
@@ -249,6 +258,7 @@ def test_a_second_copy_is_loaded_only_where_it_fits(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(measure, "available_memory", lambda: 2000)
     monkeypatch.setattr(measure, "free_device_bytes", lambda: 1100)
     assert measure.fits_twice(info("onnxruntime")) and not measure.fits_twice(info("cuda"))
+    assert not measure.fits_twice(info("tensorrt"))
     monkeypatch.setattr(measure, "available_memory", lambda: 1200)
     monkeypatch.setattr(measure, "free_device_bytes", lambda: 1300)
     assert measure.fits_twice(info("cuda")) and not measure.fits_twice(info("onnxruntime"))
@@ -261,8 +271,9 @@ def test_a_batch_that_the_gpu_cannot_decode_at_once_is_refused(monkeypatch: pyte
     monkeypatch.setattr("edgellm_ros.native.import_module", lambda: (Module, ""))
     measure.check_batches((1, 8), "cuda")
     measure.check_batches((1, 9), "onnxruntime")
-    with pytest.raises(ConfigError, match="--batch 9 is more than the cuda executor decodes at once, 8"):
-        measure.check_batches((1, 9), "cuda")
+    for executor in ("cuda", "tensorrt"):
+        with pytest.raises(ConfigError, match=f"--batch 9 is more than the {executor} executor decodes at once, 8"):
+            measure.check_batches((1, 9), executor)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -18,8 +18,10 @@ from cli_bundle import write_bundle
 from run_double import RunFakeExecutor
 
 from edgellm_ros import native
+from edgellm_ros.benchmark import read_bandwidth
 from edgellm_ros.benchmark.figures import SCHEMA, SCHEMA_VERSION
 from edgellm_ros.benchmark.measure import Benchmark
+from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.bench import _doubling
 from edgellm_ros.cli.main import main
@@ -118,8 +120,6 @@ def test_comparing_executors_gives_ratios_to_the_first(
     monkeypatch.setattr(executors, "create_executor", as_cuda)
     monkeypatch.setattr(native, "unavailable_reason", lambda: "")
     bandwidth = "edgellm_ros.benchmark.measure.measure_read_bandwidth"
-    from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth
-
     monkeypatch.setattr(bandwidth, lambda executor, threads: ReadBandwidth(10.0, executor))
     monkeypatch.setattr("edgellm_ros.benchmark.measure.free_device_bytes", lambda: 1000)
     monkeypatch.setattr("edgellm_ros.benchmark.machine._gpu", lambda: None)
@@ -132,10 +132,13 @@ def test_comparing_executors_gives_ratios_to_the_first(
     assert "--compare names the executors already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt"])  # whose bytes are known without a GPU's kernels
 def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for a native executor; both batch sizes have ratios of their own, at the shortest context."""
+    monkeypatch.setattr(read_bandwidth, "_read_gpu", lambda: ReadBandwidth(123.0, "a GPU's"))
+    monkeypatch.setattr("edgellm_ros.benchmark.measure.free_device_bytes", lambda: 1 << 40)
     switched: list[bool] = []
 
     class Native(RunFakeExecutor):
@@ -143,7 +146,7 @@ def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
 
     def create(bundle: Bundle, config: EngineConfig) -> Native:
         made = Native(config.max_slots, config.max_context, allowed=128)
-        made.info = dataclasses.replace(made.info, name="onnxruntime")  # whose bytes are known
+        made.info = dataclasses.replace(made.info, name=name)
         return made
 
     monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
@@ -154,10 +157,13 @@ def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
     report = json.loads(file.read_text(encoding="utf-8"))
     assert len(report["runs"]) == 2 and switched == [False, True] * 6  # a round that is not counted, then two
     for run in report["runs"]:
+        assert (run["read_bandwidth"]["gb_per_s"] == 123.0) is (name == "tensorrt")
+        assert (run["memory"]["device_bytes"] is None) is (name == "onnxruntime")
+        assert all(row["executor"]["ms_per_token"]["median"] > 0 for row in run["decode"])
         ratios = run["ratios"]
         assert (ratios["context"], ratios["new_tokens"]) == (20, 8)
-        for name in ("graph_ms", "plain_launches_ms", "drawn_on_device_ms", "drawn_on_host_ms"):
-            check_spread(ratios[name], 2)
+        for way in ("graph_ms", "plain_launches_ms", "drawn_on_device_ms", "drawn_on_host_ms"):
+            check_spread(ratios[way], 2)
         assert ratios["host_over_device"] > 0
     assert capsys.readouterr().out.count("after 20 tokens: plain launches take") == 2
 
