@@ -102,6 +102,9 @@ def execute(args: argparse.Namespace) -> int:
         with shown_progress() as show:
 
             def accept(bundle: Bundle) -> None:
+                _check_template(bundle, args.checkpoint)
+                if not args.verify:
+                    return
                 quality = measure(bundle, show, args.force, against=args.against or args.checkpoint)
                 store(bundle, quality)
                 if quality.failed and not quality.accepted:
@@ -120,7 +123,7 @@ def execute(args: argparse.Namespace) -> int:
                 max_lora_rank=args.max_lora_rank,
                 lm_head=args.lm_head,
                 dialect=args.dialect,
-                accept=accept if args.verify else None,
+                accept=accept,
             )
     except Refused:
         print_quality(str(args.output), refused[0])
@@ -134,6 +137,19 @@ def execute(args: argparse.Namespace) -> int:
         print(f"note: the bundle that was replaced had the adapters {', '.join(replaced)}, which were packed for its "
               "weights; pack them again with `edgellm lora pack`", file=sys.stderr)  # fmt: skip
     return 0
+
+
+def _check_template(bundle: Bundle, checkpoint: Path) -> None:
+    """Raise ToolchainError for a chat template that no runtime could compile: the bundle could not be opened."""
+    from edgellm_ros.bundle import CHAT_TEMPLATE
+    from edgellm_ros.chat import ChatTemplate
+    from edgellm_ros.errors import TemplateError, ToolchainError
+
+    try:
+        if bundle.has(CHAT_TEMPLATE):
+            ChatTemplate(bundle.read_text(CHAT_TEMPLATE), bundle.manifest.tokens)
+    except TemplateError as error:
+        raise ToolchainError(f"{checkpoint}: {error}; correct it, or take it out of the checkpoint's files") from error
 
 
 def _adapters_of(output: Path) -> list[str]:

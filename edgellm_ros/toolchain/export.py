@@ -17,7 +17,7 @@ import numpy as np
 import edgellm_ros
 from edgellm_ros import bundle as names
 from edgellm_ros.bundle import Bundle, hash_file
-from edgellm_ros.errors import ToolchainError
+from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.lora_layout import LARGEST_RANK
 from edgellm_ros.manifest import (
     MANIFEST,
@@ -237,6 +237,11 @@ def _write_weights(
             for _, rows in _tables(source, EMBEDDING if model.tied_head else HEAD, writer, stem, quant, kept, chosen)
         ]
         logits = [np.concatenate(columns, -1) for columns in zip(*parts, strict=True)]
+        if not all(np.isfinite(rows).all() for rows in logits):
+            raise CheckpointError(
+                f"{source.path}: the logits of its own weights, in fp32, are not finite, so a weight is NaN or "
+                "infinite; download the checkpoint again"
+            )
         progress("weights", total, total)
     except BaseException:
         writer.abort()

@@ -16,6 +16,7 @@ from edgellm_ros.manifest import TokenSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.config_values import positive_int
 from edgellm_ros.toolchain.families import FAMILIES
+from edgellm_ros.toolchain.families.left_out import why_left_out
 from edgellm_ros.toolchain.gguf_file import GgufFile
 from edgellm_ros.toolchain.gguf_tokenizer import GgufTokenizer
 from edgellm_ros.toolchain.quantized.gguf_blocks import KEPT, unpack
@@ -33,7 +34,7 @@ _KEYS = {  # Hugging Face's name: GGUF's, after the architecture
     "sliding_window": "attention.sliding_window",
     "rope_theta": "rope.freq_base",
 }
-_REFUSED = ("expert_count", "attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # other decoders
+_REFUSED = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")  # other decoders
 _YARN_KEYS = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
@@ -183,6 +184,9 @@ class GgufCheckpoint(Checkpoint):
             for k, v in self._file.metadata.items()
             if k.startswith(architecture + ".")
         }
+        experts = why_left_out({"num_experts": known.get("expert_count")})
+        if experts:
+            raise CheckpointError(f"{self.path} is left out: {experts}")
         for key in _REFUSED:
             if known.get(key):
                 raise CheckpointError(f"{self.path}: {architecture}.{key} is {known[key]}; no family has that")

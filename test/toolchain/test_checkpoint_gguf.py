@@ -121,10 +121,16 @@ def test_a_part_of_a_split_model_is_refused_with_the_remedy(tmp_path: Path) -> N
         open_checkpoint(tmp_path / "part.gguf")
 
 
-@pytest.mark.parametrize("key", ["expert_count", "attention.scale", "logit_scale"])
+@pytest.mark.parametrize("key", ["attention.scale", "logit_scale"])
 def test_metadata_of_another_decoder_is_refused_by_name(key: str, tmp_path: Path) -> None:
     _write(tmp_path / "model.gguf", {}, **{f"llama.{key}": 8})
     with pytest.raises(CheckpointError, match=rf"llama\.{key} is 8"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_a_llama_of_experts_is_left_out_as_it_is_elsewhere(tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", {}, **{"llama.expert_count": 8})  # Mixtral's files call themselves llama
+    with pytest.raises(CheckpointError, match=r"is left out: num_experts is 8, so it is a mixture of experts"):
         open_checkpoint(tmp_path / "model.gguf")
 
 

@@ -90,6 +90,7 @@ def test_an_unknown_family_is_named_beside_the_known_ones(model_type: Any, archi
         ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3 MoE is a mixture.*Qwen3 1.7B"),
         ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "take a dense model, such as Mistral 7B"),
         ({"model_type": "newest", "num_local_experts": 8}, "num_local_experts is 8, so it is a mixture of experts"),
+        ({"model_type": "qwen3_5_moe", "text_config": {"num_experts": 256}}, "num_experts is 256, so it is a mixture"),
         ({"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "images and text.*Qwen2.5"),
         ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "Gemma 2 is .* capped attention scores"),
     ],

@@ -18,6 +18,7 @@ from portable_session import portable_session
 from tiny import FAMILIES, VOCAB_SIZE, make_model, save_checkpoint, save_gguf
 
 from edgellm_ros.bundle import DECODER, WEIGHTS, Bundle
+from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import CheckpointError, ToolchainError
 from edgellm_ros.executors.base import SequenceStep
@@ -25,6 +26,7 @@ from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.manifest import GraphSpec
 from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.quantize.model import load_model, open_source
 from edgellm_ros.toolchain.quantize_weights import dequantize_int4, quantize_int4, quantize_int8
 
 NUM_GREEDY = 64
@@ -285,6 +287,26 @@ def test_bytes_that_the_disk_really_refuses_are_an_error_and_leave_nothing_behin
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_numbers_are_said_and_not_taken_for_a_loss_of_bits(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path / "source")
+    tensors = safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    safetensors.numpy.save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a weight is NaN or infinite; download the checkpoint again"):
+        export_bundle(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has a number that is NaN"):
+        load_model(open_source(tmp_path / "source"), "cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_chat_template_that_no_runtime_compiles_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint("llama", tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").write_text("{% if %}")
+    assert main(["export", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--weights", "fp16"]) == 2
+    assert "the chat template is not valid Jinja: line 1: " in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_ctrl_c_in_the_middle_of_an_export_leaves_the_bundle_that_was_there(

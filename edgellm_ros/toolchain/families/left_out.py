@@ -49,8 +49,10 @@ def why_left_out(config: Mapping[str, Any]) -> str:
     if isinstance(kind, str) and kind in LEFT_OUT:
         name, reason = LEFT_OUT[kind]
         return f"{name} is {reason}"
-    for key in _EXPERT_KEYS:
-        count = config.get(key)
-        if isinstance(count, int) and count > 1:
-            return f"{key} is {count}, so it is {_EXPERTS.format(instead='Qwen3 1.7B or 4B')}"
+    text = config.get("text_config")  # of the decoder, where the model has images as well
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in _EXPERT_KEYS:
+            count = part.get(key)
+            if isinstance(count, int) and count > 1:
+                return f"{key} is {count}, so it is {_EXPERTS.format(instead='Qwen3 1.7B or 4B')}"
     return ""

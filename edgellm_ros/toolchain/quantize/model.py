@@ -89,6 +89,9 @@ def load_model(source: Source, device: str) -> Any:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {path}: {error}") from error
+    damaged = next((name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()), None)
+    if damaged is not None:
+        raise CheckpointError(f"{path}: {damaged} has a number that is NaN or infinite; download the checkpoint again")
     model.config.architectures = [type(model).__name__]
     return model.to(device).eval()
 
