@@ -21,8 +21,9 @@ import pytest
 
 from edgellm_ros.bundle import DECODER, DECODER_LORA, Bundle, hash_file
 from edgellm_ros.cli.main import main
-from edgellm_ros.config import BuildOptions
+from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError, ToolchainError
+from edgellm_ros.executors.engine_preflight import choose_planned
 from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
 from edgellm_ros.manifest import MANIFEST
 from edgellm_ros.toolchain.build import targets
@@ -69,6 +70,8 @@ def test_every_family_builds_with_fused_attention_and_caches_in_place(
     bundle = copy(kind, weights)
     two = kind == "llama" and target == "sm89"  # profiles; one takes half the time
     engine, fresh = build_engine(bundle, target, SMALL if two else QUICK)
+    faults = choose_planned(bundle, EngineConfig(), target)[1]
+    assert faults == [f"engines/{engine.key}: it was built by tensorrt_rtx, and only TensorRT's own engines are loaded"]
     report, layers = engine.report, bundle.manifest.model.num_layers
     kinds = report["network"]["kinds"]
     assert fresh and (kinds["KV_CACHE_UPDATE"], kinds["ATTENTION_OUTPUT"]) == (2 * layers, layers)

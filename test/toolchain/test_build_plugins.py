@@ -21,8 +21,9 @@ from test_plugin_graph import OPS, STEPS
 
 from edgellm_ros import trt_plugins
 from edgellm_ros.bundle import DECODER_PLUGIN, DECODER_PLUGIN_LORA, Bundle
-from edgellm_ros.config import BuildOptions
+from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import ToolchainError, UnsupportedError
+from edgellm_ros.executors.engine_preflight import choose_planned
 from edgellm_ros.executors.engines import is_of, read_engine
 from edgellm_ros.toolchain.build import plugins, targets
 from edgellm_ros.toolchain.build.bfloat16 import to_bfloat16
@@ -82,6 +83,8 @@ def test_old_tensorrt_builds_the_plugin_graph_of_packed_weights(
     cache = [1, 2, 2, 64, 64]
     assert engine.report["profiles"][0][names.past_kv.format(layer=0)] == [cache] * 3
     assert is_of(read_engine(engine.path), bundle) and DECODER_PLUGIN in engine.report["sources"]
+    chosen, reasons = choose_planned(bundle, EngineConfig(), engine.target)
+    assert chosen == engine and not reasons, "what the build reports is what the preflight wants"
     assert not module.log["directory"].exists(), "the packed copy is gone"
     assert sorted(p.name for p in engine.path.iterdir()) == ["decoder.engine", "layers.json", "report.json"]
     stored = bundle.weights()
