@@ -68,6 +68,14 @@ def test_a_missing_bundle_leaves_the_node_up_saying_why(tmp_path):
         assert node.process.poll() is None
 
 
+def test_an_engine_that_is_asked_for_and_not_there_is_said_with_its_remedy(bundle_path):
+    with NodeProcess(bundle_path, {"engine.executor": "tensorrt"}, wait_active=False) as node, Probe() as probe:
+        newest = probe.diagnostics()
+        assert probe.state() == "unconfigured"
+        assert "executor is 'tensorrt': the bundle has no engine" in newest()["last error"]
+        assert f"edgellm build {bundle_path}" in newest()["last error"] and node.process.poll() is None
+
+
 def test_an_impossible_parameter_ends_the_process_with_its_name(bundle_path):
     node = NodeProcess(bundle_path, {"engine.max_slots": 1000}, wait_active=False)
     assert node.process.wait(timeout=30) == 1
