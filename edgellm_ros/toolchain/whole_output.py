@@ -1,4 +1,4 @@
-"""A directory that appears under its name when it is complete: an error, an interrupt or a full disk leaves nothing."""
+"""A directory that appears under its name when it is complete: an error, a signal or a full disk leaves nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import errno
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +30,8 @@ def whole_output(output: Path) -> Iterator[Path]:
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        yield partial
+        with _terminated_as_interrupted():
+            yield partial
         if output.exists():
             output.rename(replaced)
         try:
@@ -44,6 +47,23 @@ def whole_output(output: Path) -> Iterator[Path]:
     finally:
         for directory in (partial, replaced):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, from `timeout` or a shutdown, ends the block as Ctrl-C does: what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

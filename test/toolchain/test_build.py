@@ -234,19 +234,20 @@ def test_the_layer_table_names_every_layer_of_the_network(copy: Callable[..., Bu
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_ctrl_c_in_the_middle_of_a_build_stops_it_and_leaves_nothing(copy: Callable[..., Bundle], late: bool) -> None:
+def test_a_signal_in_the_middle_of_a_build_stops_it_and_leaves_nothing(copy: Callable[..., Bundle], late: bool) -> None:
     bundle = copy()
     calls: list[str] = []
 
     def interrupt(phase: str, done: int, total: int) -> None:
         calls.append(phase)
         if len(calls) == (20 if late else 2):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM if late else signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         build_engine(bundle, "sm89", QUICK, progress=interrupt)
-    assert nothing_is_left(bundle) and signal.getsignal(signal.SIGINT) is before
+    assert nothing_is_left(bundle)
+    assert signal.getsignal(signal.SIGINT) is before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     again = len(calls)
     build_engine(bundle, "sm89", QUICK, progress=lambda *_: calls.append(""))
     assert len(calls) - again > again, "it stopped before the end"

@@ -309,20 +309,22 @@ def test_a_chat_template_that_no_runtime_compiles_is_refused(tmp_path: Path, cap
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_ctrl_c_in_the_middle_of_an_export_leaves_the_bundle_that_was_there(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_an_export_leaves_the_bundle_that_was_there(
+    number: signal.Signals, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     export_bundle(tiny_checkpoint("llama"), tmp_path / "out", weights="fp16")
     before = (tmp_path / "out" / WEIGHTS).read_bytes()
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         export_bundle(tiny_checkpoint("llama"), tmp_path / "out", overwrite=True, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_weights_of_garbage_are_refused_by_the_quality_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

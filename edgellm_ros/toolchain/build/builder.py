@@ -91,16 +91,18 @@ def _tidy(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C is noted in the list that this gives, and raised at the end: no exception may pass through the builder."""
+    """Ctrl-C, or SIGTERM, is noted in the list that this gives, and raised at the end: none may pass through the builder."""
     interrupted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield interrupted
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(one, lambda number, _: interrupted.append(number)) for one in signals]
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
     if interrupted:
         raise KeyboardInterrupt
 
