@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import write_engine
+from cli_bundle import write_bundle
+from engines import GRAPH, MODEL, write_engine
 
 from edgellm_ros import native
 from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
@@ -165,9 +164,11 @@ def test_an_unknown_device_lists_the_known(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def with_engine(tiny_bundle: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
-    """A bundle with an engine for an Orin: 4,096-byte file, 64 tokens of context, 3 MiB of scratch in its report."""
-    bundle = Bundle.open(shutil.copytree(tiny_bundle("llama", "int8").path, tmp_path / "bundle"))
+def with_engine(tmp_path: Path) -> Bundle:
+    """A manifest, and an engine for an Orin: a small file, 64 tokens of context, 3 MiB of scratch in its report."""
+    bundle = Bundle.open(write_bundle(tmp_path / "bundle"))
+    write_manifest(bundle, MODEL)
+    bundle = Bundle.open(bundle.path, verify=False)
     options = BuildOptions(max_input=32, max_context=64, activations="fp16")
     write_engine(bundle, "orin", options, activation_memory_bytes=[1 << 20, 3 << 20])
     return bundle
@@ -226,7 +227,8 @@ def test_an_engine_that_does_not_fit_would_with_another_build(with_engine: Bundl
 
 
 def write_manifest(bundle: Bundle, model: ModelSpec) -> None:
-    (bundle.path / "manifest.json").write_text(replace(bundle.manifest, model=model).to_json(), encoding="utf-8")
+    changed = replace(bundle.manifest, model=model, graph=GRAPH)
+    (bundle.path / "manifest.json").write_text(changed.to_json(), encoding="utf-8")
 
 
 def test_a_cache_that_the_cuda_executor_lacks_is_refused_by_the_formula_too(capsys: pytest.CaptureFixture[str]) -> None:
