@@ -28,6 +28,7 @@ from edgellm_ros.executors.engines import (
 from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.manifest import Manifest
 
+_ALIGNMENT = 256  # arena.hpp: MemoryPlan::kAlignment
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs
 _OTHER = "it was built from other weights or another graph; build it again with --force"
 _LARGEST = 2**31 - 1  # size of a tensor that the native module takes
@@ -150,7 +151,7 @@ def engine_faults(engine: Engine, bundle: Bundle, config: EngineConfig, machine:
 def memory_needed(engine: Engine, bundle: Bundle, config: EngineConfig) -> dict[str, int]:
     """Bytes by purpose, by the report, for choosing; the executor plans them exactly before it loads anything."""
     model, options = bundle.manifest.model, engine.options
-    element = {"float32": 4, "int8": 1}.get(cache_dtype(options, bundle.manifest.graph), 2)
+    element = _cache_bytes(options, bundle.manifest)
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
     return {
         "engine": engine.size,
@@ -158,6 +159,11 @@ def memory_needed(engine: Engine, bundle: Bundle, config: EngineConfig) -> dict[
         "context": engine.context_bytes,
         "reserve": _RESERVE,
     }
+
+
+def _cache_bytes(options: BuildOptions, manifest: Manifest) -> int:
+    """Of one number in the cache."""
+    return {"float32": 4, "int8": 1}.get(cache_dtype(options, manifest.graph), 2)
 
 
 def check_bindings(engine: Engine, manifest: Manifest, bindings: Iterable[Binding], num_profiles: int) -> None:
@@ -266,6 +272,15 @@ def _setting_faults(engine: Engine, bundle: Bundle, config: EngineConfig) -> lis
         command = build_command(bundle, options, max_context=config.max_context + kept)
         asked = f"max_context {config.max_context}"
         faults.append(f"{asked} exceeds the engine's {capacity}{idle}; rebuild with `{command}`")
+    model, element = bundle.manifest.model, _cache_bytes(options, bundle.manifest)
+    keys = model.num_kv_heads * model.head_dim * element * (options.max_context or 0)
+    if config.max_slots > 1 and keys % _ALIGNMENT:
+        least = (options.max_context or 0) // 64 * 64
+        command = build_command(bundle, options, max_context=least + (64 if least + 64 <= model.max_context else 0))
+        faults.append(
+            f"a slot of {options.max_context} tokens has {keys} bytes of keys in a layer, and TensorRT wants addresses "
+            f"in multiples of {_ALIGNMENT}; set max_slots to 1, or build one with `{command}`"
+        )
     cache = cache_format(options, graph)
     if config.kv_cache == "fp8" and cache != "fp8":
         command = build_command(bundle, options, kv_cache="fp8", dialect="plugin")

@@ -107,6 +107,15 @@ def test_settings_that_an_engine_cannot_have_are_refused_with_the_build_that_has
     assert chosen is None and all(word in reasons[0] for word in words), reasons
 
 
+def test_slots_that_would_not_be_aligned_are_refused_before_the_engine_is_loaded(bundle: Bundle) -> None:
+    write_engine(bundle, options=replace(OPTIONS, max_context=63))
+    chosen, reasons = choose_engine(bundle, EngineConfig(max_slots=2), ORIN)
+    assert chosen is None and "63 tokens has 4032 bytes" in reasons[0] and "--max-context 64" in reasons[0]
+    assert "set max_slots to 1" in reasons[0] and choose_engine(bundle, EngineConfig(max_slots=1), ORIN)[0] is not None
+    write_engine(bundle, "aligned", replace(OPTIONS, max_context=100))
+    assert choose_engine(bundle, EngineConfig(max_slots=2), ORIN)[0] is not None
+
+
 def test_of_several_the_one_without_needless_adapters_and_with_the_context_asked_for(bundle: Bundle) -> None:
     small = write_engine(bundle, "a")
     large = write_engine(bundle, "b", replace(OPTIONS, max_context=128))
