@@ -15,7 +15,8 @@ from edgellm_ros.executors.engine_preflight import choose_planned, memory_needed
 from edgellm_ros.executors.engines import Engine, cache_format
 from edgellm_ros.executors.tensorrt import plan_memory
 
-_NAMES = {"context": "scratch", "KV cache": "kv_cache", "reserve": "all else"}  # "context" is CUDA's in a budget
+# "context" is CUDA's in a budget, and an engine's weights are in its file.
+_NAMES = {"context": "scratch", "weights": "embedding", "KV cache": "kv_cache", "reserve": "all else"}
 
 
 @dataclass(frozen=True)

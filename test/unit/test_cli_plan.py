@@ -186,6 +186,7 @@ def test_an_engine_is_planned_by_its_file_its_cache_and_its_report(
     assert found["exact"] is (not how and not native.import_module()[1])
     parts = found["parts"]
     assert parts["engine"] == file.stat().st_size and parts["scratch"] == 3 << 20
+    assert "weights" not in parts and ("embedding" in parts) is found["exact"]
     assert parts["kv_cache"] == 3 * 64 * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
     assert found["needed_bytes"] == sum(parts.values()) + 1_900_000_000
     assert found["tokens_per_s"] == {} and list(found["bound_tokens_per_s"]) == ["64"]
