@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_ros import __version__, native
-from edgellm_ros.executors.memory import physical_cores
+from edgellm_ros.executors.memory import free_device_memory, physical_cores
 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers")
 
@@ -55,7 +55,7 @@ def resident_bytes() -> tuple[int, int]:
 
 def free_device_bytes() -> int | None:
     """Free memory of the current GPU; None where there is none that can be used."""
-    return None if native.unavailable_reason() else int(native.load().device_info()["free_bytes"])
+    return None if native.unavailable_reason() else free_device_memory(native.load().device_info())
 
 
 def _gpu() -> dict[str, Any] | None:

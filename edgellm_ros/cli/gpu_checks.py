@@ -15,6 +15,7 @@ from typing import Any
 from edgellm_ros import native
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.inspect import human_bytes
+from edgellm_ros.executors.memory import free_device_memory
 
 _CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
 _PROC = Path("/proc/driver/nvidia")
@@ -78,7 +79,7 @@ def survey_native(module: Any) -> Survey | None:
     if module is None or not module.count_devices()[0]:
         return None
     info = module.device_info()
-    gpu = Gpu(info["name"], tuple(info["compute_capability"]), info["total_bytes"], info["free_bytes"])
+    gpu = Gpu(info["name"], tuple(info["compute_capability"]), info["total_bytes"], free_device_memory(info))
     return Survey((gpu,), _version(info["driver_cuda_version"]), remedy=_CUDA_PYTHON)
 
 
@@ -167,6 +168,8 @@ def _gpu(driver: Any, runtime: Any, index: int) -> Gpu:
     try:  # the runtime of cuda-python may be newer than the driver; then the card is still worth naming
         _ask(runtime.cudaSetDevice, index)
         free = _ask(runtime.cudaMemGetInfo)
+        integrated = bool(_ask(driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED, device))
+        free = free_device_memory({"free_bytes": free, "integrated": integrated})
     except (OSError, RuntimeError):
         pass
     return Gpu(name.split(b"\0")[0].decode(errors="replace"), capability, total, free)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def available_memory() -> int:
     """Bytes that can be taken without swapping: the kernel's estimate, and no more than a container's own limit."""
@@ -13,20 +15,21 @@ def available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    limit, used = _read_int("/sys/fs/cgroup/memory.max"), _read_int("/sys/fs/cgroup/memory.current")
+    limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
     if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
+        available = min(available, max(limit - used + _droppable(), 0))
     return available
 
 
 def free_device_memory(info: dict[str, Any]) -> int:
     """Bytes that a GPU can still give, of `_native.device_info()`.
 
-    Where it has one memory with the CPU, as on a Jetson, what CUDA calls free may hold files that can be dropped, or
-    not, and knows no container's limit: the smaller of both counts.
+    Where it has one memory with the CPU, as on a Jetson, CUDA counts as taken the files that Linux keeps in memory and
+    drops when it is needed, a bundle that was just checked among them, and knows no container's limit. There it is what
+    Linux calls available, as NVIDIA's "CUDA for Tegra" says (Estimating Total Allocatable Device Memory on an
+    Integrated GPU Device).
     """
-    free = int(info["free_bytes"])
-    return min(free, available_memory()) if info["integrated"] else free
+    return available_memory() if info["integrated"] else int(info["free_bytes"])
 
 
 def physical_cores() -> int:
@@ -41,8 +44,17 @@ def physical_cores() -> int:
     return max(len(cores), 1)
 
 
-def _read_int(path: str) -> int | None:
+def _droppable() -> int:
+    """Bytes of files that count as a container's own and can be dropped."""
     try:
-        return int(Path(path).read_text())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
     except (OSError, ValueError):  # no cgroup v2 here, or "max"
         return None

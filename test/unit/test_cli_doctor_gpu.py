@@ -27,6 +27,7 @@ class Status(enum.IntEnum):
 class Attribute(enum.Enum):
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 0
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 1
+    CU_DEVICE_ATTRIBUTE_INTEGRATED = 2
 
 
 def install_cuda_python(
@@ -35,6 +36,7 @@ def install_cuda_python(
     driver_version: int = 13000,
     init: Callable[[int], tuple[Any, ...]] = lambda flags: (Status.OK,),
     runtime_works: bool = True,
+    integrated: bool = False,
 ) -> None:
     """Fakes with cuda-python's calling convention: every function returns a tuple whose first item is the status."""
     driver: Any = ModuleType("cuda.bindings.driver")
@@ -45,7 +47,7 @@ def install_cuda_python(
     driver.cuDeviceGetCount = lambda: (Status.OK, len(gpus))
     driver.cuDeviceGet = lambda index: (Status.OK, index)
     driver.cuDeviceGetName = lambda length, index: (Status.OK, gpus[index][0].encode().ljust(length, b"\0"))
-    driver.cuDeviceGetAttribute = lambda what, index: (Status.OK, gpus[index][1][what.value])
+    driver.cuDeviceGetAttribute = lambda what, index: (Status.OK, (*gpus[index][1], int(integrated))[what.value])
     driver.cuDeviceTotalMem = lambda index: (Status.OK, 8 * GIB)
     runtime.current = 0
 
@@ -77,6 +79,7 @@ def install_native(
         "compute_capability": capability,
         "total_bytes": 8 * GIB,
         "free_bytes": 5 * GIB,
+        "integrated": False,
         "driver_cuda_version": 13010,
     }
     module.products_reason = lambda: no_products
@@ -117,6 +120,12 @@ def test_one_gpu_with_fitting_kernels_is_used(monkeypatch: pytest.MonkeyPatch) -
     assert kernels.state is State.OK and kernels.found.startswith("compiled for 80, 90a with CUDA 13.0; used by")
     assert found["cuBLASLt"].state is State.OK
     assert not any(check.remedy for check in found.values())
+
+
+def test_of_a_jetson_what_linux_calls_available_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 7 * GIB)
+    install_cuda_python(monkeypatch, [("Orin", (8, 7))], integrated=True)
+    assert "7.0 GiB free of 8.0 GiB" in checks()["NVIDIA GPU"].found
 
 
 @pytest.mark.parametrize("runtime_works", [True, False])

@@ -299,13 +299,13 @@ def test_what_is_missing_is_said_in_order_and_nothing_is_created(monkeypatch: py
     assert probe(ModuleOfATest()) == Machine("", "libnvinfer.so.10", (10, 13, 3, 9), "Orin", (8, 7), 6 << 30)
 
 
-def test_on_one_memory_with_the_cpu_the_smaller_of_both_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_one_memory_with_the_cpu_what_linux_calls_available_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleOfATest(integrated=True)
     monkeypatch.setattr(native, "import_module", lambda: (module, ""))
     monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 5 << 30)
     assert probe_machine().free_bytes == 5 << 30
     monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 7 << 30)
-    assert probe_machine().free_bytes == 6 << 30
+    assert probe_machine().free_bytes == 7 << 30, "CUDA's 6 GiB leave out the files that Linux would drop"
 
 
 def test_the_library_that_the_environment_names_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
