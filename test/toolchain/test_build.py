@@ -180,7 +180,7 @@ def test_what_cannot_be_built_is_refused_before(tiny_bundle: TinyBundle, monkeyp
     with pytest.raises(ToolchainError, match="weights are fp32"):
         build_engine(tiny_bundle("llama", "fp32"), "sm89", SMALL)
     monkeypatch.setattr(targets, "memory_available", lambda: 2**20)
-    with pytest.raises(ToolchainError, match="1 MiB are free"):
+    with pytest.raises(ToolchainError, match="1 MiB are free with swap; .* add swap"):
         build_engine(bundle, "sm89", SMALL)
     assert nothing_is_left(bundle)
 
@@ -360,6 +360,15 @@ def test_tensorrts_own_path_keeps_a_timing_cache_beside_the_engines(
         assert build_engine(bundle, "current", QUICK, builder="tensorrt", force=True)[1]
     assert cache.read_bytes() != b"of another version"
     assert [path.name for path in list_engines(bundle)] == [engine.key]
+
+
+def test_a_build_may_wait_for_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemFree: 100 kB\nMemAvailable: 3000 kB\nSwapTotal: 9000 kB\nSwapFree: 2000 kB\n", encoding="ascii")
+    monkeypatch.setattr(targets, "_MEMINFO", meminfo)
+    assert targets.memory_available() == 5000 * 1024
+    monkeypatch.setattr(targets, "_MEMINFO", tmp_path / "nowhere")
+    assert targets.memory_available() is None
 
 
 def test_without_tensorrt_its_absence_is_said(tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:

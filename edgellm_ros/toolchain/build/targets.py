@@ -21,6 +21,7 @@ TENSORRT_REMEDY = (
     "it comes with JetPack (apt install python3-libnvinfer), which a virtual environment sees with "
     "--system-site-packages; elsewhere: pip install tensorrt"
 )
+_MEMINFO = Path("/proc/meminfo")
 MAX_OPSET = 24  # of our graphs, which built; what a builder's own limit is was not tried
 
 
@@ -120,8 +121,9 @@ def check_resources(bundle: Bundle, available: int | None) -> None:
     # them at 1,103 and 3,782. TensorRT itself, which measures kernels as well, was not measured.
     needed = 4 * weights + 3 * 2**28
     if available is not None and available < needed:
-        raise ToolchainError(f"building needs about {needed >> 20} MiB of memory, {available >> 20} MiB are free; "
-                             "close other programs or build on a larger machine")  # fmt: skip
+        raise ToolchainError(f"building needs about {needed >> 20} MiB of memory, {available >> 20} MiB are free with "
+                             "swap; close other programs, add swap, or build on a larger machine of this "
+                             "architecture")  # fmt: skip
     free = shutil.disk_usage(bundle.path).free
     if free < 2 * weights:
         raise ToolchainError(f"the engine needs up to {2 * weights >> 20} MiB in {bundle.path}, {free >> 20} MiB are "
@@ -129,12 +131,13 @@ def check_resources(bundle: Bundle, available: int | None) -> None:
 
 
 def memory_available() -> int | None:
-    """Bytes that programs can still take, as Linux says."""
+    """Bytes that programs can still take, as Linux says; swap counts, for a build can wait for it."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
+    return sum(found) if found else None
 
 
 def load_graph(bundle: Bundle, name: str, capacity: int) -> Any:
