@@ -44,7 +44,8 @@ def row(model: str, budgets: list[dict[str, Any]]) -> str:
     cells.append(f"{budgets[0]['needed_bytes'] / 1e6:,.0f}")
     for budget in budgets:
         speed, bound = budget["tokens_per_s"]["512"], budget["bound_tokens_per_s"]["512"]
-        cells.append(f"{speed:.0f} ({bound:.0f})" if budget["fits"] else "does not fit")
+        tight = ", tight" if budget["tight"] else ""
+        cells.append(f"{speed:.0f} ({bound:.0f}){tight}" if budget["fits"] else "does not fit")
     return f"| {' | '.join(cells)} |\n"
 
 

@@ -16,6 +16,8 @@ from edgellm_ros.manifest import ModelSpec, QuantSpec
 
 SYSTEM_GB = 1.5  # Linux without a desktop, ROS 2 and the node's own process
 CONTEXT_GB = 0.4  # what the CUDA driver takes for a process
+# A module's memory is not all Linux's (an 8 GB one shows less than 8 GiB), and a desktop takes about as much.
+TIGHT_GB = 1.0
 # Share of the stated bandwidth that decoding reaches. On an H100 a kernel that only reads reaches 94 % of what is
 # stated, and decoding 78 to 95 % of that at 8B; a Jetson was never measured.
 REACHED = 0.75
@@ -50,6 +52,11 @@ class Budget:
     def fits(self) -> bool:
         """Whether the device has that."""
         return self.total <= self.device.memory_gb * 1e9
+
+    @property
+    def tight(self) -> bool:
+        """Whether it fits with so little to spare that it may not."""
+        return self.fits and self.device.memory_gb * 1e9 - self.total < TIGHT_GB * 1e9
 
 
 def kv_bytes_per_token(model: ModelSpec, kv_cache: str) -> int:

@@ -138,6 +138,7 @@ def _as_dict(budget: Budget) -> dict[str, Any]:
         "memory_bytes": int(budget.device.memory_gb * 1e9),
         "needed_bytes": budget.total,
         "fits": budget.fits,
+        "tight": budget.tight,
         "parts": budget.parts,
         "exact": budget.exact,
         "tokens_per_s": budget.tokens_per_s,
@@ -169,7 +170,7 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget], plans: l
     table.add_section()
     table.add_row("needed", *(f"{budget.total / _MB:,.0f}" for budget in budgets))
     table.add_row("there", *(f"{budget.device.memory_gb * 1e3:,.0f}" for budget in budgets))
-    table.add_row("", *("[green]fits[/green]" if b.fits else "[bold red]does not fit[/bold red]" for b in budgets))
+    table.add_row("", *map(_verdict, budgets))
     table.add_section()
     for context in dict.fromkeys(context for budget in budgets for context in budget.bound_tokens_per_s):
         table.add_row(f"tokens/s at {context}", *(_speed(budget, context) for budget in budgets))
@@ -180,11 +181,23 @@ def _print(bundle: Bundle, config: EngineConfig, budgets: list[Budget], plans: l
         lacks = "" if plan.engine.context_bytes else "; its report does not say how much scratch memory TensorRT takes"
         console.print(f"{escape(plan.budget.device.name)}: engines/{escape(plan.engine.key)}{lacks}", soft_wrap=True)
     for i, budget in enumerate(budgets):
+        if budget.tight:
+            spare = budget.device.memory_gb * 1e3 - budget.total / _MB
+            console.print(
+                f"{escape(budget.device.name)}: {spare:,.0f} MB to spare; below {assumed.TIGHT_GB * 1e3:,.0f} it may "
+                "not fit, for Linux shows less than the module has, and a desktop takes more"
+            )
         if not budget.fits:
             ways = plans[i].remedies if plans else assumed.remedies(model, quant, config, budget)
             text = ", or ".join(ways) if ways else "a smaller model, or weights of fewer bits"
             console.print(f"{escape(budget.device.name)}: would fit with {text}")
     console.print(f"[dim]{_assumptions(budgets, bool(plans))}[/dim]")
+
+
+def _verdict(budget: Budget) -> str:
+    if budget.tight:
+        return "[yellow]fits, tight[/yellow]"
+    return "[green]fits[/green]" if budget.fits else "[bold red]does not fit[/bold red]"
 
 
 def _speed(budget: Budget, context: int) -> str:

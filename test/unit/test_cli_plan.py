@@ -95,6 +95,18 @@ def test_every_remedy_that_is_named_fits(capsys: pytest.CaptureFixture[str]) -> 
         assert code == 0 and "fits" in out_with
 
 
+def test_what_fits_with_less_than_a_gigabyte_to_spare_is_called_tight(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--shape", "llama-8b", "--max-slots", "1", "--device", "orin-nano", "orin-nx", "--formula"]
+    code, out, _ = run(capsys, *command)
+    text = " ".join(out.split())
+    assert code == 0 and text.count("fits, tight") == 1 and "Nano 8GB: 976 MB to spare; below 1,000 it may not" in text
+    found = json.loads(run(capsys, *command, "--json")[1])
+    assert [(budget["fits"], budget["tight"]) for budget in found] == [(True, True), (True, False)]
+    assert 0 < found[0]["memory_bytes"] - found[0]["needed_bytes"] < 1e9
+    not_at_all = json.loads(run(capsys, "--shape", "qwen3-14b", "--device", "orin-nano", "--formula", "--json")[1])
+    assert (not_at_all[0]["fits"], not_at_all[0]["tight"]) == (False, False)
+
+
 def test_model_and_context_are_other_words_for_shape_and_max_context(capsys: pytest.CaptureFixture[str]) -> None:
     short = run(capsys, "--model", "qwen3-8b", "--weights", "int4", "--context", "8192", "--device", "thor")
     long = run(capsys, "--shape", "qwen3-8b", "--weights", "int4", "--max-context", "8192", "--device", "thor")
