@@ -124,6 +124,7 @@ class QuantSpec:
     formats: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
     kept: str = ""  # whose integers these are, such as "AWQ, 4 bit in groups of 128"; empty when export made them
     notes: tuple[str, ...] = ()  # what keeping them changed, or left out
+    folded: bool = False  # unknown factors of AWQ or SmoothQuant are in the norms: other models' adapters do not fit
 
     def head_tensor(self, model: ModelSpec) -> str:
         """Stem of the tensors that hold the head: the embedding's own when it is tied, uncut and stored alike."""

@@ -24,6 +24,7 @@ class Checkpoint(abc.ABC):
     path: Path
     kind: str  # "safetensors" or "gguf"
     config: dict[str, Any]  # as Hugging Face's config.json
+    folded: bool = False  # whether factors of AWQ or SmoothQuant are in the norms
 
     @abc.abstractmethod
     def name(self) -> str:

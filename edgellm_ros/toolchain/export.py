@@ -34,6 +34,7 @@ from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.graph.onnxruntime import write_onnxruntime_graph
 from edgellm_ros.toolchain.graph.plugin import check_plugin_support, write_plugin_graph
 from edgellm_ros.toolchain.graph.portable import write_portable_graph
+from edgellm_ros.toolchain.input_factors import FOLDED, hand_on
 from edgellm_ros.toolchain.keep import WHOLE_INPUT, KeptWeights
 from edgellm_ros.toolchain.kv_scales import read_kv_scales, scale_layer
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, plan_weights, read_layer, read_norm
@@ -159,9 +160,11 @@ def _write(
     if vocab is not None:
         write_vocab_file(root / names.VOCAB_MAP, vocab, tokenizer_hash(tokenizer_json))
         model = replace(model, head_rows=len(vocab))
+    known = bool(source.quantization()) and source.kind == "safetensors" and hand_on(source.path, root)
+    quant = replace(quant, folded=source.folded and not known)
     logits = _write_weights(source, root / names.WEIGHTS, model, quant, prompts, progress, vocab, kept)
-    quant = kept.quant if kept is not None else quant  # with the notes that writing made
-    quant = replace(quant, notes=(*quant.notes, *kv_notes))
+    notes = kept.quant.notes if kept is not None else quant.notes  # with those that writing made
+    quant = replace(quant, notes=(*notes, *kv_notes, *((FOLDED,) if quant.folded else ())))
     graph = GraphSpec(
         activation_dtype="float32" if quant.weights == "fp32" else "float16", max_lora_rank=max_lora_rank
     )

@@ -15,6 +15,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora import TARGETS, LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
 from edgellm_ros.manifest import MANIFEST, LoraEntry, Manifest
+from edgellm_ros.toolchain.input_factors import for_folded
 from edgellm_ros.toolchain.whole_output import system_errors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -65,7 +66,7 @@ def check_for_bundle(adapter: LoraAdapter, bundle: Bundle, any_base: bool = Fals
     fitted = fit(adapter, manifest.model, limit or LARGEST_RANK, remedy)
     if not any_base:
         check_base(adapter, (manifest.model.name, manifest.provenance.get("source", "")), str(bundle.path))
-    return fitted
+    return fitted if any_base and manifest.quantization.folded else for_folded(fitted, bundle)
 
 
 def check_base(adapter: LoraAdapter, names: Iterable[str], where: str) -> None:

@@ -25,6 +25,7 @@ class QuantizedCheckpoint(HfCheckpoint):
         super().__init__(path)
         self._reader = create_reader(quantization_config(path, self.config), Tensors(path, self._home))
         self._modules = {f"{module}.weight": module for module in self._reader.modules}
+        self.folded = self._reader.folded
         plain = [name for name in self._home if name not in self._reader.parts]
         self._names = dict.fromkeys([*plain, *self._modules])
 

@@ -184,6 +184,19 @@ def test_packed_blocks_times_an_input_are_what_each_projection_adds(bundle: Bund
         assert np.allclose(item.scale * item.b @ item.a, original.scale * original.b @ original.a, atol=1e-6)
 
 
+def test_where_others_folded_factors_only_an_adapter_of_that_very_checkpoint_is_packed(
+    tmp_path: Path, adapter: Path
+) -> None:
+    packers.save_quantized("llama", tmp_path / "awq", packers.awq(32), packers.awq_config(32))
+    bundle = export_bundle(tmp_path / "awq", tmp_path / "bundle")
+    with pytest.raises(ToolchainError, match="factors of AWQ or SmoothQuant .* do not fit; merge the adapter into the original"):
+        pack_adapter(adapter, bundle)
+    assert pack_adapter(adapter, bundle, any_base=True)[1].manifest.loras
+    converted = export_bundle(tmp_path / "awq", tmp_path / "int8", weights="int8")  # its norms are the same
+    with pytest.raises(ToolchainError, match="do not fit"):
+        check_for_bundle(read_adapter(adapter), converted)
+
+
 def test_an_adapter_of_stacked_projections_is_packed_apart(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     bundle, model = tiny_bundle("phi3", "fp16"), make_model("phi3")
     path = write_adapter(tmp_path / "a", model, {"qkv_proj": 6, "gate_up_proj": 4}, 1)

@@ -18,14 +18,19 @@ import tiny
 import torch
 import transformers
 import unified
+from adapters import ALL, FUSED, merged, write_adapter
 from modelopt.torch.quantization.model_calib import max_calibrate
 from test_export import PROMPT, hf_logits, relative_error, run_executor
+from test_lora_onnxruntime import run_portable as run_lora
 from test_text_part import save_model_with_images
 
 from edgellm_ros.cli.main import main
 from edgellm_ros.errors import CheckpointError, ToolchainError
+from edgellm_ros.executors.lora import read_adapter
+from edgellm_ros.executors.lora_layout import fit, pack
 from edgellm_ros.toolchain import load_recipe, quantize_and_save
 from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.lora import check_for_bundle
 from edgellm_ros.toolchain.quantize import model as model_module
 from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 from edgellm_ros.toolchain.quantize import products
@@ -91,7 +96,7 @@ def test_folding_the_input_scales_away_changes_no_logit(
     with torch.no_grad():
         expected = model(TOKENS).logits
     text = torch.arange(256).reshape(4, 64) % tiny.VOCAB_SIZE
-    model = backend.quantize_model(model, load_recipe(recipe), 32, lambda read: read(text))
+    model, _ = backend.quantize_model(model, load_recipe(recipe), 32, lambda read: read(text))
     mtq.disable_quantizer(model, "*")  # what remains is the folding alone
     with torch.no_grad():
         found = model(TOKENS).logits
@@ -115,7 +120,7 @@ def test_products_that_do_not_fit_at_once_are_taken_in_parts_with_the_same_quali
     for size in (1 << 30, 1 << 15):
         monkeypatch.setattr(products, "_PRODUCT_BYTES", size)
         readings.append(0)
-        model = backend.quantize_model(tiny.make_model(kind), load_recipe("int4_awq"), 32, forward)
+        model, _ = backend.quantize_model(tiny.make_model(kind), load_recipe("int4_awq"), 32, forward)
         with torch.no_grad():
             distances.append(float((model(TOKENS).logits - expected).abs().mean() / expected.std()))
     assert readings[0] == 1 and readings[1] > 4
@@ -184,7 +189,7 @@ def test_activation_scales_after_folding_are_those_of_another_reading(
         for part in text.split(3):
             read(part)
 
-    model = backend.quantize_model(tiny.make_model(kind), load_recipe("w4a8_awq"), 32, forward)
+    model, _ = backend.quantize_model(tiny.make_model(kind), load_recipe("w4a8_awq"), 32, forward)
     assert len(readings) == 1
     quantisers = {name: m for name, m in model.named_modules() if name.endswith("input_quantizer") and m.is_enabled}
     found = {name: float(quantiser.amax) for name, quantiser in quantisers.items()}
@@ -350,6 +355,22 @@ def test_calibration_text_that_is_missing_binary_or_too_short_is_refused(
     (tmp_path / "long").write_text("Go to the kitchen. " * 500, encoding="utf-8")
     made = quantize_and_save(source, tmp_path / "out", load_recipe("nvfp4"), calibration=tmp_path / "long", device="cpu")
     assert made.num_sequences == 0 and "is not used: these scales come from the weights alone" in made.notes[-1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_scaled"])
+def test_an_adapter_of_the_original_fits_where_factors_were_folded_into_the_layers_before(
+    kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize_and_save(tiny_checkpoint(kind), tmp_path / "q", load_recipe("int8_sq", **SHORT), device="cpu")
+    bundle = export_bundle(tmp_path / "q", tmp_path / "bundle", max_lora_rank=8)
+    model = tiny.make_model(kind)
+    path = write_adapter(tmp_path / "a", model, dict.fromkeys(FUSED if kind == "phi3" else ALL, 4), seed=1)
+    expected = hf_logits(merged(model, path), PROMPT)
+    adapter = read_adapter(path)
+    got = run_lora(bundle, PROMPT, pack(check_for_bundle(adapter, bundle), bundle.manifest.model)[0])
+    assert relative_error(got, expected) < 0.09
+    as_it_is = pack(fit(adapter, bundle.manifest.model, 8), bundle.manifest.model)[0]
+    assert relative_error(run_lora(bundle, PROMPT, as_it_is), expected) > 0.3  # what the factors are for
 
 
 def test_of_a_model_with_images_the_decoder_is_quantised_and_exports(tmp_path: Path) -> None:

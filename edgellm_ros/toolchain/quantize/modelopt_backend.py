@@ -45,12 +45,16 @@ _FP8 = {"num_bits": (4, 3), "axis": None}
 _NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 
 
-def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward) -> Any:
+def quantize_model(
+    model: Any, recipe: Recipe, group_size: int, forward: Forward
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """Insert quantisers by `recipe`, calibrate them with `forward` (called with the model, perhaps several times).
 
     group_size: what int4 weights get, as `common_group` chose it. Input scales that AWQ or SmoothQuant found are then
-    folded into the layer before, so that no operator remains for them.
+    folded into the layer before, so that no operator remains for them. Returns the model, and by what folding
+    multiplied what a layer reads (`MODULE.in`) and gives (`MODULE.out`).
     """
+    folded: dict[str, torch.Tensor] = {}
     rounded = recipe.weights == "int4" or recipe.lm_head == "int4"
     measured = recipe.activations != "none" or recipe.kv_cache != "none" or recipe.lm_head == "fp8"
     with _quietly():
@@ -61,12 +65,12 @@ def quantize_model(model: Any, recipe: Recipe, group_size: int, forward: Forward
         if recipe.method == "awq":
             known = _scale_inputs(model, group_size, forward)
         if recipe.method in ("awq", "smoothquant"):
-            _fold_input_scales(model)
+            folded = _fold_input_scales(model)
         if measured and (recipe.method != "max" or rounded):
             _measure(model, recipe, forward, known)
         if rounded:
             _round_int4(model, group_size, forward, known)
-    return model
+    return model, folded
 
 
 def save_model(model: Any, output: Path, dtype: Any) -> None:
@@ -157,23 +161,40 @@ def _quantisers_of(pattern: str) -> str:
     return pattern if pattern.endswith("*") else f"{pattern}.*"
 
 
-def _fold_input_scales(model: Any) -> None:
+def _fold_input_scales(model: Any) -> dict[str, torch.Tensor]:
     """Fold the scales of AWQ and SmoothQuant into norms and into the projections before, with ModelOpt's own functions.
 
     Its table of projections names some families' classes only; the pairs are the same wherever both projections are.
-    Scales of heads that share a value head are averaged.
+    Scales of heads that share a value head are averaged. Returns what `quantize_model` does.
     """
+    names, found = {module: name for name, module in model.named_modules()}, {}
     pairs = [("v_proj", "o_proj"), ("up_proj", "down_proj")]
     classes = {
         pair: sorted({type(m).__name__ for m in model.modules() if all(hasattr(m, part) for part in pair)})
         for pair in pairs
     }
+    linked = [
+        (getattr(m, earlier), getattr(m, later))
+        for m in model.modules() for earlier, later in pairs if hasattr(m, earlier) and hasattr(m, later)
+    ]  # fmt: skip
+    scales = {after: _input_scale(after) for _, after in linked}
     before = quant_utils.PQS_FUSE_MODULE_MAPPING
-    quant_utils.PQS_FUSE_MODULE_MAPPING = [(names, pair) for pair, names in classes.items()]
+    quant_utils.PQS_FUSE_MODULE_MAPPING = [(of_pair, pair) for pair, of_pair in classes.items()]
     try:
         quant_utils.fuse_prequant_to_linear(model, fuse_grouped_heads=True)
     finally:
         quant_utils.PQS_FUSE_MODULE_MAPPING = before
+    shared = _shared_values(model)
+    for earlier, later in linked:
+        scale = scales[later]
+        if scale is not None and _input_scale(later) is None:
+            heads = shared.get(later)
+            if heads is not None:
+                scale = scale.view(heads).mean(1, keepdim=True)
+                found[f"{names[later]}.in"] = scale.expand(heads).reshape(-1)
+            else:
+                found[f"{names[later]}.in"] = scale
+            found[f"{names[earlier]}.out"] = scale.reshape(-1)
     probe = torch.ones([1, 2], dtype=torch.long, device=model.device)
     sharing, norms = collect_shared_input_modules(model, lambda: model(probe), collect_layernorms=True)
     groups = [(norms[read], linears) for read, linears in sharing.items() if norms[read] is not None]
@@ -183,7 +204,15 @@ def _fold_input_scales(model: Any) -> None:
     for norm, linears in groups:
         if all(hasattr(linear.input_quantizer, "_pre_quant_scale") for linear in linears):
             quant_utils.preprocess_linear_fusion(linears)
+            scale = _input_scale(linears[0])  # by now that of all
+            found |= {f"{names[linear]}.in": scale for linear in linears if scale is not None}
             quant_utils.fuse_prequant_layernorm(norm, linears)
+    return {name: scale.detach().float().cpu().clone() for name, scale in found.items()}
+
+
+def _input_scale(linear: Any) -> torch.Tensor | None:
+    scale: torch.Tensor | None = getattr(getattr(linear, "input_quantizer", None), "_pre_quant_scale", None)
+    return scale
 
 
 def _measure(model: Any, recipe: Recipe, forward: Forward, known: list[SharedInput]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
+from edgellm_ros.toolchain.input_factors import write_input_factors
 from edgellm_ros.toolchain.kv_scales import read_kv_scales
 from edgellm_ros.toolchain.quantize.calibration import BUILTIN, calibration_tokens
 from edgellm_ros.toolchain.quantize.model import choose_device, load_model, open_source, stored_dtype, untie_head
@@ -103,10 +104,11 @@ def quantize_and_save(
             if group != most:
                 odd = next(width for width in widths.values() if width % most)
                 notes.append(f"groups of {group} instead of {most}, which do not divide {odd} input features")
-        model = backend.quantize_model(model, recipe, group, _Reader(sequences, recipe, show))
+        model, folded = backend.quantize_model(model, recipe, group, _Reader(sequences, recipe, show))
         show("writing", 0, 1)
         with system_errors():
             backend.save_model(model, partial, stored_dtype(source))
+        write_input_factors(partial, {name: scale.numpy() for name, scale in folded.items()})
         write_tokenizer(source.checkpoint, partial)
         (partial / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
         show("writing", 1, 1)

@@ -40,6 +40,7 @@ class Awq(QuantReader):
         for name in list(self.tensors.names()):
             if name.endswith(".qweight"):
                 self._scan_module(name.removesuffix(".qweight"))
+        self.folded = True  # its quantiser always does
         self.reject_leftovers((".qweight", ".qzeros", ".scales"))
         self.check_covered(excluded, prefixes=True)
 

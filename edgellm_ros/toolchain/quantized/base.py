@@ -87,6 +87,7 @@ class QuantReader(abc.ABC):
         self.modules: dict[str, Module] = {}  # by the module's name, such as model.layers.0.self_attn.q_proj
         self.parts: set[str] = set()  # names of the tensors that belong to them
         self.notes: list[str] = []  # what is left out, for the manifest
+        self.folded = False  # see Checkpoint.folded
         self.scan()
 
     @abc.abstractmethod

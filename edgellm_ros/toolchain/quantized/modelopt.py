@@ -42,6 +42,7 @@ _ALGORITHMS = {
     "W4A8_NVFP4_FP8": "nvfp4",
 }
 _MIXED = "MIXED_PRECISION"
+_FOLDING = {"INT8_SQ", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ", "INT4_AWQ", "W4A8_AWQ", "NVFP4_AWQ"}
 _DTYPES = {"fp8": "F8_E4M3", "fp8 blocks": "F8_E4M3", "int8": "I8", "int4": "U8", "nvfp4": "U8"}
 _BLOCK = 128
 _ACTIVATION_SUFFIXES = (".input_scale", ".k_scale", ".v_scale", ".q_scale", ".weight_scale_2")
@@ -70,6 +71,12 @@ class ModelOpt(QuantReader):
                 raise self.error(f"{name}: SVDQuant adds a low-rank product, which is not read")
         if not self.modules:
             raise self.error(f"quant_algo is {self._algorithm}, yet no weight is quantised")
+        each = [details for details in self._per_layer.values() if isinstance(details, Mapping)]
+        algorithms = {self._algorithm, *(str(details.get("quant_algo")) for details in each)}
+        # Export folds what a norm can take, and stores the rest.
+        self.folded = bool(algorithms & _FOLDING) and not all(
+            f"{module}.pre_quant_scale" in self.tensors for module in self.modules if module.endswith("q_proj")
+        )
         self._check_excluded(excluded)
         self._take_activation_scales()
         self.reject_leftovers((".weight_scale", ".pre_quant_scale"))
