@@ -30,6 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--builder", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto",
                         help="auto (default) takes tensorrt on the target itself, else tensorrt_rtx")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="build again where the key is there already")
+    parser.add_argument("--ignore-memory", action="store_true",
+                        help="start although memory seems short: what a build takes is an estimate")  # fmt: skip
     add_settings(parser, BuildOptions, "what the engine is built for")
 
 
@@ -54,7 +56,9 @@ def execute(args: argparse.Namespace) -> int:
             def show(phase: str, done: int, total: int) -> None:
                 progress.update(task, description=phase[:48], completed=done, total=total or None)
 
-            engine, fresh = build_engine(bundle, args.target, options, args.builder, args.force, show)
+            engine, fresh = build_engine(
+                bundle, args.target, options, args.builder, args.force, show, ignore_memory=args.ignore_memory
+            )
     except ModuleNotFoundError as error:
         remedy = "pip install 'onnx>=1.19' 'ml_dtypes>=0.5'"
         raise ToolchainError(f"build needs the package {error.name}; {remedy}") from error

@@ -26,7 +26,7 @@ from edgellm_ros.errors import BundleError, ToolchainError
 from edgellm_ros.executors.engine_preflight import choose_planned
 from edgellm_ros.executors.engines import ENGINE, ENGINES, LAYERS, REPORT, is_of, list_engines
 from edgellm_ros.manifest import MANIFEST
-from edgellm_ros.toolchain.build import targets
+from edgellm_ros.toolchain.build import builder, targets
 from edgellm_ros.toolchain.build.builder import build_engine
 from edgellm_ros.toolchain.build.kernels import check_kernels, fused_attentions, kernel_counts
 from edgellm_ros.toolchain.export import export_bundle
@@ -180,9 +180,12 @@ def test_what_cannot_be_built_is_refused_before(tiny_bundle: TinyBundle, monkeyp
     with pytest.raises(ToolchainError, match="weights are fp32"):
         build_engine(tiny_bundle("llama", "fp32"), "sm89", SMALL)
     monkeypatch.setattr(targets, "memory_available", lambda: 2**20)
-    with pytest.raises(ToolchainError, match="1 MiB are free with swap; .* add swap"):
+    with pytest.raises(ToolchainError, match="1 MiB are free with swap; .* add swap.* --ignore-memory"):
         build_engine(bundle, "sm89", SMALL)
     assert nothing_is_left(bundle)
+    monkeypatch.setattr(builder, "_build", lambda *_: (_ for _ in ()).throw(ToolchainError("it went on")))
+    with pytest.raises(ToolchainError, match="it went on"):
+        build_engine(bundle, "sm89", SMALL, ignore_memory=True)
 
 
 def test_the_command_builds_and_inspect_lists_it(

@@ -49,12 +49,13 @@ _REMEDIES = (
 
 def build_engine(
     bundle: Bundle, target: str = "current", options: BuildOptions | None = None, builder: str = "auto",
-    force: bool = False, progress: Progress | None = None,
+    force: bool = False, progress: Progress | None = None, *, ignore_memory: bool = False,
 ) -> tuple[Engine, bool]:  # fmt: skip
     """Build an engine of `bundle` for `target`; returns it, and whether it was built now or was there already.
 
     builder: auto, tensorrt or tensorrt_rtx. Raises ToolchainError, and then nothing is left behind;
-    BundleError when the engine that is there is damaged or of other weights.
+    BundleError when the engine that is there is damaged or of other weights. ignore_memory: start although an estimate
+    says that memory is short.
     """
     here = targets.current_target()
     target = targets.resolve_target(target, here)
@@ -69,7 +70,7 @@ def build_engine(
         engine = engines.read_engine(final)
         engines.check_engine(engine, bundle)
         return engine, False
-    targets.check_resources(bundle, targets.memory_available())
+    targets.check_resources(bundle, None if ignore_memory else targets.memory_available())
     with _tidy(final.parent), whole_output(final) as partial:
         with _interruptible() as interrupted:
             facts = _build(trt, flavour, bundle, target, options, partial / ENGINE, progress or _silent, interrupted)

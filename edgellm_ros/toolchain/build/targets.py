@@ -123,7 +123,7 @@ def check_resources(bundle: Bundle, available: int | None) -> None:
     if available is not None and available < needed:
         raise ToolchainError(f"building needs about {needed >> 20} MiB of memory, {available >> 20} MiB are free with "
                              "swap; close other programs, add swap, or build on a larger machine of this "
-                             "architecture")  # fmt: skip
+                             "architecture. The need is an estimate: --ignore-memory starts all the same")  # fmt: skip
     free = shutil.disk_usage(bundle.path).free
     if free < 2 * weights:
         raise ToolchainError(f"the engine needs up to {2 * weights >> 20} MiB in {bundle.path}, {free >> 20} MiB are "
