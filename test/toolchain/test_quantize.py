@@ -330,6 +330,17 @@ def test_what_a_recipe_leaves_out_has_to_be_there_and_not_be_all(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("exclude", ["*q_proj", "*v_proj", "*up_proj"])
+def test_a_layer_that_is_left_out_still_reads_what_it_did(
+    exclude: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe("int8_sq", exclude=(exclude,), **SHORT)
+    quantize_and_save(tiny_checkpoint("llama"), tmp_path / "q", recipe, device="cpu")
+    bundle = export_bundle(tmp_path / "q", tmp_path / "bundle")
+    # a norm that took the factor of the layers beside it gave 0.77 to 1.03
+    assert relative_error(run_executor(bundle, PROMPT)[0], hf_logits(tiny.make_model("llama"), PROMPT)) < 0.09
+
+
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones() -> None:
     with pytest.raises(ToolchainError, match=r"recipe is 'int3'; allowed are fp8, int4_awq, int4_gptq, int8_sq, nvfp4, w4a8_awq"):
         load_recipe("int3")

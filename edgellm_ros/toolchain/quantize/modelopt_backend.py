@@ -42,6 +42,7 @@ _CONFIGS = {
     ("nvfp4", "none"): "W4A16_NVFP4_CFG",
 }
 _FP8 = {"num_bits": (4, 3), "axis": None}
+_SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same
 _NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 
 
@@ -168,6 +169,11 @@ def _fold_input_scales(model: Any) -> dict[str, torch.Tensor]:
     Scales of heads that share a value head are averaged. Returns what `quantize_model` does.
     """
     names, found = {module: name for name, module in model.named_modules()}, {}
+    for linear in _of_parted(model):  # the norm has to suit the layers that are left out as well
+        scale = _input_scale(linear)
+        if scale is not None:
+            quant_utils._update_pre_quant_scale(linear, torch.ones_like(scale))
+            del linear.input_quantizer._pre_quant_scale
     pairs = [("v_proj", "o_proj"), ("up_proj", "down_proj")]
     classes = {
         pair: sorted({type(m).__name__ for m in model.modules() if all(hasattr(m, part) for part in pair)})
@@ -237,7 +243,7 @@ def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedI
     """
     layers, parts = _int4_quantizers(model), 0
     known: list[SharedInput] = []
-    heads = _shared_values(model)
+    heads, parted = _shared_values(model), set(_of_parted(model))
     for part in parts_of(layers):
         parts += 1
         known = read_inputs(part, lambda: _read(model, forward))
@@ -248,11 +254,30 @@ def _scale_inputs(model: Any, group_size: int, forward: Forward) -> list[SharedI
             return choose_factor(weights, shared.product, corrections, group_size, heads.get(shared.layers[0]))
 
         for shared, factor in zip(known, side_by_side(chosen, known), strict=True):
+            if not parted.isdisjoint(shared.layers):
+                continue
             shared.product /= torch.outer(factor, factor)
             shared.largest /= factor
             for layer in shared.layers:
                 apply_pre_quant_scale_and_smooth(layer, 1 / factor)
     return known if parts == 1 else []
+
+
+def _of_parted(model: Any) -> list[Any]:
+    """Quantised layers that read what a layer reads which the recipe leaves out: they can have no factor."""
+    found = []
+    for module in model.modules():
+        for names in _SIDE_BY_SIDE:
+            linears = [getattr(module, name) for name in names if hasattr(module, name)]
+            quantised = [linear for linear in linears if _is_quantised(linear)]
+            found += quantised if len(quantised) < len(linears) else []
+    return found
+
+
+def _is_quantised(linear: Any) -> bool:
+    found = getattr(linear, "weight_quantizer", None)
+    found = found[0] if isinstance(found, SequentialQuantizer) else found
+    return found is not None and bool(found.is_enabled)
 
 
 def _shared_values(model: Any) -> dict[Any, tuple[int, int, int]]:

@@ -75,7 +75,8 @@ class ModelOpt(QuantReader):
         algorithms = {self._algorithm, *(str(details.get("quant_algo")) for details in each)}
         # Export folds what a norm can take, and stores the rest.
         self.folded = bool(algorithms & _FOLDING) and not all(
-            f"{module}.pre_quant_scale" in self.tensors for module in self.modules if module.endswith("q_proj")
+            f"{module}.pre_quant_scale" in self.tensors
+            for module in self.modules if module.endswith(("q_proj", "qkv_proj"))
         )
         self._check_excluded(excluded)
         self._take_activation_scales()
