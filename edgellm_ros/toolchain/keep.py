@@ -65,9 +65,11 @@ class KeptWeights:
             self._layers["head"] = self._choose((HEAD,))
         if tables == "int8":
             group = _table_group(model)
-            for stem in {"embed", "head"} & set(self._layers):
-                if not self._layers[stem].kept:
-                    self._layers[stem] = replace(self._layers[stem], format=LinearFormat("int8", group))
+            floats = [stem for stem in ("embed", "head") if stem in self._layers and not self._layers[stem].kept]
+            for stem in floats:
+                self._layers[stem] = replace(self._layers[stem], format=LinearFormat("int8", group))
+            if not floats:
+                self._notes["--lm-head changes nothing: head and embedding are kept as the checkpoint has them"] = None
         self._share_row_groups()
 
     @property

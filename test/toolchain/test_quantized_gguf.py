@@ -121,7 +121,8 @@ def test_k_quants_are_stored_with_their_own_integers_layer_by_layer(tmp_path: Pa
 
 def test_an_embedding_with_offsets_is_looked_up_as_ggml_dequantises_it(tmp_path: Path) -> None:
     tiny.save_gguf("llama_tied", tmp_path / "model.gguf", "Q4_1")
-    bundle = export_bundle(tmp_path / "model.gguf", tmp_path / "bundle")
+    bundle = export_bundle(tmp_path / "model.gguf", tmp_path / "bundle", lm_head="int8")
+    assert any(note.startswith("--lm-head changes nothing") for note in bundle.manifest.quantization.notes)
     expected = dequantised(tmp_path / "model.gguf").get_input_embeddings().weight.detach().numpy()
     got = np.empty_like(expected)
     EmbeddingTable(bundle).lookup(np.arange(len(expected), dtype=np.int32), got)
