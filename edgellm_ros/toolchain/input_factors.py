@@ -44,10 +44,7 @@ def hand_on(checkpoint: Path, root: Path) -> bool:
     """Copy a checkpoint's file into a bundle that is being written; whether there was one."""
     if not (checkpoint / FILE).is_file():
         return False
-    try:
-        _read(checkpoint / FILE)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{checkpoint / FILE} is damaged: {error}; quantise the model again") from error
+    _read(checkpoint / FILE)
     shutil.copyfile(checkpoint / FILE, root / FILE)
     return True
 
@@ -69,8 +66,15 @@ def for_folded(adapter: LoraAdapter, bundle: Bundle) -> LoraAdapter:
 
 
 def _read(path: Path) -> Factors:
-    with np.load(path) as file:
-        return dict(file)
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+        for name, factor in found.items():
+            if factor.ndim != 1 or factor.dtype != np.float32 or not (np.isfinite(factor) & (factor > 0)).all():
+                raise ValueError(f"{name} is not a list of numbers above 0")
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; quantise the model again") from error
+    return found
 
 
 def _converted(item: LoraTensors, factors: Factors) -> LoraTensors:
@@ -79,6 +83,8 @@ def _converted(item: LoraTensors, factors: Factors) -> LoraTensors:
         return found if found is not None or target not in _STACKED else of(_STACKED[target], side)
 
     read, given = of(item.target, "in"), of(item.target, "out")
+    if (read is not None and len(read) != item.a.shape[1]) or (given is not None and len(given) != len(item.b)):
+        raise ToolchainError(f"{FILE} is of another model: layers.{item.layer}.{item.target}; quantise the model again")
     a = item.a if read is None else item.a / read
     b = item.b if given is None else item.b * given[:, None]
     return replace(item, a=a, b=b)

@@ -33,6 +33,7 @@ from edgellm_ros.errors import (
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, read_adapter
 from edgellm_ros.executors.lora_layout import open_packed, pack, unpack
 from edgellm_ros.toolchain.export import export_bundle
+from edgellm_ros.toolchain.input_factors import write_input_factors
 from edgellm_ros.toolchain.lora import check_for_bundle, pack_adapter
 from edgellm_ros.toolchain.lora_merge import merge_adapter
 
@@ -195,6 +196,26 @@ def test_where_others_folded_factors_only_an_adapter_of_that_very_checkpoint_is_
     converted = export_bundle(tmp_path / "awq", tmp_path / "int8", weights="int8")  # its norms are the same
     with pytest.raises(ToolchainError, match="do not fit"):
         check_for_bundle(read_adapter(adapter), converted)
+
+
+def test_factors_that_are_written_down_are_taken_out_of_an_adapter_and_damaged_ones_refused(
+    tmp_path: Path, adapter: Path
+) -> None:
+    packers.save_quantized("llama", tmp_path / "awq", packers.awq(32), packers.awq_config(32))
+    factor = np.linspace(0.5, 2, 64, dtype=np.float32)
+    write_input_factors(tmp_path / "awq", {"model.layers.1.self_attn.q_proj.in": factor})
+    bundle = export_bundle(tmp_path / "awq", tmp_path / "bundle")
+    plain = {(item.layer, item.target): item for item in read_adapter(adapter).tensors}
+    for item in check_for_bundle(read_adapter(adapter), bundle).tensors:
+        wanted = plain[item.layer, item.target].a / (factor if (item.layer, item.target) == (1, "q_proj") else 1)
+        assert np.array_equal(item.a, wanted.astype(np.float32))
+    write_input_factors(tmp_path / "awq", {"model.layers.1.self_attn.q_proj.in": factor[:5]})
+    with pytest.raises(ToolchainError, match=r"of another model: layers\.1\.q_proj"):
+        check_for_bundle(read_adapter(adapter), export_bundle(tmp_path / "awq", tmp_path / "bundle", overwrite=True))
+    for damage in (b"", b"PK", b"numbers"):
+        (tmp_path / "awq" / "input_factors.npz").write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"input_factors\.npz is damaged: .*; quantise the model again"):
+            export_bundle(tmp_path / "awq", tmp_path / "other")
 
 
 def test_an_adapter_of_stacked_projections_is_packed_apart(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
