@@ -32,6 +32,7 @@ from edgellm_ros.errors import (
 )
 from edgellm_ros.executors.lora import CONFIG, WEIGHTS, read_adapter
 from edgellm_ros.executors.lora_layout import open_packed, pack, unpack
+from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.input_factors import write_input_factors
 from edgellm_ros.toolchain.lora import check_for_bundle, pack_adapter
@@ -196,6 +197,14 @@ def test_where_others_folded_factors_only_an_adapter_of_that_very_checkpoint_is_
     converted = export_bundle(tmp_path / "awq", tmp_path / "int8", weights="int8")  # its norms are the same
     with pytest.raises(ToolchainError, match="do not fit"):
         check_for_bundle(read_adapter(adapter), converted)
+
+
+@pytest.mark.parametrize("step", ["SmoothQuantModifier", "AWQModifier", "GPTQModifier"])
+def test_llm_compressors_recipe_says_whether_it_folded_factors(step: str, tmp_path: Path) -> None:
+    config = packers.ct_config("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"})
+    packers.save_quantized("llama", tmp_path / "ct", packers.ct_int8, config)
+    (tmp_path / "ct" / "recipe.yaml").write_text(f"default_stage:\n  default_modifiers:\n    {step}: {{}}\n")
+    assert open_checkpoint(tmp_path / "ct").folded == (step != "GPTQModifier")
 
 
 def test_factors_that_are_written_down_are_taken_out_of_an_adapter_and_damaged_ones_refused(

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ _STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 _OF_ACTIVATIONS = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
 )  # fmt: skip
+
+RECIPE = "recipe.yaml"  # what llm-compressor did, beside the weights
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class CompressedTensors(QuantReader):
                 self._of[module] = self._find(module, ignored)
                 self.modules[module] = self._scan_module(module, self._of[module])
         self._take_activations()
+        self.folded = _names_factors(self.path / RECIPE)
         self.reject_leftovers(tuple(f".weight_{s}" for s in ("packed", "scale", "zero_point", "shape", "g_idx")))
         if any("Linear" in group.targets for group in self._groups):
             self.check_covered(ignored)
@@ -300,3 +304,12 @@ def _signed(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
         return numbers.view(np.int8)
     values: npt.NDArray[np.int8] = numbers.astype(np.int8) - np.int8(8)
     return values
+
+
+def _names_factors(recipe: Path) -> bool:
+    """Whether llm-compressor's recipe has a step that puts factors into norms; the configuration does not say it."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(f"{step}Modifier" in text for step in ("AWQ", "SmoothQuant"))
