@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import shlex
 import sys
@@ -71,8 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tolerate_terminal() -> None:
+    """A character that the terminal's encoding lacks is escaped: it must not cost what took minutes to make."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the entry point of `edgellm`."""
+    _tolerate_terminal()
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["edgellm", *(sys.argv[1:] if argv is None else argv)])
     if args.verbose:

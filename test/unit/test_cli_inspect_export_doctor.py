@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -81,6 +82,17 @@ def test_export_passes_everything_on_and_ends_with_the_table(
         "dialect": "plugin",
     }
     assert "tiny [bold] robot" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_terminal_without_unicode_gets_the_table_all_the_same(
+    errors: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["inspect", str(bundle)]) == 0
+    out.flush()
+    assert b"tiny [bold] robot" in out.buffer.getvalue() and b"\\u2026" in out.buffer.getvalue()
 
 
 def test_export_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
