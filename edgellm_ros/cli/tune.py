@@ -15,6 +15,7 @@ from edgellm_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgellm_ros.benchmark.tuning import Choice
+    from edgellm_ros.bundle import Bundle
     from edgellm_ros.executors.cuda import CudaExecutor
 
 HELP = "find the fastest decode kernels for a bundle on the GPU that is here, and keep the choice"
@@ -54,7 +55,7 @@ def execute(args: argparse.Namespace) -> int:
     """Time, keep and show the choices."""
     from edgellm_ros import native
     from edgellm_ros.bundle import Bundle
-    from edgellm_ros.executors.cuda_tiles import tiles_file
+    from edgellm_ros.executors.cuda_tiles import check_writable, tiles_file
 
     config = settings_from(args, EngineConfig(executor="cuda"))
     batches = _batches(args, config)
@@ -65,7 +66,9 @@ def execute(args: argparse.Namespace) -> int:
         file.unlink(missing_ok=True)
         print(f"removed {file}" if existed else f"there was no {file}")
         return 0
+    _check_tokens(bundle, config, args.tokens)
     native.load()
+    check_writable(bundle)
     found, path = _tune(bundle, config, batches, args.tokens)
     if args.json:
         print(json.dumps({"file": str(path), "batches": found}, indent=1))
@@ -90,6 +93,16 @@ def _batches(args: argparse.Namespace, config: EngineConfig) -> list[int]:
     return batches
 
 
+def _check_tokens(bundle: Bundle, config: EngineConfig, tokens: int) -> None:
+    from edgellm_ros.executors.cuda import DEFAULT_CONTEXT
+
+    model_limit = bundle.manifest.model.max_context
+    limit = config.max_context or min(model_limit, DEFAULT_CONTEXT)
+    if tokens + _ROOM > limit:
+        longer = f" or give --max-context, up to {model_limit}" if limit < model_limit else ""
+        raise ConfigError(f"--tokens {tokens} and {_ROOM} more do not fit the {limit} tokens of a slot; lower it{longer}")
+
+
 def _tune(bundle: Any, config: EngineConfig, batches: list[int], tokens: int) -> tuple[list[dict[str, Any]], Path]:
     from edgellm_ros.benchmark.tuning import tune
     from edgellm_ros.cli.progress import shown_progress
@@ -97,9 +110,6 @@ def _tune(bundle: Any, config: EngineConfig, batches: list[int], tokens: int) ->
     from edgellm_ros.executors.cuda import CudaExecutor
 
     slots = max(config.max_slots, batches[-1])
-    limit = config.max_context or bundle.manifest.model.max_context
-    if tokens + _ROOM > limit:
-        raise ConfigError(f"--tokens {tokens} and {_ROOM} more do not fit {limit} tokens; lower it")
     executor = CudaExecutor(bundle, dataclasses.replace(config, max_slots=slots))
     try:
         decoder, exact = executor.decoder, executor.batch_invariant

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 
 import edgellm_ros
 from edgellm_ros.bundle import WEIGHTS, Bundle
+from edgellm_ros.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 DIRECTORY = "tiles"
 PRODUCTS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down", "head")
 ANY_BATCH = 0  # the entry of exact decoding, where every batch size sums in one order
+MAX_BATCH = 8  # sequences that one decode step takes
 _REMEDY = "run `edgellm tune` again"
 
 
@@ -84,10 +87,12 @@ def read_tiles(bundle: Bundle, info: Mapping[str, Any]) -> Tiles | None:
         for products in tiles.choices.values():
             for batches in products.values():
                 for batch, (tile, count) in list(batches.items()):
+                    if not ANY_BATCH <= int(batch) <= MAX_BATCH:
+                        raise ValueError(f"batch {batch} is not {ANY_BATCH} to {MAX_BATCH}")
                     batches[batch] = (int(tile), int(count))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         _log.warning("%s is not used, because it cannot be read (%s); %s", path, error, _REMEDY)
         return None
     if tiles.version != edgellm_ros.__version__:
@@ -116,6 +121,20 @@ def apply_tiles(decoder: TileDecoder, bundle: Bundle, info: Mapping[str, Any], b
     if entries:
         _log.info("decode products as `edgellm tune` found them fastest (%s)", tiles_file(bundle, info))
     return bool(entries)
+
+
+def check_writable(bundle: Bundle) -> None:
+    """Raise ConfigError where `write_tiles` could not write, which would be known only after minutes of timing."""
+    directory = bundle.path / DIRECTORY
+    try:
+        directory.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the choices cannot be kept in {directory} ({error.strerror}); make it writable for this user, or tune a "
+            "copy of the bundle and copy its tiles directory"
+        ) from error
 
 
 def write_tiles(bundle: Bundle, info: Mapping[str, Any], tiles: Tiles) -> Path:

@@ -100,6 +100,9 @@ def test_nothing_kept_is_no_reason_to_complain(bundle: Bundle, caplog: pytest.Lo
         ({"choices": {"exact": {"attn.o": {"0": [4, 4]}}}}, "other kernels"),
         ({"choices": {"exact": {"mlp.up": {"0": [0, 1]}}}}, "other kernels"),
         ({"choices": {"exact": {"attn.o": {"0": "x"}}}}, "cannot be read"),
+        ({"choices": {"exact": {"attn.o": {"all": [1, 4]}}}}, "cannot be read"),
+        ({"choices": {"exact": {"attn.o": {"9": [1, 4]}}}}, "batch 9 is not 0 to 8"),
+        ({"choices": {"exact": {"attn.o": {"0": [float("inf"), 4]}}}}, "cannot be read"),
         ({"choices": 3}, "cannot be read"),
         ({"more": 1}, "cannot be read"),
     ],
@@ -123,6 +126,28 @@ def test_a_damaged_file_does_not_stop_a_load(bundle: Bundle, caplog: pytest.LogC
     path.write_bytes(path.read_bytes()[:20] + b"\xff")
     assert not apply_tiles(TimedDouble({}), bundle, INFO, True)
     assert "cannot be read" in caplog.text
+
+
+def test_where_choices_cannot_be_kept_is_said_before_minutes_of_timing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bundle.path / "tiles").write_text("in the way")  # also for root, whom permissions do not stop
+    monkeypatch.setattr("edgellm_ros.native.load", lambda: None)
+    assert main(["tune", str(bundle.path), "--tokens", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be kept in" in said and "make it writable" in said and said.count("\n") == 1
+
+
+def test_tokens_must_fit_the_slots_that_will_be_loaded_not_only_the_model(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = bundle.manifest.model
+    assert main(["tune", str(bundle.path), "--tokens", str(model.max_context)]) == 2
+    assert f"do not fit the {model.max_context} tokens of a slot; lower it\n" in capsys.readouterr().err
+    monkeypatch.setattr("edgellm_ros.executors.cuda.DEFAULT_CONTEXT", 100)  # smaller than the model's, as of most models
+    assert main(["tune", str(bundle.path), "--tokens", "37"]) == 2
+    said = f"do not fit the 100 tokens of a slot; lower it or give --max-context, up to {model.max_context}"
+    assert said in capsys.readouterr().err
 
 
 def test_every_product_is_one_that_a_decoder_has() -> None:
