@@ -100,7 +100,9 @@ def _check_tokens(bundle: Bundle, config: EngineConfig, tokens: int) -> None:
     limit = config.max_context or min(model_limit, DEFAULT_CONTEXT)
     if tokens + _ROOM > limit:
         longer = f" or give --max-context, up to {model_limit}" if limit < model_limit else ""
-        raise ConfigError(f"--tokens {tokens} and {_ROOM} more do not fit the {limit} tokens of a slot; lower it{longer}")
+        raise ConfigError(
+            f"--tokens {tokens} and {_ROOM} more do not fit the {limit} tokens of a slot; lower it{longer}"
+        )
 
 
 def _tune(bundle: Any, config: EngineConfig, batches: list[int], tokens: int) -> tuple[list[dict[str, Any]], Path]:
