@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from kernel_timing import K, measure_us, print_machine
 
@@ -10,6 +12,7 @@ HEADS = {"1b": (32, 8, 64), "8b": (32, 8, 128), "gemma3": (4, 1, 256)}
 
 def main() -> None:
     """One line a shape and number of tokens."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print_machine()
     print("shape  tokens       us  TFLOP/s | torch us  TFLOP/s")
     for shape, (heads, kv_heads, head_dim) in HEADS.items():

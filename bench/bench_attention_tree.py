@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kernel_timing import K, measure_us, print_machine
 
 def main() -> None:
     """One line a shape and context: one decoded token, then trees of 4, 8, 16, 32 and 64."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     print("shape    context |  decode     us   GB/s | tree tokens: us (GB/s, share of the read bandwidth)")

@@ -24,7 +24,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from edgellm_ros import native  # noqa: E402
+from gpu_or_exit import load_module  # noqa: E402
+
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes  # noqa: E402
 from edgellm_ros.benchmark.executor_path import time_decode, time_prompt  # noqa: E402
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="search the tile of every decode product first")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    module = native.load()
+    module = load_module()
     info = module.device_info()
     bandwidth = module.measure_read_bandwidth(1 << 31)
     if not options.json:
@@ -95,7 +96,7 @@ def measure(
     shape: str, weights: str, batch: int, context: int, bandwidth: float, torch_ms: float, options: Any
 ) -> Result:
     """Load one random bundle and time it."""
-    module = native.load()
+    module = load_module()
     bundle = RandomBundle(shape, weights)
     longest = max([context, *options.prefill])
     capacity = -(-(longest + 3 * options.tokens + 64) // 64) * 64

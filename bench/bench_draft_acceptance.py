@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
 from typing import Any
 
@@ -21,6 +22,7 @@ CASES = {  # temperature, top_p, min_p, top_k, whether the draft's probabilities
 
 def main() -> None:
     """One line a case, for chains of 4, 8, 16 and 64 nodes."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     read = print_machine()
     print(f"vocab {VOCAB}; nodes: us (GB/s of logits, share of the read bandwidth)")
     for name, case in CASES.items():

@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from edgellm_ros import native  # noqa: E402
+from gpu_or_exit import load_module  # noqa: E402
+
 from edgellm_ros.benchmark.engine_path import cache_prompts, time_decode  # noqa: E402
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    info = native.load().device_info()
+    info = load_module().device_info()
     print(f"{info['name']}; context {options.context}, {options.tokens} tokens a sequence, {options.rounds} rounds")
     for shape in options.shape:
         for weights in options.weights:
@@ -92,7 +93,7 @@ def measure(shape: str, weights: str, batch: int, options: argparse.Namespace) -
 
 
 def _row(sampling: SamplingParams, seed: int) -> Any:
-    return native.load().SamplingRow(
+    return load_module().SamplingRow(
         seed=seed, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
     )
 

@@ -22,7 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from edgellm_ros import native
+from gpu_or_exit import load_module
+
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import SequenceStep
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt that is timed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    module = native.load()
+    module = load_module()
     info = module.device_info()
     if not options.json:
         print(f"{info['name']}; context {CONTEXT}, decode_batching {options.batching}, {' '.join(options.targets)}")

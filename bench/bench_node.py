@@ -24,7 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 from edgellm_ros import LLM, EngineConfig, Request, SamplingParams
-from edgellm_ros.ros.client import ChatStream, LLMClient
+
+try:
+    from edgellm_ros.ros.client import ChatStream, LLMClient
+except ModuleNotFoundError as error:
+    raise SystemExit(f"no ROS 2, or no interfaces yet: `make demo`, then . tools/env.sh ({error})") from error
 
 # Words without meaning, some 440 tokens: long enough to decode well into the context.
 _PROMPT = "A robot moves a red cube, a green ball and a blue cone from one table to another. " * 24

@@ -9,6 +9,7 @@ that is number formats, lists and launches. No TensorRT is involved.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ FEWEST_BYTES = 160 << 20  # of all weights or caches together
 
 def main() -> None:
     """Products by shape, bits, tokens and dtype, then attention by shape, context and dtype."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     print("plugin     shape      tokens dtype       us   kernel     GB/s  share")

@@ -7,6 +7,7 @@ selection; "everything" has penalties and the five best log-probabilities, which
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import numpy as np
@@ -22,6 +23,7 @@ EVERYTHING = {**CASES["all"], "repetition_penalty": 1.1, "presence_penalty": 0.2
 
 def main() -> None:
     """One line a vocabulary, batch and kind."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print_machine()
     print("vocab   batch  kind           us   host us (copy of the logits included)")
     rng = np.random.default_rng(0)

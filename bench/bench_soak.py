@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from edgellm_ros import native  # noqa: E402
+from gpu_or_exit import load_module  # noqa: E402
+
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.benchmark.soak import make_requests, soak  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
@@ -39,10 +40,11 @@ def main() -> int:
     if options.bundle:
         llm = LLM.open(options.bundle, config)
     else:
+        load_module()
         bundle = RandomBundle(options.shape, options.weights)
         llm = LLM(bundle, config, CudaExecutor(bundle, config))
     on_gpu = llm.info.name == "cuda"
-    device = native.load().device_info if on_gpu else None
+    device = load_module().device_info if on_gpu else None
 
     def device_bytes() -> int:
         if device is None:

@@ -21,7 +21,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from edgellm_ros import native  # noqa: E402
+from gpu_or_exit import load_module  # noqa: E402
+
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.executors import SequenceStep  # noqa: E402
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[512])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2, 4, 8, 16])
     options = parser.parse_args()
-    info = native.load().device_info()
+    info = load_module().device_info()
     print(f"{info['name']}, {info['num_sms']} SMs; ms, device median (host step)")
     for shape, weights, batching in itertools.product(options.shape, options.weights, options.batching):
         bundle = RandomBundle(shape, weights)
