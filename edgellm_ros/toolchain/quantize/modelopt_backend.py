@@ -83,19 +83,11 @@ def save_model(model: Any, output: Path, dtype: Any) -> None:
 
 
 def common_group(widths: dict[str, int], most: int) -> int:
-    """The largest of RECIPE_GROUPS up to `most` that divides every layer's input features.
+    """The largest of RECIPE_GROUPS up to `most` that divides every layer's input features, which `check_layers` saw.
 
-    widths: module name to input features. Raises ToolchainError that names a layer when none does.
+    widths: module name to input features.
     """
-    for size in RECIPE_GROUPS:
-        if size <= most and all(width % size == 0 for width in widths.values()):
-            return size
-    smallest = min(RECIPE_GROUPS[-1], most)
-    name, width = next((n, w) for n, w in widths.items() if w % smallest)
-    raise ToolchainError(
-        f"{name} has {width} input features, which do not divide into groups of {smallest}; take the recipe fp8, or "
-        f"leave it out of the recipe: exclude: ['*{name.rpartition('.')[2]}*']"
-    )
+    return next(size for size in RECIPE_GROUPS if size <= most and all(width % size == 0 for width in widths.values()))
 
 
 def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
@@ -113,11 +105,14 @@ def linear_widths(model: Any, recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def check_exclude(model: Any, recipe: Recipe) -> None:
-    """Raise ToolchainError for a pattern that no linear layer has, and where nothing is left to quantise."""
+def check_layers(model: Any, recipe: Recipe) -> None:
+    """Raise ToolchainError for a pattern that no linear layer has, where nothing is left, and for odd input features.
+
+    Bundles store groups of 16 at least, and ModelOpt's NVFP4 has them.
+    """
     head = model.get_output_embeddings()
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    names = [name for name, module in layers if module is not head]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    names = [name for name, module in layers.items() if module is not head]
     for pattern in recipe.exclude:
         if not any(_leaves_out(pattern, name) for name in names):
             raise ToolchainError(
@@ -126,6 +121,17 @@ def check_exclude(model: Any, recipe: Recipe) -> None:
     left = [name for name in names if not any(_leaves_out(pattern, name) for pattern in recipe.exclude)]
     if not left:
         raise ToolchainError(f"exclude {', '.join(recipe.exclude)} leaves no layer to quantise; take a pattern out")
+    if recipe.lm_head != "none":
+        left += [name for name, module in layers.items() if module is head]
+    smallest = RECIPE_GROUPS[-1]
+    for name in left:
+        width = layers[name].in_features
+        if width % smallest:
+            raise ToolchainError(
+                f"{name} has {width} input features, which do not divide into groups of {smallest}, and bundles "
+                f"store no smaller ones; leave it out of the recipe, exclude: ['*{name.rpartition('.')[2]}*'], or "
+                "export the original with --weights fp16"
+            )
 
 
 def _configuration(recipe: Recipe, group_size: int) -> dict[str, Any]:

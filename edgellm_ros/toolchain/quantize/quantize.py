@@ -93,7 +93,7 @@ def quantize_and_save(
         show("loading", 0, 1)
         model = load_model(source, device)
         show("loading", 1, 1)
-        backend.check_exclude(model, recipe)
+        backend.check_layers(model, recipe)
         if recipe.lm_head != "none" and untie_head(model):
             notes.append("the head was tied to the embedding; it now has weights of its own")
         group = 0
