@@ -133,3 +133,28 @@ def test_colcon_installs_the_module_beside_the_python_files(tmp_path: Path, monk
     assert result.returncode == 0, result.stderr
     script = (tmp_path / "build" / "native" / "cmake_install.cmake").read_text()
     assert re.search(r"/lib/python/edgellm_ros\" TYPE MODULE FILES \"[^\"]*/_native\.[^\"]*\.so\"", script), script
+
+
+_CHECK = """cmake_minimum_required(VERSION 3.18)
+project(edgellm_ros LANGUAGES NONE)
+include({native}/cmake/check_nvcc.cmake)
+message(STATUS "compiler=${CMAKE_CUDA_COMPILER}")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+def test_a_part_of_the_toolkit_makes_colcon_go_without_native_and_say_why(tmp_path: Path) -> None:
+    """nvcc that says its version and compiles nothing, as without the runtime's headers."""
+    assert "include(native/cmake/check_nvcc.cmake)" in (ROOT / "CMakeLists.txt").read_text()
+    (tmp_path / "CMakeLists.txt").write_text(_CHECK.replace("{native}", str(ROOT / "native")))
+    path = fake_nvcc(tmp_path, "12.6")
+    (tmp_path / "nvcc").write_text((tmp_path / "nvcc").read_text() + 'case "$*" in *--version*) ;; *) exit 1 ;; esac\n')
+    environment = {name: value for name, value in os.environ.items() if name not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")}
+    for _ in range(2):  # the second time with what the first one left in the cache
+        result = subprocess.run(
+            ["cmake", "-S", tmp_path, "-B", tmp_path / "build"],
+            env={**environment, "PATH": path}, capture_output=True, text=True,
+        )  # fmt: skip
+        said = " ".join(result.stderr.split())
+        assert result.returncode == 0 and "compiler=/" not in result.stdout, result.stderr
+        assert "building without native/" in said and "install the whole CUDA toolkit" in said
