@@ -4,6 +4,7 @@ EDGELLM_NATIVE=0 leaves it out. EDGELLM_CUDA_ARCHS names architectures ("87", "8
 the module is compiled for the GPUs that are here, or for all where there is none. CMAKE_ARGS goes to CMake as it is.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -28,8 +29,8 @@ def missing() -> str:
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or int(version.group(1)) < 12:
         return f"{nvcc} is not of CUDA 12 or newer"
-    if shutil.which("cmake") is None:
-        return "cmake was not found; apt install cmake"
+    if not find_cmake():
+        return "no cmake that runs was found; apt install cmake"
     try:
         import pybind11  # noqa: F401
     except ImportError:
@@ -44,6 +45,18 @@ def find_nvcc():
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
+@functools.cache
+def find_cmake():
+    """The first in PATH that runs; "" is none. pip's isolated build hides the package that a cmake of pip's imports."""
+    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        found = shutil.which("cmake", path=directory) if directory else None
+        package = Path(directory).parent.glob("lib/python*/site-packages/cmake/data/bin/cmake")
+        for path in [found, *map(str, package)] if found else []:
+            if subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+                return path
+    return ""
+
+
 class CMakeBuild(build_ext):
     """Builds native/ with CMake."""
 
@@ -51,13 +64,13 @@ class CMakeBuild(build_ext):
         """Compile into the directory that the wheel (or, in place, the source tree) takes the module from."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         directory = Path(self.build_temp).resolve() / "native"
-        configure = ["cmake", "-S", ROOT / "native", "-B", directory, f"-DEDGELLM_OUTPUT_DIR={output}"]
+        configure = [find_cmake(), "-S", ROOT / "native", "-B", directory, f"-DEDGELLM_OUTPUT_DIR={output}"]
         configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DPython3_EXECUTABLE={sys.executable}"]
         configure += [f"-DEDGELLM_CUDA_ARCHS={os.environ.get('EDGELLM_CUDA_ARCHS', '')}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         try:
             subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", directory, "--parallel", str(os.cpu_count() or 1)], check=True)
+            subprocess.run([find_cmake(), "--build", directory, "--parallel", str(os.cpu_count() or 1)], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"edgellm_ros: native/ does not build (above); EDGELLM_NATIVE=0 installs without it\n{error}")
 

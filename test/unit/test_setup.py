@@ -49,6 +49,23 @@ def test_pybind11_that_is_missing_makes_a_pure_wheel(tmp_path: Path) -> None:
     assert result.returncode == 0 and "pip install pybind11" in result.stderr
 
 
+def test_a_cmake_that_pips_isolated_build_breaks_is_passed_over(tmp_path: Path) -> None:
+    """pip's cmake is a script that imports a package, which the isolated build hides; the program is in that package."""
+    broken, program = tmp_path / "bin" / "cmake", tmp_path / "lib/python3/site-packages/cmake/data/bin/cmake"
+    for path, text in ((broken, "exit 1"), (program, f"echo ran >> {tmp_path}/said")):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    fake_nvcc(tmp_path / "bin", "13.0")
+    (tmp_path / "pybind11.py").write_text("")
+    python_path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PATH": str(tmp_path / "bin"), "PYTHONPATH": python_path}
+    assert "without the native CUDA module" not in setup(**environment).stderr
+    assert (tmp_path / "said").read_text() == "ran\n"
+    program.unlink()
+    assert "no cmake that runs was found; apt install cmake" in setup(**environment).stderr
+
+
 def test_make_test_leaves_native_out_where_there_is_no_nvcc_and_make_native_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
