@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgellm_ros import __version__
 from edgellm_ros.errors import UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _TEGRA = {(7, 2), (8, 7), (10, 1), (11, 0)}  # run only code that was compiled f
 def import_module() -> tuple[Any, str]:
     """(the module or None, why it is None). Importing needs no GPU and no CUDA library."""
     try:
-        return importlib.import_module("edgellm_ros._native"), ""
+        module = importlib.import_module("edgellm_ros._native")
     except ModuleNotFoundError as error:
         if error.name != "edgellm_ros._native":
             return None, f"the native module cannot be loaded: {error}"
@@ -41,6 +42,10 @@ def import_module() -> tuple[Any, str]:
         return None, f"the native module is not built; where there is a CUDA toolkit: {_BUILD}"
     except ImportError as error:
         return None, f"the native module cannot be loaded: {error}; build it again: {_BUILD}"
+    built, here = getattr(module, "VERSION", __version__), __version__
+    if built != here:  # the source tree keeps the module that an older checkout built
+        return None, f"the native module was built from edgellm_ros {built}, and this is {here}: {_BUILD}"
+    return module, ""
 
 
 def unavailable_reason() -> str:

@@ -54,7 +54,8 @@ def build(nvcc: Path, check: bool) -> None:
     output = CHECK if check else ROOT / "edgellm_ros"
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
     tensorrt = [os.environ.get("TENSORRT_ROOT", ""), str(importlib.util.find_spec("kernel_lens"))]  # whose NvInfer.h
-    inputs = [version, archs, suffix, *tensorrt, hash_tree(ROOT / "native")]
+    package = (ROOT / "edgellm_ros" / "__init__.py").read_text(encoding="utf-8")  # has the version
+    inputs = [version, archs, suffix, *tensorrt, package, hash_tree(ROOT / "native")]
     title = f"native/ for {'every architecture, -Werror' if check else archs or 'the GPU here, or all'}"
     with Step("native-check" if check else "native", title, inputs) as step:
         if step.done and (output / f"_native{suffix}").is_file():

@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error) if expected or isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError):
             message = f"the package {error.name} is not installed; `edgellm doctor` says how to get it"
+        if isinstance(error, AttributeError) and "_native" in message:  # a checkout moved on, its module did not
+            message = f"{message}: the native module is older than the Python files; make native builds it again"
         hint = "" if expected or args.debug else " (--debug shows where)"
         print(f"error: {message}{hint}", file=sys.stderr)
         return 2 if expected else 1

@@ -102,6 +102,7 @@ void bind_device(py::module_& module) {
       raise_in_python(error);
     }
   });
+  module.attr("VERSION") = EDGELLM_VERSION;  // of edgellm_ros, whose Python files belong to it
   module.attr("CUDA_MAJOR") = CUDART_VERSION / 1000;
   module.attr("CUDA_VERSION") = CUDART_VERSION;    // 13000 is 13.0
   module.attr("ARCHITECTURES") = architectures();  // ("80", "90a"): machine code

@@ -12,6 +12,7 @@ import pytest
 
 import edgellm_ros
 from edgellm_ros import native
+from edgellm_ros.cli.main import main
 from edgellm_ros.errors import UnsupportedError
 
 
@@ -92,3 +93,22 @@ def test_a_module_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch
     (tmp_path / f"_native{suffix}").write_bytes(b"not a shared library")
     with pytest.raises(UnsupportedError, match=r"cannot be loaded: .*build it again: make native"):
         native.load()
+
+
+def test_a_module_that_another_version_left_behind_is_refused_before_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_module(monkeypatch, ("80",), "", (8, 6))
+    sys.modules["edgellm_ros._native"].VERSION = "0.0.9"  # type: ignore[attr-defined]
+    reason = native.unavailable_reason()
+    assert f"was built from edgellm_ros 0.0.9, and this is {edgellm_ros.__version__}: make native" in reason
+    native.import_module.cache_clear()
+    sys.modules["edgellm_ros._native"].VERSION = edgellm_ros.__version__  # type: ignore[attr-defined]
+    assert native.unavailable_reason() == ""
+
+
+def test_what_a_stale_module_lacks_comes_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_module(monkeypatch, ("80",), "", (8, 6))
+    assert main(["bench", "--shape", "llama-1b"]) == 1
+    said = capsys.readouterr().err
+    assert "edgellm_ros._native" in said and "older than the Python files; make native builds it again" in said
