@@ -201,6 +201,11 @@ def _rounds_to_fp8(decoder: Any, settings: Any) -> bool:
 def _check_memory(plan: dict[str, int], free: int, settings: Any) -> None:
     if plan["total"] <= free:
         return
+    if plan["weights"] > free:  # no setting changes that
+        raise ConfigError(
+            f"the weights alone take {plan['weights'] / 1e6:.0f} MB of GPU memory but {free / 1e6:.0f} MB are free; "
+            "end what else holds memory, or export the model in fewer bits (--weights int4), or take a smaller one"
+        )
     adapters, remedy = "", "max_slots, max_context or prefill_chunk"
     if "adapters" in plan:
         adapters = f", {plan['adapters'] / 1e6:.0f} MB for {settings.max_adapters} adapters"
