@@ -1,32 +1,91 @@
-"""A plan that does not fit the GPU is refused with what would make it fit, and only with that."""
+"""The CUDA executor compares its plan with what is free before it takes anything; no GPU: the native module is a stand-in."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError
-from edgellm_ros.executors.cuda import _check_memory
+from edgellm_ros.executors import cuda, memory
 
-PLAN = {"weights": 4_000_000_000, "kv_cache": 500_000_000, "workspace": 90_000_000, "total": 4_590_000_000}
+PLAN = {"weights": 1_500_000_000, "kv_cache": 400_000_000, "workspace": 100_000_000, "total": 2_000_000_000}
 
 
-def settings(kv_format: str) -> SimpleNamespace:
-    return SimpleNamespace(
-        max_adapters=0, kv_format=SimpleNamespace(name=kv_format), num_slots=4, capacity=4096,
-        kv_bytes_per_token=30_000, max_tokens=512,
+class Taken(Exception):
+    """The decoder is made: memory would be taken."""
+
+
+def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int) -> None:
+    def take(settings: Any) -> None:
+        raise Taken
+
+    module = SimpleNamespace(
+        device_info=lambda: {"free_bytes": free, "integrated": integrated}, Decoder=take
     )  # fmt: skip
+    settings = SimpleNamespace(
+        num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
+        kv_format=SimpleNamespace(name="bf16"),
+    )  # fmt: skip
+    quantization: Any = SimpleNamespace(quantization=None, model=None)
+    bundle: Any = SimpleNamespace(manifest=quantization, vocab_map=lambda: None)
+    monkeypatch.setattr(cuda.native, "load", lambda: module)
+    monkeypatch.setattr(cuda, "_settings", lambda *arguments: settings)
+    monkeypatch.setattr(cuda, "plan_memory", lambda *arguments: PLAN)
+    monkeypatch.setattr(cuda, "widenings", lambda *arguments: [])
+    monkeypatch.setattr(memory, "available_memory", lambda: available)
+    cuda.CudaExecutor(bundle, EngineConfig())
 
 
-def test_settings_are_named_where_settings_can_help() -> None:
-    _check_memory(PLAN, PLAN["total"], settings("bf16"))
-    with pytest.raises(ConfigError, match=r"4589 MB are free; lower max_slots, .* or set kv_cache to fp8$"):
-        _check_memory(PLAN, 4_589_000_000, settings("bf16"))
-    with pytest.raises(ConfigError, match=r"lower max_slots, max_context or prefill_chunk$"):
-        _check_memory(PLAN, 4_589_000_000, settings("fp8"))
+@pytest.mark.parametrize(
+    ("free", "integrated", "available", "told"),
+    [
+        (1_900_000_000, False, 9_000_000_000, 1900),
+        (9_000_000_000, True, 1_600_000_000, 1600),  # on a Jetson the CPU's programs and containers count too
+        (300_000_000, True, 1_900_000_000, 1900),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_numbers_and_remedies(
+    free: int, integrated: bool, available: int, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=rf"needs 2000 MB of GPU memory .* but {told} MB are free; lower max_slots") as refusal:
+        open_with(monkeypatch, free, integrated, available)
+    assert "max_slots 4 x max_context 4096 x 24576 bytes of KV cache" in str(refusal.value)
+    assert "set kv_cache to fp8" in str(refusal.value)
 
 
-def test_weights_that_fit_with_no_settings_are_said_to_be_too_large() -> None:
-    with pytest.raises(ConfigError, match=r"weights alone take 4000 MB .* 3900 MB are free; .*--weights int4"):
-        _check_memory(PLAN, 3_900_000_000, settings("bf16"))
+def test_weights_that_fit_with_no_settings_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"weights alone take 1500 MB .* 1400 MB are free; .*--weights int4") as refusal:
+        open_with(monkeypatch, 9_000_000_000, True, 1_400_000_000)
+    assert "lower" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("free", "integrated", "available"), [
+    (2_000_000_000, False, 0),
+    (9_000_000_000, True, 2_000_000_000),
+    (300_000_000, True, 2_000_000_000),  # a Jetson whose memory holds the files of the bundle that was just checked
+])  # fmt: skip
+def test_a_plan_that_fits_is_told_and_then_taken(
+    free: int, integrated: bool, available: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(Taken):
+        open_with(monkeypatch, free, integrated, available)
+    assert "GPU memory planned: weights 1500 MB, kv_cache 400 MB, workspace 100 MB, total 2000 MB" in caplog.text
+    assert f"{(available if integrated else free) // 10**6} MB are free" in caplog.text
+
+
+def test_files_that_a_container_holds_in_memory_are_not_taken_from_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers as Linux writes them: 6 of 8 MB are used, 5 of these by files that were read once."""
+    for name, text in (("max", "8000000"), ("current", "6000000"), ("stat", "anon 900000\ninactive_file 5000000\n")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available_memory() == 7_000_000
+    (tmp_path / "memory.stat").unlink()
+    assert memory.available_memory() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() > 100_000_000
