@@ -110,6 +110,14 @@ def products_reason(module: Any) -> str:
     return reason
 
 
+def products_remedy(module: Any, reason: str) -> str:
+    """What brings `module` the cuBLASLt that it has not, for `reason`."""
+    if "no cublasLt.h" in reason:  # another library would not help
+        return "build the module again where the CUDA toolkit has cuBLAS"
+    package = "nvidia-cublas-cu12" if module.CUDA_MAJOR == 12 else "nvidia-cublas"
+    return f"install the CUDA toolkit, or pip install {package}"
+
+
 def tensorrt_candidates(module: Any) -> list[str]:
     """Names and paths under which TensorRT's runtime is looked for, in turn; EDGELLM_NVINFER names the only one.
 

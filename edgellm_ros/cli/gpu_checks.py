@@ -147,11 +147,7 @@ def _check_products(module: Any) -> Check:
     reason = native.products_reason(module)
     if not reason:
         return Check("GPU", "cuBLASLt", State.OK, "found; prompts are read with its matrix products")
-    if "no cublasLt.h" in reason:  # another library would not help
-        remedy = "only for reading prompts fast: build the module again where the CUDA toolkit has cuBLAS"
-    else:
-        package = "nvidia-cublas-cu12" if module.CUDA_MAJOR == 12 else "nvidia-cublas"
-        remedy = f"only for reading prompts fast: install the CUDA toolkit, or pip install {package}"
+    remedy = f"only for reading prompts fast: {native.products_remedy(module, reason)}"
     return Check("GPU", "cuBLASLt", State.MISSING, reason, remedy)
 
 

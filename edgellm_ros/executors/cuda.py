@@ -90,9 +90,9 @@ class CudaExecutor(NativeExecutor):
             _log.info("weights without kernels are widened: %s", line)
         _check_memory(plan, free, settings)
         self._decoder: Any = module.Decoder(settings)
-        if self._decoder.products_reason:
-            reason = self._decoder.products_reason
-            _log.warning("prompts are read slowly: no cuBLASLt (%s); pip install nvidia-cublas", reason)
+        if reason := self._decoder.products_reason:
+            remedy = native.products_remedy(module, reason)
+            _log.warning("prompts are read slowly: no cuBLASLt (%s); %s", reason, remedy)
         _upload(self._decoder, bundle)
         apply_tiles(self._decoder, bundle, info, settings.batch_invariant)
         self._decoder.finish_load()

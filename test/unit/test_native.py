@@ -112,3 +112,17 @@ def test_what_a_stale_module_lacks_comes_with_the_remedy(
     assert main(["bench", "--shape", "llama-1b"]) == 1
     said = capsys.readouterr().err
     assert "edgellm_ros._native" in said and "older than the Python files; make native builds it again" in said
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason", "remedy"),
+    [
+        (13, "libcublasLt.so.13: cannot open shared object file", "install the CUDA toolkit, or pip install nvidia-cublas"),
+        (12, "libcublasLt.so.12: cannot open shared object file", "install the CUDA toolkit, or pip install nvidia-cublas-cu12"),
+        (12, "this build had no cublasLt.h", "build the module again where the CUDA toolkit has cuBLAS"),
+    ],
+)  # fmt: skip
+def test_the_cublas_that_is_named_is_the_modules_own(cuda: int, reason: str, remedy: str) -> None:
+    module: Any = ModuleType("edgellm_ros._native")
+    module.CUDA_MAJOR = cuda
+    assert native.products_remedy(module, reason) == remedy
