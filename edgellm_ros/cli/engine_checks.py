@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from edgellm_ros import native, trt_plugins
 from edgellm_ros.cli.check import Check, State
+from edgellm_ros.cli.gpu_checks import SICK_REMEDY, unusable_reason
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.errors import DeviceError, UnsupportedError
 
 if TYPE_CHECKING:
     from edgellm_ros.bundle import Bundle
@@ -26,7 +27,7 @@ def check_tensorrt() -> Iterator[Check]:
         yield Check("GPU", "TensorRT", State.MISSING, reason, "not needed on a CPU; part of JetPack on a Jetson")
         return
     found = f"{'.'.join(map(str, version)) or 'not TensorRT'} ({path}), headers {module.TENSORRT_HEADERS}"
-    reason = reason or native.unavailable_reason()
+    reason = reason or unusable_reason()
     if reason:
         yield Check("GPU", "TensorRT", State.MISSING, f"{found}; not used: {reason}")
         return
@@ -64,7 +65,11 @@ def check_engines(bundle: Bundle, config: EngineConfig) -> Check:
     """Which engine of a bundle would be loaded, or why none."""
     from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
 
-    chosen, reasons = choose_engine(bundle, config, probe_machine())
+    try:
+        machine = probe_machine()
+    except DeviceError as error:
+        return Check("bundle", "engine", State.MISSING, f"the GPU fails: {error}", SICK_REMEDY)
+    chosen, reasons = choose_engine(bundle, config, machine)
     if chosen is not None:
         return Check("bundle", "engine", State.OK, f"{chosen.key} fits this machine")
     return Check("bundle", "engine", State.MISSING, "; ".join(reasons), "not needed: another executor is used")

@@ -15,9 +15,11 @@ from typing import Any
 from edgellm_ros import native
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.inspect import human_bytes
+from edgellm_ros.errors import DeviceError
 from edgellm_ros.executors.memory import free_device_memory
 
 _CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
+SICK_REMEDY = "nvidia-smi shows what holds its memory, dmesg what its driver says"
 _PROC = Path("/proc/driver/nvidia")
 _TEGRA = Path("/etc/nv_tegra_release")
 
@@ -54,6 +56,14 @@ def check_gpus() -> Iterator[Check]:
         yield _check_products(module)
 
 
+def unusable_reason() -> str:
+    """`native.unavailable_reason()`, of a GPU that fails too: doctor is asked just then."""
+    try:
+        return native.unavailable_reason()
+    except DeviceError as error:
+        return f"the GPU fails: {error}; {SICK_REMEDY}"
+
+
 def survey_cuda_python() -> Survey | None:
     """Ask the driver through cuda-python; None where that is not installed."""
     try:
@@ -78,7 +88,10 @@ def survey_native(module: Any) -> Survey | None:
     """Ask the native module, which knows the first card; None where there is no module or no card."""
     if module is None or not module.count_devices()[0]:
         return None
-    info = module.device_info()
+    try:
+        info = module.device_info()
+    except DeviceError as error:
+        return Survey((), (0, 0), f"the GPU fails: {error}", SICK_REMEDY)
     gpu = Gpu(info["name"], tuple(info["compute_capability"]), info["total_bytes"], free_device_memory(info))
     return Survey((gpu,), _version(info["driver_cuda_version"]), remedy=_CUDA_PYTHON)
 
@@ -137,7 +150,7 @@ def _check_kernels(survey: Survey, module: Any, not_loaded: str) -> Check:
         if reason:
             what, _, remedy = reason.rpartition(": ")
             return Check("GPU", name, State.MISSING, f"{built}; not used: {used.name} {what}", remedy)
-    reason = native.unavailable_reason()
+    reason = unusable_reason()
     if reason:
         return Check("GPU", name, State.MISSING, f"{built}; not used: {reason}")
     return Check("GPU", name, State.OK, f"{built}; used by the executor `cuda`")

@@ -14,7 +14,9 @@ import pytest
 from edgellm_ros import native
 from edgellm_ros.cli import gpu_checks
 from edgellm_ros.cli.check import Check, State
+from edgellm_ros.cli.engine_checks import check_tensorrt
 from edgellm_ros.cli.gpu_checks import check_gpus
+from edgellm_ros.errors import DeviceError
 
 GIB = 2**30
 
@@ -204,3 +206,23 @@ def test_a_module_built_for_checking_is_not_taken_for_a_fast_one(monkeypatch: py
     install_cuda_python(monkeypatch, [("Card", (9, 0))])
     install_native(monkeypatch, capability=(9, 0)).FAST_COMPILE = True
     assert "without optimisation" in checks()["CUDA kernels"].found
+
+
+@pytest.mark.parametrize("with_cuda_python", [True, False])
+def test_a_gpu_that_fails_is_a_line_of_the_report_and_not_its_end(
+    with_cuda_python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise DeviceError("memory.cpp:12: cudaMemGetInfo: out of memory")
+
+    module = install_native(monkeypatch, ("90a",), capability=(9, 0))
+    module.TENSORRT_HEADERS, module.device_info = "10.3", fail
+    monkeypatch.setattr(native, "find_tensorrt", lambda module: ("libnvinfer.so.10", (10, 3), ""))
+    if with_cuda_python:
+        install_cuda_python(monkeypatch, [("Card", (9, 0))])
+    found = checks()
+    line = found["CUDA kernels" if with_cuda_python else "NVIDIA GPU"]
+    assert line.state is State.MISSING and "the GPU fails: memory.cpp:12: cudaMemGetInfo" in line.found
+    assert "nvidia-smi shows what holds its memory" in line.found + line.remedy
+    (tensorrt,) = check_tensorrt()
+    assert tensorrt.state is State.MISSING and "not used: the GPU fails" in tensorrt.found
