@@ -72,7 +72,8 @@ def capability_reason(module: Any, capability: tuple[int, int]) -> str:
     arch = "90a" if tuple(capability) == (9, 0) else have.replace(".", "")
     return (
         f"has compute capability {have}, but the native module was compiled for {', '.join(module.ARCHITECTURES)}: "
-        f"EDGELLM_CUDA_ARCHS={arch} {_BUILD}"
+        f"EDGELLM_CUDA_ARCHS={arch} make native, or the same before pip install, or "
+        f"colcon build --cmake-args -DEDGELLM_CUDA_ARCHS={arch}"
     )
 
 

@@ -64,7 +64,9 @@ def test_a_module_for_other_gpus_is_refused_by_both_names(monkeypatch: pytest.Mo
         native.load()
     fake_module(monkeypatch, ("87",), "", (9, 0))
     native.import_module.cache_clear()
-    assert "EDGELLM_CUDA_ARCHS=90a make native" in native.unavailable_reason()
+    reason = native.unavailable_reason()
+    assert "EDGELLM_CUDA_ARCHS=90a make native" in reason
+    assert "colcon build --cmake-args -DEDGELLM_CUDA_ARCHS=90a" in reason  # which configures again for new arguments only
 
 
 def test_a_gpu_that_is_too_old_is_told_so_even_when_ptx_would_load(monkeypatch: pytest.MonkeyPatch) -> None:
