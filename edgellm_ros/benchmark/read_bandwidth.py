@@ -10,7 +10,7 @@ import numpy as np
 
 from edgellm_ros import native
 from edgellm_ros.executors.base import ON_GPU
-from edgellm_ros.executors.memory import available_memory, physical_cores
+from edgellm_ros.executors.memory import available_memory, free_device_memory, physical_cores
 
 _CPU_BYTES = 512 << 20  # many times any last-level cache that a robot has
 _GPU_BYTES = 2 << 30
@@ -34,7 +34,7 @@ def measure_read_bandwidth(executor: str, num_threads: int = 0) -> ReadBandwidth
 
 def _read_gpu() -> ReadBandwidth:
     module = native.load()
-    num_bytes = min(_GPU_BYTES, module.device_info()["free_bytes"] // 4) >> 20 << 20
+    num_bytes = min(_GPU_BYTES, free_device_memory(module.device_info()) // 4) >> 20 << 20
     return ReadBandwidth(float(module.measure_read_bandwidth(num_bytes)), f"kernel that reads {num_bytes >> 20} MiB")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgellm_ros.benchmark.read_bandwidth import measure_read_bandwidth
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError
 from edgellm_ros.executors import cuda, memory
@@ -61,6 +62,19 @@ def test_weights_that_fit_with_no_settings_are_said_to_be_too_large(monkeypatch:
     with pytest.raises(ConfigError, match=r"weights alone take 1500 MB .* 1400 MB are free; .*--weights int4") as refusal:
         open_with(monkeypatch, 9_000_000_000, True, 1_400_000_000)
     assert "lower" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("integrated", "told"), [(False, 100), (True, 1000)])
+def test_a_jetsons_reading_is_timed_over_what_linux_can_give(
+    integrated: bool, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few MiB, which CUDA calls free after a bundle was read, would be timed in the cache."""
+    module = SimpleNamespace(
+        device_info=lambda: {"free_bytes": 400 << 20, "integrated": integrated}, measure_read_bandwidth=lambda size: 50
+    )  # fmt: skip
+    monkeypatch.setattr(cuda.native, "load", lambda: module)
+    monkeypatch.setattr(memory, "available_memory", lambda: 4000 << 20)
+    assert measure_read_bandwidth("cuda").method == f"kernel that reads {told} MiB"
 
 
 @pytest.mark.parametrize(("free", "integrated", "available"), [
