@@ -57,6 +57,11 @@ def find_cmake():
     return ""
 
 
+def num_jobs():
+    """CMake's own variable, for a robot with little memory, or one for each processor."""
+    return os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+
+
 class CMakeBuild(build_ext):
     """Builds native/ with CMake."""
 
@@ -70,7 +75,7 @@ class CMakeBuild(build_ext):
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([find_cmake(), "--build", directory, "--parallel", str(os.cpu_count() or 1)], check=True)
+            subprocess.run([find_cmake(), "--build", directory, "--parallel", num_jobs()], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"edgellm_ros: native/ does not build (above); EDGELLM_NATIVE=0 installs without it\n{error}")
 

@@ -74,7 +74,8 @@ def build(nvcc: Path, check: bool) -> None:
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         run(configure, "native-configure")
-        run([cmake, "--build", directory, "--parallel", str(os.cpu_count() or 1)], "native-build")
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        run([cmake, "--build", directory, "--parallel", jobs], "native-build")
         # A shared library links with symbols missing, and tests skip a module that cannot be loaded.
         environment = {**os.environ, "PYTHONPATH": str(output)}
         run([sys.executable, "-c", "import _native; print(_native.__file__)"], "native-import", environment)

@@ -98,7 +98,7 @@ def test_a_build_of_another_python_or_compiler_is_not_continued(
 _CMAKE = """#!/bin/sh
 case "$1" in
   -S) for option in "$@"; do case "$option" in -DEDGELLM_OUTPUT_DIR=*) echo "${option#*=}" > "$CMAKE_SAID" ;; esac; done ;;
-  --build) output=$(cat "$CMAKE_SAID"); mkdir -p "$output"; echo compiled > "$output/_native$EXT_SUFFIX" ;;
+  --build) echo "$@" > "$CMAKE_SAID.build"; output=$(cat "$CMAKE_SAID"); mkdir -p "$output"; echo compiled > "$output/_native$EXT_SUFFIX" ;;
 esac
 """
 
@@ -115,11 +115,13 @@ def test_the_wheel_carries_the_module_that_cmake_compiles(tmp_path: Path) -> Non
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "EXT_SUFFIX": str(sysconfig.get_config_var("EXT_SUFFIX")),
         "CMAKE_SAID": str(tmp_path / "output_dir"),
+        "CMAKE_BUILD_PARALLEL_LEVEL": "3",
     }
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "b"]
     command += ["bdist_wheel", "--dist-dir", tmp_path, "--bdist-dir", tmp_path / "w"]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "output_dir.build").read_text().endswith(" --parallel 3\n")
     (wheel,) = tmp_path.glob("*.whl")
     assert not wheel.name.endswith("-none-any.whl")
     with zipfile.ZipFile(wheel) as files:
