@@ -43,8 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="sequences decoded together, with --decode-batching fast (default 1); exact has one choice for all",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="tokens in the KV cache while timing (default 512)"
-    )
+        "--tokens", type=int, metavar="N",
+        help="tokens in the KV cache while timing (default 512, or what a shorter slot holds)",
+    )  # fmt: skip
     parser.add_argument("--forget", action="store_true", help="remove the choices for this GPU instead")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     skipped = [name for name in EngineConfig.__dataclass_fields__ if name not in _USED]
@@ -66,10 +67,10 @@ def execute(args: argparse.Namespace) -> int:
         file.unlink(missing_ok=True)
         print(f"removed {file}" if existed else f"there was no {file}")
         return 0
-    _check_tokens(bundle, config, args.tokens)
+    tokens = _tokens(bundle, config, args.tokens)
     native.load()
     check_writable(bundle)
-    found, path = _tune(bundle, config, batches, args.tokens)
+    found, path = _tune(bundle, config, batches, tokens)
     if args.json:
         print(json.dumps({"file": str(path), "batches": found}, indent=1))
     else:
@@ -88,21 +89,24 @@ def _batches(args: argparse.Namespace, config: EngineConfig) -> list[int]:
     for batch in batches:
         if not 1 <= batch <= most:
             raise ConfigError(f"--batch {batch}: allowed is 1 to {most}, the sequences that decode together")
-    if not 1 <= args.tokens <= 2**20:
+    if args.tokens is not None and not 1 <= args.tokens <= 2**20:
         raise ConfigError(f"--tokens {args.tokens}: allowed is 1 to {2**20}")
     return batches
 
 
-def _check_tokens(bundle: Bundle, config: EngineConfig, tokens: int) -> None:
+def _tokens(bundle: Bundle, config: EngineConfig, asked: int | None) -> int:
+    """How many are in the cache while timing."""
     from edgellm_ros.executors.cuda import DEFAULT_CONTEXT
 
     model_limit = bundle.manifest.model.max_context
     limit = config.max_context or min(model_limit, DEFAULT_CONTEXT)
+    tokens = max(1, min(512, limit - _ROOM)) if asked is None else asked
     if tokens + _ROOM > limit:
         longer = f" or give --max-context, up to {model_limit}" if limit < model_limit else ""
         raise ConfigError(
             f"--tokens {tokens} and {_ROOM} more do not fit the {limit} tokens of a slot; lower it{longer}"
         )
+    return tokens
 
 
 def _tune(bundle: Any, config: EngineConfig, batches: list[int], tokens: int) -> tuple[list[dict[str, Any]], Path]:

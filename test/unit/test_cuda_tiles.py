@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ import pytest
 
 from edgellm_ros.benchmark.tuning import num_timed, tune
 from edgellm_ros.bundle import Bundle
+from edgellm_ros.cli import tune as cli_tune
 from edgellm_ros.cli.main import main
+from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import cuda_tiles
 from edgellm_ros.executors.cuda_tiles import PRODUCTS, Tiles, apply_tiles, read_tiles, tiles_file, write_tiles
 
@@ -148,6 +151,14 @@ def test_tokens_must_fit_the_slots_that_will_be_loaded_not_only_the_model(
     assert main(["tune", str(bundle.path), "--tokens", "37"]) == 2
     said = f"do not fit the 100 tokens of a slot; lower it or give --max-context, up to {model.max_context}"
     assert said in capsys.readouterr().err
+
+
+def test_without_tokens_a_short_slot_is_timed_as_full_as_it_gets(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    config = EngineConfig(executor="cuda", max_context=100)
+    assert cli_tune._tokens(bundle, config, None) == 36  # 64 are for the steps
+    assert cli_tune._tokens(bundle, dataclasses.replace(config, max_context=8192), None) == 512
+    assert main(["tune", str(bundle.path), "--max-context", "64"]) == 2
+    assert "--tokens 1 and 64 more do not fit the 64 tokens of a slot" in capsys.readouterr().err
 
 
 def test_every_product_is_one_that_a_decoder_has() -> None:
