@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_ros import __version__, native
-from edgellm_ros.executors.memory import free_device_memory, physical_cores
+from edgellm_ros.memory import free_device_memory, meminfo, physical_cores
 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers")
 
 
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, memory, load and, where the native module sees one, the GPU and its driver."""
-    memory = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "cpu": cpu_name(_read("/proc/cpuinfo")),
         "physical_cores": physical_cores(),
         "logical_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int(memory.group(1)) * 1024 if memory else 0,
+        "memory_bytes": meminfo(_read("/proc/meminfo")).get("MemTotal", 0),
         "load_average": round(os.getloadavg()[0], 2),  # programs that wanted to run, last minute; before measuring
         "gpu": _gpu(),
     }

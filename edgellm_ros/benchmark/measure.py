@@ -28,9 +28,9 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError
 from edgellm_ros.executors.base import ON_GPU, Executor, ExecutorInfo
-from edgellm_ros.executors.memory import available_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
 from edgellm_ros.llm import LLM
+from edgellm_ros.memory import available_memory
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgellm_ros import native
 from edgellm_ros.executors.base import ON_GPU
-from edgellm_ros.executors.memory import available_memory, free_device_memory, physical_cores
+from edgellm_ros.memory import available_memory, free_device_memory, physical_cores
 
 _CPU_BYTES = 512 << 20  # many times any last-level cache that a robot has
 _GPU_BYTES = 2 << 30

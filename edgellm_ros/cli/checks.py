@@ -19,6 +19,7 @@ from edgellm_ros.cli.gpu_checks import check_gpus
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
+from edgellm_ros.memory import meminfo
 
 BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
 TOOLCHAIN = ("onnx", "gguf", "ml_dtypes", "threadpoolctl")
@@ -120,10 +121,9 @@ def check_cpu(cpuinfo: str) -> Check:
     return Check("machine", "CPU", State.OK, found)
 
 
-def memory_available(meminfo: str) -> int:
+def memory_available(text: str) -> int:
     """Bytes that programs can still take, of /proc/meminfo's text; 0 when it does not say."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    return int(match.group(1)) * 1024 if match else 0
+    return meminfo(text).get("MemAvailable", 0)
 
 
 def check_bundle(path: Path, available: int, config: EngineConfig | None = None) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from edgellm_ros import native
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.errors import DeviceError
-from edgellm_ros.executors.memory import free_device_memory
+from edgellm_ros.memory import free_device_memory
 
 _CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
 SICK_REMEDY = "nvidia-smi shows what holds its memory, dmesg what its driver says"

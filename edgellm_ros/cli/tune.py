@@ -79,13 +79,15 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _batches(args: argparse.Namespace, config: EngineConfig) -> list[int]:
+    from edgellm_ros.executors.cuda_tiles import MAX_BATCH
+
     exact = config.decode_batching == "exact" and config.max_slots > 1
     if exact and args.batch is not None:
         raise ConfigError(
             "--batch goes with --decode-batching fast or --max-slots 1: in exact mode every batch has one choice"
         )
     batches = sorted(set(args.batch or [1]))
-    most = 8 if not was_given(args, EngineConfig, "max_slots") else min(8, config.max_slots)
+    most = MAX_BATCH if not was_given(args, EngineConfig, "max_slots") else min(MAX_BATCH, config.max_slots)
     for batch in batches:
         if not 1 <= batch <= most:
             raise ConfigError(f"--batch {batch}: allowed is 1 to {most}, the sequences that decode together")

@@ -37,8 +37,8 @@ from edgellm_ros.executors.cuda_tiles import apply_tiles
 from edgellm_ros.executors.cuda_weights import native_weight
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import PackedLora, fit, unpack
-from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
+from edgellm_ros.memory import free_device_memory
 
 _log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from edgellm_ros.executors.engines import (
     list_engines,
     read_engine,
 )
-from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.manifest import Manifest
+from edgellm_ros.memory import free_device_memory
 
 _ALIGNMENT = 256  # arena.hpp: MemoryPlan::kAlignment
 _RESERVE = 64 << 20  # of the rest: embedding, workspace, graphs

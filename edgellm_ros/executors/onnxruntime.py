@@ -28,9 +28,9 @@ from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_regions
 from edgellm_ros.executors.lora import LoraAdapter
 from edgellm_ros.executors.lora_layout import PackedLora
-from edgellm_ros.executors.memory import available_memory, physical_cores
 from edgellm_ros.executors.onnxruntime_lora import OrtAdapters, planned_bytes
 from edgellm_ros.manifest import LinearFormat, QuantSpec
+from edgellm_ros.memory import available_memory, physical_cores
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth

@@ -36,8 +36,8 @@ from edgellm_ros.executors.engines import (
 )
 from edgellm_ros.executors.lora import LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import FloatArray, PackedLora, fit, pack_matrices, unpack
-from edgellm_ros.executors.memory import free_device_memory
 from edgellm_ros.executors.native_executor import NativeExecutor
+from edgellm_ros.memory import free_device_memory
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from edgellm_ros.bundle import DECODER_ORT, Bundle
 from edgellm_ros.errors import BundleError
 from edgellm_ros.executors import ort_windows
 from edgellm_ros.executors.embedding import EmbeddingTable
-from edgellm_ros.executors.memory import physical_cores
+from edgellm_ros.memory import physical_cores
 
 FloatArray = npt.NDArray[np.float32]
 _Values = dict[str, npt.NDArray[Any]]  # by their names in the graph

@@ -125,7 +125,7 @@ def test_one_gpu_with_fitting_kernels_is_used(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_of_a_jetson_what_linux_calls_available_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 7 * GIB)
+    monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: 7 * GIB)
     install_cuda_python(monkeypatch, [("Orin", (8, 7))], integrated=True)
     assert "7.0 GiB free of 8.0 GiB" in checks()["NVIDIA GPU"].found
 

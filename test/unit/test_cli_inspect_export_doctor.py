@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,13 @@ def test_a_bundle_is_checked_for_wholeness_and_for_fitting_in_memory(bundle: Pat
     os.truncate(bundle / TOKENIZER, 10)
     (broken,) = checks.check_bundle(bundle, cache + size, config)
     assert broken.state is State.FAILED and "truncated" in broken.found
+
+
+def test_doctor_needs_none_of_the_packages_that_it_looks_for() -> None:
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({[*checks.BASE, *checks.TOOLCHAIN, 'yaml']!r}))\n"
+        "del sys.modules['rich']\n"  # which shows the table
+        "from edgellm_ros.cli.main import main; main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "free memory" in done.stdout and not done.stderr, (done.stdout, done.stderr)

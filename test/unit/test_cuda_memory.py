@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from edgellm_ros import memory
 from edgellm_ros.benchmark.read_bandwidth import measure_read_bandwidth
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError
-from edgellm_ros.executors import cuda, memory
+from edgellm_ros.executors import cuda
 
 PLAN = {"weights": 1_500_000_000, "kv_cache": 400_000_000, "workspace": 100_000_000, "total": 2_000_000_000}
 

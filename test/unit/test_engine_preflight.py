@@ -302,9 +302,9 @@ def test_what_is_missing_is_said_in_order_and_nothing_is_created(monkeypatch: py
 def test_on_one_memory_with_the_cpu_what_linux_calls_available_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleOfATest(integrated=True)
     monkeypatch.setattr(native, "import_module", lambda: (module, ""))
-    monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 5 << 30)
+    monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: 5 << 30)
     assert probe_machine().free_bytes == 5 << 30
-    monkeypatch.setattr("edgellm_ros.executors.memory.available_memory", lambda: 7 << 30)
+    monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: 7 << 30)
     assert probe_machine().free_bytes == 7 << 30, "CUDA's 6 GiB leave out the files that Linux would drop"
 
 

@@ -11,6 +11,7 @@ from edgellm_ros.bundle import WEIGHTS, Bundle
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.config import BUILD_TARGETS, BuildOptions
 from edgellm_ros.executors.engines import graph_file
+from edgellm_ros.memory import meminfo
 from edgellm_ros.trt_plugins import DOMAIN
 
 # By what each architecture is said to have; only int4, failing on sm75 and building on sm80, was tried.
@@ -59,16 +60,15 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
             raise ToolchainError(f"tensorrt builds for the GPU that it runs on ({here or 'none here'}), not for "
                                  f"{target}; build on the robot, or with --builder tensorrt_rtx")  # fmt: skip
         return "tensorrt", _import("tensorrt", TENSORRT_REMEDY)
-    remedy = "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT"
-    if here == target and wanted == "auto":  # TensorRT itself would be the one to take
-        remedy = f"nor is tensorrt here: {TENSORRT_REMEDY}"
-    trt = _import("tensorrt_rtx", remedy)
+    at_home = here == target and wanted == "auto"  # TensorRT itself would be the one to take
+    none_here = f"nor is tensorrt here: {TENSORRT_REMEDY}"
+    trt = _import("tensorrt_rtx", none_here if at_home else "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT")
     known = sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
     if target not in known:
+        remedy = none_here if at_home else "build on that machine with its TensorRT: edgellm build --target current"
         raise ToolchainError(
             f"TensorRT-RTX {trt.__version__} builds for {', '.join(known)}, not for {target} "
-            f"({BUILD_TARGETS.get(target, 'unknown')}); "
-            + (remedy if here == target and wanted == "auto" else "build on that machine with its TensorRT: edgellm build --target current")
+            f"({BUILD_TARGETS.get(target, 'unknown')}); {remedy}"
         )
     return "tensorrt_rtx", trt
 
@@ -133,11 +133,10 @@ def check_resources(bundle: Bundle, available: int | None) -> None:
 def memory_available() -> int | None:
     """Bytes that programs can still take, as Linux says; swap counts, for a build can wait for it."""
     try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+        known = meminfo(_MEMINFO.read_text(encoding="ascii"))
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
-    return sum(found) if found else None
+    return known["MemAvailable"] + known.get("SwapFree", 0) if "MemAvailable" in known else None
 
 
 def load_graph(bundle: Bundle, name: str, capacity: int) -> Any:

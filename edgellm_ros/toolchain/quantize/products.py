@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from edgellm_ros.executors.memory import physical_cores
+from edgellm_ros.memory import physical_cores
 
 _PRODUCT_BYTES = 1 << 30  # what is held of XᵀX at once; more layers take another reading of the text
 _COPIES = 6  # of a product that rounding holds for a moment

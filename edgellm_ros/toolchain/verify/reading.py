@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from edgellm_ros.errors import ToolchainError
-from edgellm_ros.executors.memory import physical_cores
 from edgellm_ros.manifest import ModelSpec
+from edgellm_ros.memory import physical_cores
 from edgellm_ros.tokenizer import Tokenizer
 from edgellm_ros.toolchain.checkpoint import Checkpoint, open_checkpoint
 from edgellm_ros.toolchain.detect import check_tensors, load_spec

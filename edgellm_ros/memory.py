@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def meminfo(text: str) -> dict[str, int]:
+    """Bytes by name, of /proc/meminfo's text: MemTotal, MemAvailable, SwapFree and others."""
+    return {name: int(count) * 1024 for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
 def available_memory() -> int:
     """Bytes that can be taken without swapping: the kernel's estimate, and no more than a container's own limit."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
+    available = meminfo(Path("/proc/meminfo").read_text()).get("MemAvailable", 0)
     limit, used = _read_int(_CGROUP / "memory.max"), _read_int(_CGROUP / "memory.current")
     if limit is not None and used is not None:
         available = min(available, max(limit - used + _droppable(), 0))
