@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   // From every block of the cluster: its sums of the outputs that this one merges, and maximum and total of each head.
   __shared__ __align__(16) float received[kTileHeads * HD + 4 * kMaxCluster];
   __shared__ __align__(16) float2 received_tops[kMaxCluster][kTileHeads];
+  __shared__ uint64_t arrivals;
   __shared__ unsigned int order;
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
@@ -94,7 +95,10 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kThreads) {  // columns without a head
     queries[0][num_valid + j / HD][j % HD] = queries[1][num_valid + j / HD][j % HD] = 0;
   }
-  if (p.cluster > 1) cluster_arrive_relaxed();
+  if (p.cluster > 1) {
+    if (tid == 0) mbarrier_init(&arrivals);
+    cluster_arrive_relaxed();
+  }
   start_dependents();
   wait_for_predecessor();
   const int position = *static_cast<const volatile int32_t*>(p.positions + sequence);
@@ -246,7 +250,14 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   const int rank = split % p.cluster, clusters = ceil_div(range.num_splits, p.cluster);
   const int num_ranks = min(p.cluster, range.num_splits), num_outs = num_valid * HD;
   const int share = ceil_div(ceil_div(num_outs, num_ranks), 4) * 4;
-  if (p.cluster > 1) cluster_wait();  // until all of its blocks run
+  const int first_out = rank * share, last_out = min(num_outs, first_out + share);
+  if (p.cluster > 1) {
+    if (tid == 0) {
+      const int num_numbers = max(0, last_out - first_out) + 2 * num_valid;  // from each of them, this one included
+      mbarrier_expect(&arrivals, num_ranks * num_numbers * static_cast<int>(sizeof(float)));
+    }
+    cluster_wait();  // until all of its blocks run and have their mbarriers
+  }
   for (int j = 4 * tid; j < num_outs; j += 4 * kThreads) {
     const int head = j / HD;
     float highest = kNoScore, sum = 0.0f;
@@ -266,17 +277,16 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
     const int peer = j % HD / 4;  // the threads of a head tell one block each
     static_assert(HD / 4 >= kMaxCluster);
     if (p.cluster > 1) {
-      store_to_cluster(to, target, merged);
-      if (peer < num_ranks) store_to_cluster(&received_tops[rank][head], peer, make_float2(highest, sum));
+      store_async(to, &arrivals, target, merged);
+      if (peer < num_ranks) store_async(&received_tops[rank][head], &arrivals, peer, make_float2(highest, sum));
     } else {
       *to = merged;
       if (peer == 0) received_tops[0][head] = make_float2(highest, sum);
     }
   }
-  const int first_out = rank * share, last_out = min(num_outs, first_out + share);
   const std::size_t first_row = static_cast<std::size_t>(sequence) * p.num_heads + first_head;
   if (p.cluster > 1) {
-    cluster_barrier();
+    mbarrier_wait(&arrivals);
   } else {
     __syncthreads();
   }

@@ -86,9 +86,12 @@ float score_int4(const GemvArgs& args, const Int4Config& c, int num_sms) {
     const bool even_share = ceil_div(blocks, 8) % 2 == 0;
     return c.warps == (even_share ? 8 : 4) ? 2.0f : 1.0f;
   }
+  // Few and short rows: two tiles, too, and all of a warp's share in flight at once.
+  const bool is_short = blocks > 16 && blocks <= 40;
+  if (is_short && c.once && c.tiles == 2 && c.warps == 8) return 3.0f - 0.01f * static_cast<float>(c.depth);
   if (c.tiles != 1) return 0.0f;
-  // All of a warp's share in flight at once, by as many warps as that takes; few tiles spread over more warps.
-  const int warps = blocks > 64 || (tiles_per_sm < 1.25f && blocks > 16) ? 16 : 8;
+  // The same with one tile, by as many warps as that takes; few tiles spread over more warps.
+  const int warps = blocks > 64 || (tiles_per_sm < 1.25f && blocks > 40) ? 16 : 8;
   if (c.warps != warps) return c.warps < warps ? 0.5f : 0.4f;
   if (blocks > 128) return c.once ? 0.5f : 2.0f - 0.01f * static_cast<float>(c.depth);
   return c.once ? 2.0f - 0.01f * static_cast<float>(c.depth - share) : 1.0f;
@@ -102,14 +105,17 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / (1.5f * static_cast<float>(num_sms));
   const int in_flight = c.chunks * c.rows;  // loads a thread
   float preference = tile.threads < 96 ? 0.5f : 1.0f;
-  // Few rows are spread best by blocks with much under way, and so are those of a layer's widest product; a head's come
-  // as many short-lived blocks.
+  // Few rows are spread best by blocks with much under way, and so are those of a layer's widest product and of a head,
+  // each of whose blocks leaves a maximum that greedy decoding looks through.
   const bool few_rows = w.rows < 40 * num_sms, head = w.rows >= 500 * num_sms;
   const bool many_rows = w.rows >= 100 * num_sms && !head;
   const int columns = tile.threads * c.chunks;  // 16-byte loads of a row
   if (is_8bit(w)) {
     float by_loads = in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : c.chunks == 2 ? 0.998f : 0.97f;
-    if (in_flight == 16 && columns >= 256 && c.chunks == (many_rows ? 2 : few_rows ? 1 : 0)) by_loads = 1.01f;
+    const int best_chunks = many_rows ? 2 : few_rows ? 1 : 0;
+    if (in_flight == 16 && c.chunks == (head ? 1 : columns >= 256 ? best_chunks : 0)) by_loads = 1.01f;
+    const bool tight = c.max_threads - tile.threads < 128;  // no registers kept for threads that are not there
+    if (in_flight == 8 && c.chunks == 1 && many_rows && columns < 256 && tight) by_loads = 1.01f;
     preference *= tile.threads > 256 ? by_loads * 1.01f : by_loads;
   } else if (in_flight == 16) {
     const bool narrow = tile.threads > 128 && tile.threads <= 256;
@@ -117,7 +123,7 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   } else if (few_rows) {
     preference *= in_flight == 8 ? (c.chunks == 1 && tile.threads > 256 ? 1.01f : 0.99f) : 0.97f;
   } else if (in_flight == 4) {
-    preference *= head || (columns >= 512 && !many_rows) ? 1.0f : 0.99f;
+    preference *= columns >= 512 && !many_rows && !head ? 1.0f : 0.99f;
   } else {
     preference *= 0.985f;
   }

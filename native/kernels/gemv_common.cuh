@@ -201,9 +201,9 @@ struct Int4Config {
   bool once;  // a warp's share is in flight as a whole: shorter, for up to warps * depth blocks of input features
 };
 constexpr Int4Config kInt4Configs[] = {
-    {8, 4, 1, 4, false}, {16, 4, 1, 2, false}, {4, 4, 2, 5, false}, {8, 2, 2, 4, false},
-    {8, 2, 4, 2, false}, {4, 8, 1, 6, true},   {8, 4, 1, 4, true},  {8, 5, 1, 4, true},
-    {8, 8, 1, 3, true},  {16, 4, 1, 2, true},  {16, 8, 1, 1, true}, {16, 2, 2, 2, false},
+    {8, 4, 1, 4, false}, {16, 4, 1, 2, false}, {4, 4, 2, 5, false}, {8, 2, 2, 4, false}, {8, 2, 4, 2, false},
+    {4, 8, 1, 6, true},  {8, 4, 1, 4, true},   {8, 5, 1, 4, true},  {8, 8, 1, 3, true},  {16, 4, 1, 2, true},
+    {16, 8, 1, 1, true}, {16, 2, 2, 2, false}, {8, 4, 2, 2, true},  {8, 5, 2, 2, true},
 };
 constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
 // Groups below 64 are rare: they get the first of the table only.
