@@ -31,6 +31,7 @@ from edgellm_ros.executors.lora_layout import fit, pack
 from edgellm_ros.toolchain import load_recipe, quantize_and_save
 from edgellm_ros.toolchain.export import export_bundle
 from edgellm_ros.toolchain.lora import check_for_bundle
+from edgellm_ros.toolchain.quantize import calibration as calibration_module
 from edgellm_ros.toolchain.quantize import model as model_module
 from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 from edgellm_ros.toolchain.quantize import products
@@ -291,6 +292,28 @@ def test_calibration_windows_are_spread_over_the_text_and_do_not_overlap(
     starts = [next(at for at in range(len(whole)) if whole[at : at + 50] == window) for window in windows]
     assert all(later - earlier >= 50 for earlier, later in itertools.pairwise(starts))
     assert starts[0] == 0 and starts[-1] > len(whole) - 150
+
+
+def test_of_a_large_calibration_file_only_pieces_from_all_over_it_are_read(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = model_module.open_source(tiny_checkpoint("qwen3")).checkpoint
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(f"{number}é時" for number in range(40_000)), encoding="utf-8")  # cut within characters, too
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+    recipe = load_recipe("fp8", samples=7, sequence_length=30)
+    monkeypatch.setattr(calibration_module, "_LARGE", 10_000)
+    pieces = calibration_module._read(text, 7, 30 * 16)
+    assert len(pieces) == 7 and sum(len(piece.encode()) for piece in pieces) < 7 * 30 * 16
+    whole = text.read_text(encoding="utf-8")
+    places = [whole.index(piece) for piece in pieces]
+    assert places[0] < 10 and places == sorted(places) and places[-1] > len(whole) - 500
+    windows = calibration_tokens(text, checkpoint, recipe)
+    assert len(windows) == 7 and all(len(window) == 30 for window in windows)
+    assert all(tokenizer.decode(window).strip("\ufffd ") in whole for window in windows)
+    text.write_bytes(b"\x80" * 20_000)
+    with pytest.raises(ToolchainError, match="is not UTF-8 text"):
+        calibration_tokens(text, checkpoint, recipe)
 
 
 @pytest.mark.parametrize(
