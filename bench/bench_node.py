@@ -1,6 +1,9 @@
 """What the ROS node costs: the same request through a real client and process, beside the engine alone in this one.
 
     . tools/env.sh && python bench/bench_node.py --bundle .cache/smollm2-135m-int4
+    . tools/env.sh && python bench/bench_node.py --bundle .cache/smollm2-135m-int4 --executor cuda --tokens 2000
+
+A GPU needs more tokens: deltas are gathered for a twentieth of a second, and a cancel must come before the end.
 
 Engine and node answer in turns, so that a slow moment of the machine meets both. Speed is seen by the client: from the
 first delta's arrival to the result's. Cancel latency is from the call to the node's answer, and how many tokens came
@@ -38,6 +41,7 @@ def main() -> None:
     """Run all measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", required=True)
+    parser.add_argument("--executor", default="auto", choices=["auto", "onnxruntime", "cuda", "tensorrt"])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of answers")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--cancels", type=int, default=20)
@@ -53,7 +57,8 @@ def main() -> None:
     finally:
         node.send_signal(signal.SIGINT)
         node.wait(timeout=30)
-    table = Table(title=f"node against engine, {args.tokens} tokens, {args.threads} threads, {os.cpu_count()} cores")
+    title = f"node against engine, executor {args.executor}, {args.tokens} tokens, {args.threads} threads"
+    table = Table(title=f"{title}, {os.cpu_count()} cores")
     table.add_column("")
     table.add_column("measured", justify="right")
     table.add_column("wanted", justify="right")
@@ -63,18 +68,25 @@ def main() -> None:
 
 
 def _start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
-    engine = {"engine.max_slots": 1, "engine.max_context": 1024, "engine.num_threads": args.threads}
-    parameters = {"bundle": args.bundle, **engine}
+    engine = {"engine.executor": args.executor, "engine.max_slots": 1, "engine.max_context": _context(args)}
+    parameters = {"bundle": args.bundle, **engine, "engine.num_threads": args.threads}
     command = [sys.executable, "-m", "edgellm_ros.ros.llm_node", "--ros-args", "--log-level", "warn"]
     for name, value in parameters.items():
         command += ["-p", f"{name}:={value}"]
     return subprocess.Popen(command)
 
 
+def _context(args: argparse.Namespace) -> int:
+    """Tokens of a slot: the prompt's and the answer's."""
+    return max(1024, args.tokens + 600)
+
+
 def _speed(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str, str]]:
     options = {"max_tokens": args.tokens, "temperature": 0.0, "ignore_eos": True}
     sampling = SamplingParams(temperature=0.0, max_tokens=args.tokens, ignore_eos=True)
-    config = EngineConfig(max_slots=1, max_context=1024, num_threads=args.threads, prefix_cache=False)
+    config = EngineConfig(
+        executor=args.executor, max_slots=1, max_context=_context(args), num_threads=args.threads, prefix_cache=False
+    )
     ratios, own, extra = [], [], []
     with LLM.open(args.bundle, config) as llm:
         for index in track(range(args.rounds + 1), "speed", transient=True):
@@ -106,7 +118,8 @@ def _speed(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str, 
 def _cancel(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str, str]]:
     answered, late = [], []
     for _ in track(range(args.cancels), "cancel", transient=True):
-        stream = client.chat(_PROMPT, raw_prompt=True, max_tokens=400, temperature=0.0, ignore_eos=True)
+        length = max(400, args.tokens)
+        stream = client.chat(_PROMPT, raw_prompt=True, max_tokens=length, temperature=0.0, ignore_eos=True)
         for _count, _text in zip(range(4), stream, strict=False):
             pass
         seconds = _time_cancel(stream)

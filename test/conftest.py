@@ -84,6 +84,13 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 @pytest.fixture(scope="session")
+def bundle_path(request: pytest.FixtureRequest) -> Path:
+    """The bundle that nodes serve: SmolLM2-135M-Instruct in int4, or what EDGELLM_TEST_BUNDLE names."""
+    given = os.environ.get("EDGELLM_TEST_BUNDLE")
+    return Path(given) if given else request.getfixturevalue("smollm2")("int4").path
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_checkpoint("qwen3")` is a Hugging Face directory with random weights."""
     made: dict[str, Path] = {}

@@ -135,6 +135,14 @@ def open_cuda(gpu_bundle: Callable[..., Bundle]) -> Iterator[Callable[..., CudaE
         executor.close()
 
 
+@pytest.fixture(scope="session")
+def program() -> tuple[str, ...]:
+    """Python's arguments that start the llm node, with the native module that this process has (test/conftest.py)."""
+    check = str(HERE.parents[1] / "build" / "native-check")
+    start = "from edgellm_ros.ros.llm_node import main; raise SystemExit(main())"
+    return ("-c", f"import edgellm_ros; edgellm_ros.__path__.append({check!r}); {start}")
+
+
 @pytest.fixture
 def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """TensorRT's library is its double; all of a test delete contexts before engines, and engines before runtimes."""

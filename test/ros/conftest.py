@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from own_domain import missing_ros, use_own_domain
 
-_HAVE_ROS = importlib.util.find_spec("rclpy") is not None and importlib.util.find_spec("edgellm_ros.action") is not None
-if not _HAVE_ROS:
+if missing_ros():
     if os.environ.get("EDGELLM_REQUIRE_ROS"):
-        raise RuntimeError("rclpy or the built interfaces are missing; `make test` installs and builds them")
+        raise RuntimeError(missing_ros())
     collect_ignore_glob = ["test_*.py"]
-os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
-os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-if os.environ.get("ROS_DISTRO") == "humble":
-    os.environ["ROS_LOCALHOST_ONLY"] = "1"
+use_own_domain()
 
 
 @pytest.fixture(scope="session")
-def bundle_path(smollm2) -> Path:
-    """SmolLM2-135M in int4."""
-    return smollm2("int4").path
+def executor() -> str:
+    """What computes in the tests that test/gpu runs too, with another."""
+    return "onnxruntime"
+
+
+@pytest.fixture(scope="session")
+def program() -> tuple[str, ...]:
+    """Python's arguments that start a node in those tests."""
+    return ("-m", "edgellm_ros.ros.llm_node")
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ class NodeProcess:
         program: tuple[str, ...] = ("-m", "edgellm_ros.ros.llm_node"),
     ) -> None:
         command = [sys.executable, *program, "--ros-args", "-p", f"bundle:={bundle}"]
-        for name, value in (parameters or {}).items():
+        # not auto: the lengths of these tests' answers are for a CPU, and a GPU would be through too soon
+        for name, value in {"engine.executor": "onnxruntime", **(parameters or {})}.items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         self._wait_active = wait_active

@@ -35,9 +35,9 @@ def bundle(tiny_checkpoint, tmp_path_factory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def expected(bundle) -> dict[str, str]:
+def expected(bundle, executor) -> dict[str, str]:
     """The texts that the library gives in this process."""
-    config = EngineConfig(executor="onnxruntime", max_context=128)
+    config = EngineConfig(executor=executor, max_context=128)
     sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     with LLM.open(bundle, config, loras=["pick", "place"]) as llm:
         return {
@@ -47,10 +47,10 @@ def expected(bundle) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def node(bundle) -> Iterator[NodeProcess]:
-    parameters = {"engine.executor": "onnxruntime", "engine.max_context": 128, "engine.loras": "[pick]",
+def node(bundle, executor, program) -> Iterator[NodeProcess]:
+    parameters = {"engine.executor": executor, "engine.max_context": 128, "engine.loras": "[pick]",
                   "engine.max_loras": 2}  # fmt: skip
-    with NodeProcess(bundle.path, parameters) as process:
+    with NodeProcess(bundle.path, parameters, program=program) as process:
         yield process
 
 
