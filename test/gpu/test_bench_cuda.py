@@ -20,6 +20,7 @@ def measure(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]
     return report
 
 
+@pytest.mark.alone  # of what the GPU has free before and after
 def test_a_shape_with_random_weights_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--shape", "llama-1b", "--weights", "int4", "--new-tokens", "32", "--prompt-tokens", "512", "--context")
     report = measure(capsys, *options, "512", "1024", "--batch", "1", "2")
