@@ -46,7 +46,7 @@ class Library:
 @pytest.fixture(scope="module")
 def num_tokens() -> int:
     """Of an answer: enough for some feedback messages, which are a twentieth of a second apart."""
-    return 80
+    return 48
 
 
 @pytest.fixture(scope="module")
