@@ -46,12 +46,13 @@ _PRE_TOKENIZERS = {  # tokenizer.ggml.pre: how text is split before merging
     "llama-bpe": _LLAMA3_SPLITS,
     "llama3": _LLAMA3_SPLITS,
     "llama-v3": _LLAMA3_SPLITS,
+    "smaug-bpe": _LLAMA3_SPLITS,  # what SmolLM3's files have: Llama 3's vocabulary, without BOS
     "qwen2": _QWEN2_SPLITS,
     "deepseek-r1-qwen": _QWEN2_SPLITS,
     "tekken": _TEKKEN_SPLITS,
 }
-_WHOLE_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word in the vocabulary is taken without merging
-_BOS_BY_DEFAULT = _WHOLE_FIRST
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_WHOLE_FIRST = (*_BOS_BY_DEFAULT, "smaug-bpe")  # a word in the vocabulary is taken without merging
 
 
 class GgufTokenizer:

@@ -248,7 +248,7 @@ def test_the_real_smollm2_vocabulary_encodes_as_llama_cpp_does(smollm2_gguf: Pat
     assert tokenizer.token_spec().stop_ids == (2,)
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "llama-v3", "qwen2", "deepseek-r1-qwen", "tekken"])
+@pytest.mark.parametrize("pre", ["llama-bpe", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "tekken"])
 def test_text_is_split_as_transformers_splits_it_for_the_same_file(pre: str, tmp_path: Path) -> None:
     tiny.save_gguf("llama", tmp_path / "x.gguf")
     _set_pre(tmp_path / "x.gguf", pre)
@@ -296,7 +296,8 @@ def test_unused_rows_of_the_vocabulary_have_no_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("pre", "flag", "adds"), [("smollm", None, False), ("llama-bpe", None, True),
-                                                   ("llama-bpe", False, False), ("smollm", True, True)])  # fmt: skip
+                                                   ("llama-bpe", False, False), ("smollm", True, True),
+                                                   ("smaug-bpe", None, False)])  # fmt: skip
 def test_bos_is_added_by_flag_or_else_by_the_kind_of_vocabulary(
     pre: str, flag: bool | None, adds: bool, tmp_path: Path
 ) -> None:
