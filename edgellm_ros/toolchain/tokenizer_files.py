@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.manifest import TokenSpec
 
@@ -53,7 +55,13 @@ class HfTokenizerFiles:
         if template is None:
             template = self._optional("tokenizer_config.json").get("chat_template")
         if isinstance(template, list):
-            named = {item["name"]: item["template"] for item in template}
+            try:
+                named = {item["name"]: item["template"] for item in template}
+            except (TypeError, KeyError) as error:
+                raise CheckpointError(
+                    f"{self.path}: chat_template is {template!r:.80}; it must be a text, or a list of objects with "
+                    "name and template: download tokenizer_config.json again"
+                ) from error
             if "default" not in named and len(named) > 1:
                 raise CheckpointError(f"{self.path}: of the chat templates {', '.join(named)} none is called default")
             template = named.get("default", next(iter(named.values()), None))
@@ -62,21 +70,40 @@ class HfTokenizerFiles:
         return template
 
     def token_spec(self, config: Mapping[str, Any]) -> TokenSpec:
-        """Special tokens; `config` is config.json. Stop ids are those of all files, then end-of-turn tokens."""
-        tokenizer = json.loads(self.tokenizer_json())
-        ids = vocabulary(tokenizer)
+        """Special tokens; `config` is config.json. Stop ids are those of all files, then end-of-turn tokens.
+
+        Raises CheckpointError for a tokenizer.json that the tokenizers library cannot read.
+        """
+        text = self.tokenizer_json()
+        tokenizer = json.loads(text)
+        try:
+            tokenizers.Tokenizer.from_str(text)
+            ids = vocabulary(tokenizer)
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(
+                f"{self.path / 'tokenizer.json'} cannot be read: {error}; download it again, or update "
+                "the package tokenizers"
+            ) from error
         settings = self._optional("tokenizer_config.json")
         texts = {**self._optional("special_tokens_map.json"), **settings}
         generation = self._optional("generation_config.json")
         bos, eos, pad = (_token_text(texts.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
-        bos_id = ids[bos] if bos in ids else _first(config.get("bos_token_id"))
-        pad_id = ids[pad] if pad in ids else _first(generation.get("pad_token_id"), config.get("pad_token_id"))
+        size = config.get("vocab_size")
+
+        def known(*values: Any) -> list[int]:
+            """The ids that the model has; configurations write -1, or an id of another vocabulary, for none."""
+            found = [number for value in values for number in _ids(value)]
+            return [i for i in found if i >= 0 and (not isinstance(size, int) or i < size)]
+
+        bos_id = ids[bos] if bos in ids else next(iter(known(config.get("bos_token_id"))), None)
+        pads = known(generation.get("pad_token_id"), config.get("pad_token_id"))
+        pad_id = ids[pad] if pad in ids else next(iter(pads), None)
         add_bos = settings.get("add_bos_token")
         if not isinstance(add_bos, bool):
             add_bos = _template_starts_with(tokenizer.get("post_processor"), bos)
         template = self.chat_template() or ""
         think_start, think_end = think_marks(ids, template)
-        stops = [*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id")), *_ids(ids.get(eos))]
+        stops = known(generation.get("eos_token_id"), config.get("eos_token_id"), ids.get(eos))
         return TokenSpec(
             stop_ids=unique([*stops, *end_of_turn_ids(ids, template)]),
             bos_id=bos_id,
@@ -146,10 +173,6 @@ def _token_text(value: Any) -> str:
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
-
-
-def _first(*values: Any) -> int | None:
-    return next((number for value in values for number in _ids(value)), None)
 
 
 def _template_starts_with(post_processor: Any, token: str) -> bool:

@@ -116,7 +116,8 @@ def test_a_tokenizer_of_another_kind_is_refused_with_the_conversion(directory: P
         HfTokenizerFiles(directory).tokenizer_json()
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"model": 3}'])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"model": 3}', '{"model": {"vocab": [1]}}',
+                                  '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}'])  # fmt: skip
 def test_a_damaged_tokenizer_json_is_named(directory: Path, text: str) -> None:
     (directory / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
@@ -133,6 +134,9 @@ def test_the_chat_template_is_found_in_each_of_its_homes(directory: Path) -> Non
     assert files.chat_template() == "d"
     _change(settings, chat_template=[{"name": "a", "template": "t"}, {"name": "b", "template": "d"}])
     with pytest.raises(CheckpointError, match="a, b none is called default"):
+        files.chat_template()
+    _change(settings, chat_template=["d"])
+    with pytest.raises(CheckpointError, match=r"chat_template is \['d'\]; it must be a text, or a list of objects"):
         files.chat_template()
     _change(settings, chat_template=None)
     assert files.chat_template() is None
@@ -151,6 +155,13 @@ def test_stop_ids_are_those_of_all_files_once(directory: Path) -> None:
     _change(directory / "generation_config.json", eos_token_id=[7, 8])
     assert HfTokenizerFiles(directory).token_spec({"eos_token_id": 7}).stop_ids == (7, 8, 2)
     assert HfTokenizerFiles(directory).token_spec({"eos_token_id": [9, 2]}).stop_ids == (7, 8, 9, 2)
+
+
+def test_ids_that_the_model_does_not_have_are_none(directory: Path) -> None:
+    _change(directory / "tokenizer_config.json", bos_token=None, pad_token=None)
+    config = {"vocab_size": 320, "eos_token_id": [-1, 7, 320], "bos_token_id": 400, "pad_token_id": -1}
+    spec = HfTokenizerFiles(directory).token_spec(config)
+    assert (spec.stop_ids, spec.bos_id, spec.pad_id) == ((7, 2), None, None)
 
 
 def test_an_end_of_turn_token_stops_only_if_the_template_writes_it(directory: Path) -> None:

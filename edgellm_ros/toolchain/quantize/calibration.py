@@ -27,10 +27,10 @@ def calibration_tokens(source: str | Path, checkpoint: Checkpoint, recipe: Recip
     take. Raises ToolchainError for a file that cannot be read, is not UTF-8 text, or holds less than four sequences.
     """
     path = BUILTIN_FILE if str(source) == BUILTIN else Path(source)
+    spec = checkpoint.token_spec()  # which refuses a damaged tokenizer
     tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    spec = checkpoint.token_spec()
     start = [spec.bos_id] if spec.add_bos and spec.bos_id is not None else []
     length = recipe.sequence_length - len(start)
     windows: list[list[int]] = []
