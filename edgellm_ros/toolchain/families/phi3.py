@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellm_ros.toolchain.config_values import positive_int
-from edgellm_ros.toolchain.families.base import FUSED, Family
+from edgellm_ros.toolchain.families.base import FUSED, Family, Ropes
 
 
 class Phi3(Family):
@@ -22,6 +22,10 @@ class Phi3(Family):
     def biases(self, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
         """No projection has one."""
         return False, False, False
+
+    def ropes(self, config: Mapping[str, Any], num_layers: int, max_context: int) -> Ropes:
+        """Hugging Face's configuration has the original context beside the rope settings, and 4096 without the key."""
+        return super().ropes({"original_max_position_embeddings": 4096, **config}, num_layers, max_context)
 
     def sliding_windows(self, config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
         """The same window in every layer, if there is one."""
