@@ -171,9 +171,9 @@ def _yarn(plain: Float32, spec: ModelSpec) -> Float32:
 
 def _read_yarn(raw: Mapping[str, Any], original: int, max_context: int) -> dict[str, Any]:
     factor = positive_float(raw, "factor", max_context / original)
-    scale, all_dims = raw.get("mscale"), raw.get("mscale_all_dim")
     attention = _yarn_mscale(factor)
-    if scale and all_dims:
+    if raw.get("mscale") and raw.get("mscale_all_dim"):
+        scale, all_dims = (positive_float(raw, key) for key in ("mscale", "mscale_all_dim"))
         attention = _yarn_mscale(factor, scale) / _yarn_mscale(factor, all_dims)
     return {
         "rope_type": "yarn",

@@ -110,8 +110,11 @@ def test_impossible_values_are_refused_with_key_and_value(change: dict[str, Any]
 
 
 def test_a_rope_scaling_that_is_no_object_is_refused() -> None:
+    config = tiny.CONFIGS["gemma3"]().to_dict()
     with pytest.raises(CheckpointError, match="rope_scaling is 'linear'; it must be an object"):
-        BY_NAME["gemma3"].spec({**tiny.CONFIGS["gemma3"]().to_dict(), "rope_scaling": "linear"}, "x")
+        BY_NAME["gemma3"].spec({**config, "rope_scaling": "linear"}, "x")
+    with pytest.raises(CheckpointError, match="rope_parameters is .*'linear'.*; each kind must have an object"):
+        BY_NAME["gemma3"].spec({**config, "rope_parameters": {"full_attention": "linear"}}, "x")
 
 
 def test_names_types_and_architectures_belong_to_one_family_each() -> None:

@@ -327,6 +327,7 @@ def test_of_a_large_calibration_file_only_pieces_from_all_over_it_are_read(
         ("weights: fp8\nactivations: fp8\nmethod: max\ngroup_size: 64\n", r"group_size is 64 with weights fp8"),
         ("weights: int4\ngroup_size: 64\nsamples: none\n", r"samples is 'none'; it must be of type int"),
         ("weights: fp8\nactivations: fp8\nmethod: max\nsamples: 3\n", r"samples is 3; allowed is 4 to"),
+        ("exclude: '*down*'\n", r"exclude is '\*down\*'; it must be a list, such as \['\*layers"),
         ("- fp8\n", r"holds no keys"),
         ("weights: [\n", r"cannot be read"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_the_context_chooses_longropes_list_as_the_length_does_in_transformers(k
     assert np.abs(tables[0] - tables[1][:original]).max() > 0.1, "the two lists differ"
 
 
+def test_a_phi_without_its_original_context_has_the_4096_of_transformers() -> None:
+    raw = tiny.CONFIGS["phi3_longrope"]().to_dict() | {"max_position_embeddings": 8192}
+    raw.pop("original_max_position_embeddings")
+    config = transformers.Phi3Config.from_dict(json.loads(json.dumps(raw)))
+    spec = next(f for f in FAMILIES if f.name == "phi3").spec(raw, "x")
+    module = transformers.AutoModel.from_config(config).rotary_emb
+    assert short_context(spec) == config.original_max_position_embeddings == 4096
+    assert spec.rope_scaling["attention_factor"] == module.attention_scaling > 1
+
+
 @pytest.mark.parametrize("name", ["su", "yarn"])
 def test_the_early_names_of_longrope_mean_the_same(name: str) -> None:
     config = tiny.CONFIGS["phi3_longrope"]().to_dict()
@@ -148,6 +159,7 @@ def test_an_unknown_kind_is_refused_by_name(kind: object) -> None:
         ({"rope_type": "linear", "factor": 0}, "factor is 0"),
         ({"rope_type": "linear", "factor": float("nan")}, "factor is nan"),
         ({"rope_type": "yarn", "factor": "4"}, "factor is '4'"),
+        ({"rope_type": "yarn", "factor": 4, "mscale": "x", "mscale_all_dim": 1.0}, "mscale is 'x'"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "must be above"),
         ({"rope_theta": -1.0}, "rope_theta is -1"),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

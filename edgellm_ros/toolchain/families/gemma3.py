@@ -65,8 +65,10 @@ class Gemma3(Family):
         scaling = config.get("rope_scaling") or {}
         if not isinstance(scaling, Mapping):
             raise CheckpointError(f"the configuration's rope_scaling is {scaling!r}; it must be an object or null")
-        whole = {**(given.get("full_attention") or {}), **scaling}
-        local = given.get("sliding_attention") or {}
+        of_kind = [given.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
+        if not all(isinstance(settings, Mapping) for settings in of_kind):
+            raise CheckpointError(f"the configuration's rope_parameters is {given!r}; each kind must have an object")
+        whole, local = {**of_kind[0], **scaling}, of_kind[1]
         theta, scaling = read_rope(
             {"rope_theta": config.get("rope_theta"), "rope_parameters": whole}, max_context, 1000000.0
         )

@@ -28,8 +28,10 @@ def load_recipe(source: str | Path, **overrides: Any) -> Recipe:
         raise ToolchainError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ToolchainError(f"recipe {path} holds no keys; copy one of {', '.join(recipe_names())} and change it")
-    if isinstance(values.get("exclude"), list):
-        values["exclude"] = tuple(map(str, values["exclude"]))
+    exclude = values.get("exclude", [])
+    if not isinstance(exclude, list):
+        raise ToolchainError(f"recipe {path}: exclude is {exclude!r}; it must be a list, such as ['*layers.0.*']")
+    values["exclude"] = tuple(map(str, exclude))
     try:
         recipe: Recipe = from_mapping(Recipe, values, ToolchainError)
     except ToolchainError as error:
