@@ -99,6 +99,8 @@ def quantization_config(path: Path, config: dict[str, Any]) -> Any:
 
 
 def _weight_files(path: Path) -> list[SafetensorsFile]:
+    if (path / SINGLE).is_file():  # first, as for transformers: saving a model anew leaves an old index there
+        return [SafetensorsFile(path / SINGLE)]
     if (path / INDEX).is_file():
         shards = sorted(set(_weight_map(path).values()))
         missing = [shard for shard in shards if not (path / shard).is_file()]
@@ -108,8 +110,6 @@ def _weight_files(path: Path) -> list[SafetensorsFile]:
                 "download the whole checkpoint"
             )
         return [SafetensorsFile(path / shard) for shard in shards]
-    if (path / SINGLE).is_file():
-        return [SafetensorsFile(path / SINGLE)]
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return [SafetensorsFile(found[0])]
@@ -136,7 +136,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, home: dict[str, SafetensorsFile]) -> None:
-    if not (path / INDEX).is_file():
+    if (path / SINGLE).is_file() or not (path / INDEX).is_file():
         return
     for name, shard in _weight_map(path).items():
         if name not in home or home[name].path.name != shard:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
@@ -105,6 +106,18 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
     shard.unlink()
     with pytest.raises(CheckpointError, match=shard.name):
         open_checkpoint(copy)
+
+
+def test_a_model_saved_anew_over_its_shards_is_read_and_not_the_old_one(copy: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    old = shard.read_bytes()
+    torch.nn.init.ones_(model.model.embed_tokens.weight)
+    model.save_pretrained(copy)  # one file, beside an index of shards that are gone
+    assert (copy / "model.safetensors.index.json").is_file() and not shard.exists()
+    for _ in range(2):
+        assert (open_checkpoint(copy).read("model.embed_tokens.weight") == 1).all()
+        shard.write_bytes(old)  # or are there
 
 
 def test_a_tensor_that_only_the_index_knows_is_named(copy: Path) -> None:
