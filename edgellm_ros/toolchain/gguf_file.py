@@ -23,6 +23,7 @@ from edgellm_ros.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_WITHDRAWN = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}  # of 2024, Q4_0 in an ARM CPU's order
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -121,7 +122,7 @@ class GgufFile:
         start = -(-self._at // alignment) * alignment
         self._entries: dict[str, _Entry] = {}
         for name, shape, type_number, offset in infos:
-            kind = gguf.GGMLQuantizationType(type_number)
+            kind = self._type(name, type_number)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             if not shape or shape[-1] % block:
                 what = f"{self.path}: {name} has shape {list(shape)}, not whole blocks of {block} ({kind.name})"
@@ -133,6 +134,16 @@ class GgufFile:
                     f"{self.path} is truncated: tensor {name} ends at byte {end} of {len(self._map)}; download it again"
                 )
             self._entries[name] = entry
+
+    def _type(self, name: str, number: int) -> gguf.GGMLQuantizationType:
+        try:
+            return gguf.GGMLQuantizationType(number)
+        except ValueError as error:
+            withdrawn = f", {_WITHDRAWN[number]}, which llama.cpp has withdrawn" if number in _WITHDRAWN else ""
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is of type {number}{withdrawn}; the gguf package does not know "
+                "it: take the model's Q4_0 or another file, or update gguf where the type is new"
+            ) from error
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + layout, self._map, self._at)

@@ -115,6 +115,16 @@ def test_damaged_header_bytes_never_end_in_another_error(tmp_path: Path) -> None
             assert error.__class__.__module__ == "edgellm_ros.errors", repr(error)
 
 
+def test_a_withdrawn_type_of_block_is_named_and_not_called_damage(tmp_path: Path) -> None:
+    tiny.save_gguf("llama", tmp_path / "model.gguf", "Q4_0")
+    data = (tmp_path / "model.gguf").read_bytes()
+    at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 2 * 8  # after its two sizes
+    assert data[at] == gguf.GGMLQuantizationType.Q4_0
+    (tmp_path / "model.gguf").write_bytes(data[:at] + bytes([31]) + data[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"attn_q\.weight is of type 31, Q4_0_4_4, .*: take the model's Q4_0"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
 def test_a_part_of_a_split_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
     _write(tmp_path / "part.gguf", {}, **{"split.count": 3})
     with pytest.raises(CheckpointError, match=r"3 parts.*llama-gguf-split --merge"):
