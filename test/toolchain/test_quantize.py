@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -387,6 +388,14 @@ def test_calibration_text_that_is_missing_binary_or_too_short_is_refused(
     with pytest.raises(ToolchainError, match=r"none.txt cannot be read"):  # also where the recipe does not need it
         quantize_and_save(source, tmp_path / "out", load_recipe("nvfp4"), calibration=tmp_path / "none.txt", device="cpu")
     assert not (tmp_path / "out").exists()
+    long, other = load_recipe("fp8", samples=4, sequence_length=257), shutil.copytree(source, tmp_path / "other")
+    with pytest.raises(ToolchainError, match=r"sequence_length is 257; .* reads 256 tokens at most, .* --sequence-length 256"):
+        quantize_and_save(source, tmp_path / "out", long, device="cpu")
+    raw = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["vocab"]["e"] = 400
+    (other / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ToolchainError, match=r"gives ids up to 400 but the model has 320 embeddings; .* not of the same"):
+        quantize_and_save(other, tmp_path / "out", recipe, device="cpu")
     (tmp_path / "long").write_text("Go to the kitchen. " * 500, encoding="utf-8")
     made = quantize_and_save(source, tmp_path / "out", load_recipe("nvfp4"), calibration=tmp_path / "long", device="cpu")
     assert made.num_sequences == 0 and "is not used: these scales come from the weights alone" in made.notes[-1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgellm_ros.config import Recipe
 from edgellm_ros.errors import ToolchainError
+from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import open_checkpoint
 from edgellm_ros.toolchain.input_factors import write_input_factors
 from edgellm_ros.toolchain.kv_scales import read_kv_scales
@@ -76,6 +77,8 @@ def quantize_and_save(
     sequences = []
     if recipe.takes_calibration or str(calibration) != BUILTIN:  # a text that was named is looked at in any case
         sequences = calibration_tokens(calibration, source.checkpoint, recipe)
+        if recipe.takes_calibration:
+            _check_sequences(sequences, source.spec)
     if sequences and not recipe.takes_calibration:
         sequences = []
         notes.append(f"{calibration} is not used: these scales come from the weights alone")
@@ -160,6 +163,20 @@ def _adapt(recipe: Recipe, device: str) -> tuple[Recipe, list[str]]:
         recipe = dataclasses.replace(recipe, activations="none")
         notes.append("no GPU is used: NVFP4 for the weights only (W4A16); ModelOpt quantises activations on a GPU")
     return recipe, notes
+
+
+def _check_sequences(sequences: list[list[int]], model: ModelSpec) -> None:
+    length, largest = len(sequences[0]), max(map(max, sequences))
+    if length > model.max_context:
+        raise ToolchainError(
+            f"sequence_length is {length}; {model.name} reads {model.max_context} tokens at most, and what it computes "
+            f"beyond would set the scales: take --sequence-length {min(256, model.max_context)}"
+        )
+    if largest >= model.vocab_size:
+        raise ToolchainError(
+            f"the tokenizer gives ids up to {largest} but the model has {model.vocab_size} embeddings; tokenizer and "
+            "weights are not of the same model"
+        )
 
 
 def _check_packages() -> None:
