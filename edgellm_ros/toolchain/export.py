@@ -105,7 +105,7 @@ def export_bundle(
     if output.exists() and not (output / MANIFEST).exists():
         raise ToolchainError(f"{output} exists and is not a bundle; it is not replaced")
     source = open_checkpoint(Path(checkpoint))
-    with whole_output(output) as partial:
+    with whole_output(output, source.path) as partial:
         scheme = _scheme(source, weights)
         if lm_head is not None and scheme is not None:
             raise ToolchainError(

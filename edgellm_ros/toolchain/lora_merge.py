@@ -58,7 +58,7 @@ def merge_adapter(
         check_base(found, (source.name(),), str(checkpoint))
     work = {_tensor_name(item): item for item in found.tensors}
     _check(source, work)
-    with whole_output(output) as partial:
+    with whole_output(output, source.path, Path(adapter)) as partial:
         _copy(source, partial)
         _write(partial, {source.stored_name(name): item for name, item in work.items()}, progress or _silent)
     return len(work)

@@ -16,15 +16,20 @@ from edgellm_ros.errors import ToolchainError
 
 
 @contextlib.contextmanager
-def whole_output(output: Path) -> Iterator[Path]:
+def whole_output(output: Path, *inputs: Path) -> Iterator[Path]:
     """Gives a new directory beside `output`, which takes its place, and that of what was there, when the block ends.
 
     What was there is moved aside whole before it is deleted, so that nothing half deleted has the name either. Of a
-    link the directory that it points to is replaced. Raises ToolchainError for a name such as `.`, and for an OSError
-    of the block or of the exchange.
+    link the directory that it points to is replaced. Raises ToolchainError for a name such as `.`, for one of `inputs`
+    in the directory, since they would be deleted with it, and for an OSError of the block or of the exchange.
     """
     if output.name in ("", ".."):
         raise ToolchainError(f"{output} is not a name of its own; name the directory, from outside of it")
+    for path in (path.resolve() for path in inputs):
+        if output.resolve() in (path, *path.parents):
+            raise ToolchainError(
+                f"{output} would be replaced, and {path}, which is read, with it; choose another directory"
+            )
     shown, output = output, output.resolve() if output.is_symlink() else output
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")

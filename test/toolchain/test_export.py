@@ -211,6 +211,10 @@ def test_an_existing_bundle_is_replaced_only_when_told_and_anything_else_never(
         export_bundle(source, tmp_path / "bundle", weights="int8")
     assert Bundle.open(tmp_path / "bundle").manifest.quantization.weights == "fp16"
     assert export_bundle(source, tmp_path / "bundle", weights="int8", overwrite=True).manifest.quantization.weights == "int8"
+    inside = shutil.copytree(source, tmp_path / "bundle" / "source")
+    with pytest.raises(ToolchainError, match="bundle would be replaced, and .*source, which is read, with it; choose"):
+        export_bundle(inside, tmp_path / "bundle", weights="int8", overwrite=True)
+    assert (inside / "config.json").is_file()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(ToolchainError, match="not a bundle; it is not replaced"):

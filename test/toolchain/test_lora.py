@@ -119,6 +119,10 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
         merge_adapter(source, adapter, tmp_path / "named")
     with pytest.raises(ToolchainError, match="is the checkpoint itself"):
         merge_adapter(source, adapter, source, overwrite=True)
+    kept = shutil.copytree(adapter, tmp_path / "named" / "adapters" / "pick")
+    with pytest.raises(ToolchainError, match="named would be replaced, and .*pick, which is read, with it"):
+        merge_adapter(source, kept, tmp_path / "named", overwrite=True)
+    assert read_adapter(kept).rank == 8
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -468,7 +468,11 @@ def test_an_output_that_exists_is_kept_and_only_a_quantised_checkpoint_is_replac
         quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "mine", recipe, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").is_file()
     first = quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", recipe, device="cpu")
-    (first.path / "left_over").touch()
+    text = first.path / "mine.txt"
+    text.write_text("The arm lifts the red cube. " * 400, encoding="utf-8")
+    with pytest.raises(ToolchainError, match=r"out would be replaced, and .*mine\.txt, which is read, with it"):
+        quantize_and_save(tiny_checkpoint("qwen3"), first.path, recipe, calibration=text, device="cpu", overwrite=True)
+    text.rename(first.path / "left_over")
     quantize_and_save(tiny_checkpoint("qwen3"), tmp_path / "out", recipe, device="cpu", overwrite=True)
     assert not (first.path / "left_over").exists()
 

@@ -92,7 +92,8 @@ def quantize_and_save(
     from edgellm_ros.toolchain.quantize import modelopt_backend as backend
 
     show = progress or (lambda stage, done, total: None)
-    with whole_output(output) as partial:
+    texts = () if str(calibration) == BUILTIN else (Path(calibration),)
+    with whole_output(output, Path(model_dir), *texts) as partial:
         show("loading", 0, 1)
         model = load_model(source, device)
         show("loading", 1, 1)
