@@ -28,7 +28,8 @@ examples:
 Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 96 tasks with one right answer. The
 verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
 Of a quantised checkpoint nothing is stored; its activations are rounded as its scales say, which no executor does yet.
-exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, 2 a mistake that the message explains
+exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, now or in a verdict of the manifest that stays,
+2 a mistake that the message explains
 """
 
 
@@ -67,15 +68,22 @@ def execute(args: argparse.Namespace) -> int:
         if not _is_checkpoint(path):
             Bundle.open(path, verify=False)
     found: dict[str, Quality] = {}
+    kept = []  # verdicts of manifests that say more than what was measured now
     for path in args.bundle:
         with shown_progress() as show:
             found[str(path)] = _measure(path, original, args, show)
         print_quality(str(path), found[str(path)])
-        if not _is_checkpoint(path):  # shown before: a bundle that cannot be written to costs no one the figures
-            store(Bundle.open(path, verify=False), found[str(path)])
+        if _is_checkpoint(path):
+            continue
+        bundle = Bundle.open(path, verify=False)
+        if not store(bundle, found[str(path)]):  # shown before: one that cannot be written to costs no one the figures
+            stored = bundle.manifest.quality
+            print(f"{path}: not stored: the manifest's verdict has more figures, and stays: {stored.summary()}; "
+                  "give --against to replace it")  # fmt: skip
+            kept += [] if args.force else [stored]
     if len(found) > 1:
         print_summary(found)
-    return 1 if any(quality.failed and not quality.accepted for quality in found.values()) else 0
+    return 1 if any(quality.failed and not quality.accepted for quality in (*found.values(), *kept)) else 0
 
 
 def _measure(
@@ -117,12 +125,14 @@ def measure(bundle: Bundle, show: Callable[[str, int, int], None], force: bool, 
     return dataclasses.replace(quality, accepted=force and bool(quality.failed))
 
 
-def store(bundle: Bundle, quality: Quality) -> None:
-    """Put the verdict into the manifest, unless the one there has more figures."""
+def store(bundle: Bundle, quality: Quality) -> bool:
+    """Put the verdict into the manifest, unless the one there has more figures; whether that was done."""
     from edgellm_ros.toolchain.verify.verify import store_quality
 
-    if quality.kl_divergence is not None or bundle.manifest.quality.kl_divergence is None:
-        store_quality(bundle, quality)
+    if quality.kl_divergence is None and bundle.manifest.quality.kl_divergence is not None:
+        return False
+    store_quality(bundle, quality)
+    return True
 
 
 def print_quality(title: str, quality: Quality) -> None:
@@ -131,8 +141,6 @@ def print_quality(title: str, quality: Quality) -> None:
 
     console = Console(highlight=False)
     console.print(quality_table(title, quality))
-    if quality.kl_divergence is None and quality.original_perplexity is not None:
-        console.print("not stored: the manifest's verdict has more figures; give --against to replace it")
     console.print(f"{title}: {quality.summary()}", soft_wrap=True, markup=False)
 
 

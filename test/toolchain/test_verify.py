@@ -175,6 +175,10 @@ def test_other_weights_fail_with_the_number_unless_they_are_let_through(
     stored = Bundle.open(bundle.path).manifest.quality
     assert {mark.name for mark in stored.failed} >= {"max_kl_divergence", "min_top1_agreement", "min_cosine"}
     assert f"kl divergence {stored.kl_divergence:.4g}, allowed is at most 0.0001" in capsys.readouterr().out
+    (tmp_path / "another.txt").write_text(" ".join(WORDS[:100]))
+    assert main(["verify", str(bundle.path), "--text", str(tmp_path / "another.txt")]) == 1  # nothing to judge, and yet
+    assert f"stays: {stored.summary()}; give --against" in capsys.readouterr().out
+    assert Bundle.open(bundle.path).manifest.quality == stored
     assert main(["verify", *arguments, "--force"]) == 0
     assert "FAILED (let through) as fp32" in capsys.readouterr().out
     assert Bundle.open(bundle.path).manifest.quality.accepted
@@ -509,7 +513,9 @@ def test_a_text_that_says_nothing_is_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [("fp32: {max_perplexity: 2}", "unknown mark 'max_perplexity'; known are max_perplexity_ratio"),
-     ("fp32: {min_cosine: high}", "min_cosine is 'high'; it must be a number"),
+     ("fp32: {min_cosine: high}", "min_cosine is 'high'; it must be a finite number"),
+     ("fp32: {min_cosine: .nan}", "min_cosine is nan; it must be a finite number"),
+     ("fp32: {}", "has none for scheme 'fp32'; give it some of max_perplexity_ratio"),
      ("fp32: [1]", "must have a mapping"), ("[", "cannot be read"), ("int4: {}", "no marks for scheme 'fp32'")],
 )  # fmt: skip
 def test_marks_of_ones_own_are_checked(tiny_bundle: TinyBundle, tmp_path: Path, content: str, message: str) -> None:

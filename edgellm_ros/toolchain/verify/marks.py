@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -53,6 +54,8 @@ def limits_for(scheme: str, path: Path | None = None) -> dict[str, float]:
     if scheme not in marks:
         raise ToolchainError(f"there are no marks for scheme {scheme!r}; known are {', '.join(marks)}; name one with "
                              "--scheme, or a file with --marks")  # fmt: skip
+    if not marks[scheme]:
+        raise ToolchainError(f"marks {path} has none for scheme {scheme!r}; give it some of {', '.join(FIGURES)}")
     return marks[scheme]
 
 
@@ -82,6 +85,6 @@ def _task_share(quality: Quality) -> float | None:
 def _limit(where: str, name: Any, value: Any) -> float:
     if name not in FIGURES:
         raise ToolchainError(f"{where} has an unknown mark {name!r}; known are {', '.join(FIGURES)}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ToolchainError(f"{where}: {name} is {value!r}; it must be a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ToolchainError(f"{where}: {name} is {value!r}; it must be a finite number")
     return float(value)
