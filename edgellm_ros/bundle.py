@@ -55,7 +55,10 @@ class Bundle:
                 f"{root} has no readable {MANIFEST}: {error}; it is not a bundle, or not a "
                 "whole one"
             ) from error
-        manifest = Manifest.from_json(text)
+        try:
+            manifest = Manifest.from_json(text)
+        except BundleError as error:
+            raise BundleError(f"{root}: {error}") from error
         for name, entry in manifest.files.items():
             _check_file(root, name, entry)
         bundle = cls(root, manifest)

@@ -150,7 +150,7 @@ class BuildOptions:
         choices=("auto", "standard", "plugin"),
     )  # fmt: skip
     memory_limit: int = setting(0, "scratch memory the engine may take; 0 is the builder's own limit", minimum=0,
-                                unit="MiB")  # fmt: skip
+                                maximum=1 << 20, unit="MiB")  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self, ToolchainError)

@@ -104,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"the package {error.name} is not installed; `edgellm doctor` says how to get it"
         if isinstance(error, AttributeError) and "_native" in message:  # a checkout moved on, its module did not
             message = f"{message}: the native module is older than the Python files; make native builds it again"
+        if isinstance(error, PermissionError) and error.filename is not None:
+            expected, message = True, f"{error.filename}: {error.strerror}; let this user read and write it"
         hint = "" if expected or args.debug else " (--debug shows where)"
         print(f"error: {message}{hint}", file=sys.stderr)
         return 2 if expected else 1

@@ -24,6 +24,7 @@ from edgellm_ros.errors import RequestError, UnsupportedError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # of older versions of PEFT
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj")
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -110,6 +111,11 @@ def read_adapter(path: str | Path) -> LoraAdapter:
     of the adapter cannot be honoured (DoRA, biases, changed embeddings or heads, other projections).
     """
     root = Path(path)
+    if (root / PICKLED).is_file() and not (root / WEIGHTS).exists():
+        raise RequestError(
+            f"{root} has only pickled weights ({PICKLED}), which are not read; convert them with PEFT: "
+            "PeftModel.from_pretrained(BASE_MODEL, DIR).save_pretrained(NEW_DIR)"
+        )
     try:
         config_bytes = (root / CONFIG).read_bytes()
         weight_bytes = (root / WEIGHTS).read_bytes()

@@ -177,6 +177,8 @@ def test_what_cannot_be_built_is_refused_before(tiny_bundle: TinyBundle, monkeyp
             build_engine(bundle, target, options)
     with pytest.raises(ToolchainError, match="builds for the GPU that it runs on"):
         build_engine(bundle, "sm89", SMALL, builder="tensorrt")
+    with pytest.raises(ToolchainError, match="allowed is 0 to 1048576 MiB"):  # more is no number to TensorRT
+        BuildOptions(memory_limit=2**60)
     with pytest.raises(ToolchainError, match="weights are fp32"):
         build_engine(tiny_bundle("llama", "fp32"), "sm89", SMALL)
     monkeypatch.setattr(targets, "memory_available", lambda: 2**20)

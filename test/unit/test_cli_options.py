@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -140,6 +141,17 @@ def test_an_unexpected_failure_is_exit_code_1_and_debug_shows_where(
     for arguments in (["--debug", "inspect", "x"], ["inspect", "x", "--debug"]):
         assert main(arguments) == 1
         assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_that_this_user_may_not_read_is_no_failed_mark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "weights"))
+
+    monkeypatch.setattr("edgellm_ros.bundle.Bundle.open", fail)
+    assert main(["verify", "x"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'weights'}: Permission denied; let this user read and write it\n"
 
 
 def test_a_range_is_written_out_so_that_its_end_can_be_typed() -> None:

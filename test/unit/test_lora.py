@@ -127,6 +127,9 @@ def test_tensors_of_other_places_are_refused_by_name(tmp_path: Path, name: str) 
 def test_a_directory_that_is_not_whole_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"is no LoRA adapter: .*adapter_config\.json"):
         read_adapter(tmp_path)
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(RequestError, match=r"has only pickled weights \(adapter_model\.bin\).*save_pretrained"):
+        read_adapter(tmp_path)
     write(tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-10])
