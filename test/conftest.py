@@ -32,7 +32,7 @@ if _workers > 2:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--suite", metavar="NAME", help="run the pipeline's cases of test/lists/NAME.yaml only (without it, l0 and all else)"
+        "--suite", metavar="NAME", action="append", help="run the pipeline's cases of test/lists/NAME.yaml only (without it, l0 and all else)"
     )
 
 

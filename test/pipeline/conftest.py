@@ -17,7 +17,10 @@ _COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "same", "tas
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         try:
-            cases = read_suite(metafunc.config.getoption("--suite") or "l0")
+            names = metafunc.config.getoption("--suite") or ["l0"]
+            if len(names) > 1:
+                raise ValueError(f"--suite is given more than once ({', '.join(names)}); run one list at a time")
+            cases = read_suite(names[0])
         except ValueError as error:
             raise pytest.UsageError(str(error)) from error
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])

@@ -12,6 +12,7 @@ import yaml
 LISTS = Path(__file__).resolve().parents[1] / "lists"
 RECIPES = ("fp8", "int4_awq", "int4_gptq", "int8_sq", "nvfp4", "w4a8_awq")
 SCHEMES = ("keep", "fp32", "fp16", "int8", "int4", *RECIPES)
+_KEYS = ("cases", "matrix", "fails", "text_words", "profile")  # of a list
 _NAME = re.compile(rf"(?P<model>.+)-(?P<scheme>{'|'.join(sorted(SCHEMES, key=len, reverse=True))})-ctx(?P<context>\d+)-bs(?P<batch>\d+)")
 
 
@@ -56,7 +57,12 @@ def read_suite(name: str) -> list[Case]:
     path = LISTS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(sorted(p.stem for p in LISTS.glob('*.yaml')))}")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))[name]
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(raw, dict) or not any(raw.get(key) for key in ("cases", "matrix")):
+        raise ValueError(f"{path} has no cases: it must be a mapping {name} with cases, a matrix or both")
+    if unknown := set(raw) - set(_KEYS):
+        raise ValueError(f"{path}: unknown {', '.join(sorted(unknown))}; known are {', '.join(_KEYS)}")
     defaults = {key: raw[key] for key in ("text_words", "profile") if key in raw}
     entries = list(raw.get("cases", []))
     for matrix in raw.get("matrix", []):
@@ -68,6 +74,8 @@ def read_suite(name: str) -> list[Case]:
         ]  # fmt: skip
     cases = [parse_case(entry, defaults) for entry in entries]
     known = {key: tuple(marks) for key, marks in raw.get("fails", {}).items()}
+    if strange := set(known) - {f"{case.model}-{case.scheme}" for case in cases}:
+        raise ValueError(f"{path}: fails names {', '.join(sorted(strange))}, which no case is")
     cases = [replace(case, fails=known.get(f"{case.model}-{case.scheme}", case.fails)) for case in cases]
     names = [case.name for case in cases]
     if len(set(names)) != len(names):

@@ -171,3 +171,23 @@ def test_a_name_says_model_scheme_context_and_batch() -> None:
         with pytest.raises(ValueError, match="is not MODEL-SCHEME|unknown x; known are"):
             parse_case(bad, {})
     assert dataclasses.replace(case, model="tiny_llama").is_tiny
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no cases"), ("mine:", "has no cases"), ("mine: {cases: []}", "has no cases"), ("l0: {}", "has no cases"),
+        ("mine: {case: [x]}", "has no cases"),
+        ("mine: {cases: [tiny_llama-int4-ctx64-bs1], fail: {}}", "unknown fail; known are cases"),
+        ("mine: {cases: [tiny_llama-int4-ctx64-bs1], fails: {tiny_lama-int4: [x]}}", "fails names tiny_lama-int4, which no"),
+        (None, "there is no suite 'mine'; there are "),
+    ],
+)  # fmt: skip
+def test_a_list_that_would_run_nothing_is_an_error(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("suite.LISTS", tmp_path)
+    if content is not None:
+        (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_suite("mine")
