@@ -14,7 +14,7 @@ from edgellm_ros.bundle import LORA, WEIGHTS, Bundle, hash_file
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.executors.lora import TARGETS, LoraAdapter, read_adapter
 from edgellm_ros.executors.lora_layout import LARGEST_RANK, fit, pack
-from edgellm_ros.manifest import MANIFEST, LoraEntry, Manifest
+from edgellm_ros.manifest import MANIFEST, LoraEntry
 from edgellm_ros.toolchain.input_factors import for_folded
 from edgellm_ros.toolchain.whole_output import system_errors
 
@@ -112,30 +112,24 @@ def pack_adapter(
         bundle.manifest.files[WEIGHTS].sha256,
         Path(path).resolve().name,
     )
-    manifest = bundle.manifest
-    try:
+    old = bundle.manifest
+    files = {other: file for other, file in old.files.items() if other != key}
+    loras = {other: found for other, found in old.loras.items() if other != name}
+    before, after = (bundle.path / f".{MANIFEST}.{state}-{os.getpid()}" for state in ("before", "after"))
+    try:  # all is written before anything gets its name, so that a full disk changes nothing
         (bundle.path / LORA).mkdir(exist_ok=True)
         with system_errors():
             save_file(tensors, partial, {**metadata, "name": name})
-        files, loras = dict(manifest.files), dict(manifest.loras)
-        if name in loras:  # a manifest without it comes first: the bundle is whole at every moment
-            del files[key], loras[name]
-            _write_manifest(bundle.path, replace(manifest, files=files, loras=loras))
-        file = hash_file(partial)
+        new = replace(old, files={**files, key: hash_file(partial)}, loras={**loras, name: entry})
+        after.write_text(new.to_json(), encoding="utf-8")
+        if name in old.loras:  # a manifest without it comes first: the bundle is whole at every moment
+            before.write_text(replace(old, files=files, loras=loras).to_json(), encoding="utf-8")
+            before.replace(bundle.path / MANIFEST)
         partial.replace(final)
-        manifest = replace(manifest, files={**files, key: file}, loras={**loras, name: entry})
-        _write_manifest(bundle.path, manifest)
+        after.replace(bundle.path / MANIFEST)
     except OSError as error:
         raise ToolchainError(f"cannot write {final}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
-    return adapter, Bundle(bundle.path, manifest)
-
-
-def _write_manifest(root: Path, manifest: Manifest) -> None:
-    partial = root / f".{MANIFEST}.partial-{os.getpid()}"
-    try:
-        partial.write_text(manifest.to_json(), encoding="utf-8")
-        partial.replace(root / MANIFEST)
-    finally:
-        partial.unlink(missing_ok=True)
+        for path in (partial, before, after):
+            path.unlink(missing_ok=True)
+    return adapter, Bundle(bundle.path, new)

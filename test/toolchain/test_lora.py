@@ -159,6 +159,28 @@ def test_a_disk_that_is_full_leaves_the_bundle_without_the_adapter(bundle: Bundl
     assert not Bundle.open(bundle.path).manifest.loras
 
 
+def test_an_adapter_is_kept_where_the_disk_has_no_room_for_the_manifest_of_its_successor(
+    bundle: Bundle, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bundle = pack_adapter(adapter, bundle)
+    before = sorted(path for path in bundle.path.rglob("*") if path.is_file())
+    edit_config(adapter, lora_alpha=3)
+    write, room = Path.write_text, [0]  # manifests that there is room for
+
+    def full(self: Path, *args: Any, **options: Any) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        room[0] -= 1
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for room[0] in (0, 1):
+        with pytest.raises(ToolchainError, match="cannot write .*No space left"):
+            pack_adapter(adapter, bundle, overwrite=True)
+        assert Bundle.open(bundle.path).manifest == bundle.manifest
+        assert sorted(path for path in bundle.path.rglob("*") if path.is_file()) == before
+
+
 @pytest.mark.parametrize("said_in", ["config.json", "hf_quant_config.json"])
 def test_a_quantised_checkpoint_is_not_merged_into(said_in: str, tmp_path: Path, adapter: Path) -> None:
     source = tmp_path / "source"
