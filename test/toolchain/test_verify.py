@@ -109,6 +109,10 @@ def test_a_token_without_a_row_is_not_scored_for_perplexity_but_its_position_is_
     assert (found.num_tokens, found.perplexity) == (4, pytest.approx(expected, rel=1e-5))
     same = np.mean(logits.argmax(-1) == other.argmax(-1))
     assert found.top1_agreement == pytest.approx(same)
+    none = Comparison()
+    none.add(logits, np.full(6, -1))
+    with pytest.raises(ToolchainError, match="no token of the text has a row in the reduced head"):
+        none.figures()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

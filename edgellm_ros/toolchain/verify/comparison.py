@@ -54,8 +54,12 @@ class Comparison:
         self._cosine.append(_cosine(logits, original))
 
     def figures(self) -> TextFigures:
-        """Over everything added; at least one token was scored."""
+        """Over everything added; raises ToolchainError where no token was scored."""
         loss = np.concatenate(self._loss)
+        if not len(loss):
+            raise ToolchainError(
+                "no token of the text has a row in the reduced head, so nothing can be scored; choose another text"
+            )
         perplexity = float(np.exp(loss.mean()))
         if not self._kl:
             return TextFigures(len(loss), perplexity)
