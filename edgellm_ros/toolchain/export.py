@@ -281,6 +281,7 @@ def _tables(
         part = part.take(taken) if part is not None else None
         rows = source.read_rows(name, start, stop)[taken] if part is None else part.dequantize()
         if stem:
+            _check_numbers(source, name, rows, quant.format_of(stem))
             if kept is not None and kept.is_kept(stem):
                 assert part is not None, stem
                 tensors = kept.stored(stem, [part])
@@ -293,6 +294,20 @@ def _tables(
                     writer.write_rows(f"{stem}.{tensor}", first, data)
         yield first, rows
         first += len(rows)
+
+
+def _check_numbers(source: Checkpoint, name: str, rows: FloatArray, form: LinearFormat) -> None:
+    """Raise CheckpointError for what cannot be stored: the self-test's prompts look up few rows of an embedding."""
+    largest = float(max(rows.max(), -rows.min()))
+    if not np.isfinite(largest):
+        raise CheckpointError(
+            f"{source.path}: {name} has a number that is NaN or infinite; download the checkpoint again"
+        )
+    if form.scheme == "fp16" and largest > np.finfo(np.float16).max:
+        raise CheckpointError(
+            f"{source.path}: {name} has a number of {largest:.6g}, and fp16 holds up to 65504; choose --weights int8, "
+            "or --lm-head int8 where weights are kept"
+        )
 
 
 def _write_linear(

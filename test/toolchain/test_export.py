@@ -302,6 +302,12 @@ def test_weights_that_are_not_numbers_are_said_and_not_taken_for_a_loss_of_bits(
         export_bundle(tmp_path / "source", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has a number that is NaN"):
         load_model(open_source(tmp_path / "source"), "cpu")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 0.0
+    for number, what in ((np.nan, "has a number that is NaN"), (1e5, "has a number of 100000, and fp16 holds up to")):
+        tensors["model.embed_tokens.weight"][290, 3] = number  # of a token that no prompt of the self-test has
+        safetensors.numpy.save_file(tensors, tmp_path / "source" / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"model\.embed_tokens\.weight {what}"):
+            export_bundle(tmp_path / "source", tmp_path / "out", weights="fp16")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
