@@ -69,7 +69,8 @@ def reduce_vocab(
     reasons = required_tokens(text, source.token_spec(), source.chat_template(), model.vocab_size)
     required = set().union(*reasons.values())
     tokenizer = Tokenizer(text)
-    kept = required | (read_token_list(tokens, tokenizer, model.vocab_size) if tokens is not None else set())
+    listed = read_token_list(tokens, tokenizer, model.vocab_size, tokenizer_hash(text)) if tokens is not None else set()
+    kept = required | listed
     counted = count_tokens(Path(corpus), text, model.vocab_size, progress) if corpus is not None else None
     named = np.array([tokenizer.id_to_token(i) is not None for i in range(model.vocab_size)])
     counts = counted.counts if counted is not None else np.zeros(model.vocab_size, np.int64)
@@ -115,13 +116,19 @@ def choose_tokens(
     return np.sort(np.concatenate([np.flatnonzero(is_kept), others[:wanted]]))
 
 
-def read_token_list(path: Path, tokenizer: Tokenizer, vocab_size: int) -> set[int]:
+def read_token_list(path: Path, tokenizer: Tokenizer, vocab_size: int, tokenizer_sha256: str) -> set[int]:
     """Token ids of a map's file, or of a text file whose lines are ids or tokens as the vocabulary writes them.
 
-    Raises ToolchainError that names the line which is neither.
+    Raises ToolchainError that names the line which is neither, and for a map of another model's vocabulary.
     """
     if path.suffix in (".json", ".safetensors"):
-        found = set(read_vocab_file(path).token_ids)
+        file = read_vocab_file(path)
+        if file.vocab_size not in (0, vocab_size) or file.tokenizer_sha256 not in ("", tokenizer_sha256):
+            raise ToolchainError(
+                f"{path} is a map for another tokenizer.json or vocabulary size than the checkpoint's, where its ids "
+                "mean other tokens; give a text file of tokens, one a line"
+            )
+        found = set(file.token_ids)
     else:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")

@@ -179,6 +179,7 @@ def test_a_token_list_stays_whole(smollm2_gguf: Path, tmp_path: Path) -> None:
         ({"tokens": "gone.txt"}, "token list .*gone.txt cannot be read"),
         ({"tokens": "blank.txt"}, "token list .*blank.txt is empty"),
         ({"tokens": "all.txt"}, "all 320 tokens of .* would stay"),
+        ({"tokens": "other.json"}, "other.json is a map for another tokenizer.json or vocabulary size"),
         ({"tokens": "all.txt", "coverage": 0.5}, "--coverage needs --corpus"),
     ],
 )
@@ -188,6 +189,7 @@ def test_impossible_wishes_are_refused_by_value(
     (tmp_path / "latin.txt").write_bytes("Tür".encode("latin-1"))
     (tmp_path / "all.txt").write_text("\n".join(map(str, range(VOCAB_SIZE))))
     (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "other.json").write_text('{"token_ids": [7], "vocab_size": 320, "tokenizer_sha256": "of another"}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "some.txt").write_text("some")
     paths = {key: tmp_path / value for key, value in options.items() if isinstance(value, str)}
