@@ -280,6 +280,15 @@ def test_what_autogptq_packed_means_what_its_own_layer_computes(bits: int, order
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+def test_fp8_layers_that_either_tools_list_leaves_out_are_plain(tmp_path: Path) -> None:
+    inner, config, _ = CASES["fp8 blocks"]
+    for key in ("modules_to_not_convert", "ignored_layers"):  # transformers', AutoFP8's
+        settings = {**config, key: ["lm_head", Q]}
+        packers.save_quantized("llama", tmp_path / key, lambda m, w: None if m == Q else inner(m, w), settings)
+        checkpoint = open_checkpoint(tmp_path / key)
+        assert checkpoint.scheme(f"{Q}.weight") is None and checkpoint.scheme(f"{Q.replace('q_', 'k_')}.weight")
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     packers.save_quantized("llama", tmp_path / "source", lambda *_: None, {"quant_method": "hqq"})
     with pytest.raises(CheckpointError, match="quant_method is 'hqq'; read are awq, .*modelopt"):

@@ -14,6 +14,7 @@ from edgellm_ros.toolchain.quantized.base import PLAIN, SMALLEST_GROUP, Module, 
 from edgellm_ros.toolchain.quantized.packed import ActivationScale, FloatArray, PackedWeight, Scheme
 
 _SCALES = ("weight_scale_inv", "weight_scale")
+_EXCLUDED = ("modules_to_not_convert", "ignored_layers")  # transformers' name, AutoFP8's and vLLM's
 _ACTIVATIONS = (".input_scale", ".activation_scale", ".input_scale_inv")
 
 
@@ -40,7 +41,8 @@ class Fp8(QuantReader):
         if all(self.activation_scale(module) is None for module in self.modules):
             self.notes.append("activations stay floating point: the checkpoint was made for FP8 ones")
         self.reject_leftovers(tuple(f".{scale}" for scale in _SCALES))
-        self.check_covered(text_list(self.config.get("modules_to_not_convert")), prefixes=True)
+        excluded = [name for key in _EXCLUDED for name in text_list(self.config.get(key))]
+        self.check_covered(excluded, prefixes=True)
 
     def describe(self) -> str:
         """See QuantReader.describe."""
