@@ -72,7 +72,7 @@ class HfTokenizerFiles:
     def token_spec(self, config: Mapping[str, Any]) -> TokenSpec:
         """Special tokens; `config` is config.json. Stop ids are those of all files, then end-of-turn tokens.
 
-        Raises CheckpointError for a tokenizer.json that the tokenizers library cannot read.
+        Raises CheckpointError for a tokenizer.json that the tokenizers library cannot read, or that lacks a token.
         """
         text = self.tokenizer_json()
         tokenizer = json.loads(text)
@@ -102,6 +102,7 @@ class HfTokenizerFiles:
         if not isinstance(add_bos, bool):
             add_bos = _template_starts_with(tokenizer.get("post_processor"), bos)
         template = self.chat_template() or ""
+        self._check_added(settings, ids, template)
         think_start, think_end = think_marks(ids, template)
         stops = known(generation.get("eos_token_id"), config.get("eos_token_id"), ids.get(eos))
         return TokenSpec(
@@ -114,6 +115,18 @@ class HfTokenizerFiles:
             think_start=think_start,
             think_end=think_end,
         )
+
+    def _check_added(self, settings: Mapping[str, Any], ids: Mapping[str, int], template: str) -> None:
+        """Raise for a token that only transformers would know: a prompt would hold its letters in its place."""
+        added = settings.get("added_tokens_decoder")
+        for token in added.values() if isinstance(added, dict) else ():
+            text = _token_text(token)
+            if text and text in template and text not in ids:
+                raise CheckpointError(
+                    f"{self.path}: tokenizer_config.json adds the token {text!r}, which the chat template writes and "
+                    "tokenizer.json lacks; write both anew with transformers: "
+                    "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                )
 
     def _optional(self, name: str) -> dict[str, Any]:
         path = self.path / name

@@ -157,6 +157,19 @@ def test_stop_ids_are_those_of_all_files_once(directory: Path) -> None:
     assert HfTokenizerFiles(directory).token_spec({"eos_token_id": [9, 2]}).stop_ids == (7, 8, 9, 2)
 
 
+def test_a_token_that_only_the_settings_add_is_refused_where_the_template_writes_it(directory: Path) -> None:
+    added = {"316": {"content": "<turn>", "special": True}, "2": {"content": "<|im_end|>", "special": True}}
+    _change(directory / "tokenizer_config.json", added_tokens_decoder=added)
+    files = HfTokenizerFiles(directory)
+    assert files.token_spec({}).stop_ids == (2,)  # no prompt has it
+    (directory / "chat_template.jinja").write_text("<turn>{{ messages[0]['content'] }}<|im_end|>")
+    assert len(transformers.AutoTokenizer.from_pretrained(directory)("<turn>").input_ids) == 1
+    with pytest.raises(CheckpointError, match="adds the token '<turn>', which the chat template writes and tokenizer"):
+        files.token_spec({})
+    transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    assert files.token_spec({}).stop_ids == (2,)
+
+
 def test_ids_that_the_model_does_not_have_are_none(directory: Path) -> None:
     _change(directory / "tokenizer_config.json", bos_token=None, pad_token=None)
     config = {"vocab_size": 320, "eos_token_id": [-1, 7, 320], "bos_token_id": 400, "pad_token_id": -1}
