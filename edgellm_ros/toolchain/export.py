@@ -303,7 +303,7 @@ def _check_numbers(source: Checkpoint, name: str, rows: FloatArray, form: Linear
         raise CheckpointError(
             f"{source.path}: {name} has a number that is NaN or infinite; download the checkpoint again"
         )
-    if form.scheme == "fp16" and largest > np.finfo(np.float16).max:
+    if form.scheme == "fp16" and largest > float(np.finfo(np.float16).max):
         raise CheckpointError(
             f"{source.path}: {name} has a number of {largest:.6g}, and fp16 holds up to 65504; choose --weights int8, "
             "or --lm-head int8 where weights are kept"
