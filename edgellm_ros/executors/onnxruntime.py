@@ -4,9 +4,10 @@ All buffers are made here once and bound by address; a step only writes into the
 slots run as one batch, longer ones alone: GroupQueryAttention continues a prompt for one sequence at a time.
 
 MatMulNBits' int8 kernels compute rows in pairs when int4 groups have 64 or more weights, and round a row that is left
-over differently (by 1e-6, which the next layer's int8 activations amplify); with groups of 32, or int8 groups up to 64,
-every row count gives the same bits (measured, ONNX Runtime 1.32, AVX-512). Such bundles therefore decode sequence by
-sequence unless the configuration prefers speed, and the scheduler cuts prompts at multiples of 8.
+over differently (by 1e-6, which the next layer's int8 activations amplify). Such bundles therefore decode sequence by
+sequence unless the configuration prefers speed, and the scheduler cuts prompts at multiples of 8. With groups of 32, or
+int8 groups up to 64, every row count gives the same bits on a CPU with AVX-512, but not on one with AVX2 alone (ONNX
+Runtime 1.32, AMD EPYC): what several slots get is compared when a bundle is loaded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from edgellm_ros.memory import available_memory, physical_cores
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
+_TRIED_ROWS, _TRIED_TOKENS = 3, 4  # at load: what single tokens get alone and side by side
 _WORKSPACE = 64 << 20  # bytes: activations of a prefill chunk and ONNX Runtime's own, a generous guess
 
 
@@ -102,7 +104,6 @@ class OnnxRuntimeExecutor(Executor):
         self._scratch = np.zeros((config.max_slots, model.num_rows), np.float32)  # one run's share of a step
         self._bindings: dict[tuple[int, int, int], Any] = {}  # by first slot, count, adapter
         quant = bundle.manifest.quantization
-        self._batches = config.decode_batching == "fast" or not _rounds_single_rows_apart(quant)
         # A product of one row by a matrix that is no constant, as A and B, is summed in another order than one of more.
         self._batches_adapted = config.decode_batching == "fast"
         self.info = ExecutorInfo(
@@ -116,6 +117,26 @@ class OnnxRuntimeExecutor(Executor):
             memory_bytes=planned,
             vocab_map=vocab_map,
         )
+        self._batches = config.decode_batching == "fast" or (
+            config.max_slots > 1 and not _rounds_single_rows_apart(quant) and self._rows_agree()
+        )
+
+    def _rows_agree(self) -> bool:
+        """Whether single tokens get the same bits alone and side by side on this machine; the slots are empty yet."""
+        generator = np.random.default_rng(0)
+        count = min(self.info.num_slots, _TRIED_ROWS)
+        for position in range(min(_TRIED_TOKENS, self.info.capacity)):
+            ids = generator.integers(0, self.info.vocab_size, count).astype(np.int32)
+            steps = [SequenceStep(slot, ids[slot : slot + 1], position) for slot in range(count)]
+            alone = np.concatenate([self._logits_of([step]) for step in steps])
+            if not all(np.array_equal(self._logits_of(steps[:rows]), alone[:rows]) for rows in range(2, count + 1)):
+                return False
+        return True
+
+    def _logits_of(self, members: list[SequenceStep]) -> npt.NDArray[np.float32]:
+        logits = np.empty((len(members), self._model.num_rows), np.float32)
+        self._run(members, logits)
+        return logits
 
     @property
     def adapters(self) -> Mapping[str, LoadedAdapter]:

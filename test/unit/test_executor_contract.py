@@ -63,6 +63,22 @@ def test_a_sequence_in_a_batch_gets_the_bits_it_gets_alone(executor: Executor) -
             assert np.array_equal(together[row], alone[slot]), (order, slot)
 
 
+def test_where_rows_round_apart_sequences_decode_one_by_one(
+    tiny_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = ort_executor.OnnxRuntimeExecutor
+    logits_of, run, sizes = kind._logits_of, kind._run, []
+    monkeypatch.setattr(kind, "_logits_of", lambda self, members: logits_of(self, members) + 1e-3 * len(members))
+    monkeypatch.setattr(kind, "_run", lambda self, members, out: sizes.append(len(members)) or run(self, members, out))
+    for batching, expected in (("exact", [1, 1]), ("fast", [2])):
+        config = EngineConfig(max_slots=2, max_context=CAPACITY, decode_batching=batching)
+        executor = kind(tiny_bundle("qwen3", "fp32"), config)
+        sizes.clear()
+        executor.step([step(slot, prompt(1), 0) for slot in range(2)])
+        executor.close()
+        assert sizes == expected, batching
+
+
 def test_prefill_and_decode_share_a_step(executor: Executor) -> None:
     first, second, token = prompt(9), prompt(30), prompt(1)
     executor.step([step(0, first, 0)])
