@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "test" / "gpu" / "test_short_run.py"
+TESTS = [ROOT / "test" / "gpu" / name for name in ("test_short_run.py", "test_short_products.py")]
 _SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 _DETAILS = 12  # lines of a log that is not clean
 LEFT_OUT = {"racecheck": "no-products short", "memcheck": "short", "synccheck": "short", "initcheck": "short"}
@@ -40,12 +40,22 @@ _PART = re.compile(r"part (\S+) ([\d.]+) s$", re.MULTILINE)
 class Job:
     """One kind's test under one tool, or under none."""
 
-    kind: str  # what pytest has between the brackets
+    test: str  # pytest's name, file and all
     tool: str
     log: Path
     started: float = field(default_factory=time.monotonic)
     process: subprocess.Popen[bytes] | None = None
     place: int = 0  # among those that run side by side
+
+    @property
+    def kind(self) -> str:
+        """What stands between the brackets."""
+        return kind_of(self.test)
+
+
+def kind_of(test: str) -> str:
+    """What pytest has between the brackets."""
+    return test.partition("[")[2].rstrip("]")
 
 
 def verdict(tool: str, code: int | None, text: str) -> tuple[bool, str]:
@@ -72,11 +82,11 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "it wrote nothing"
 
 
-def kinds_of(tests: Path, python: str, words: list[str]) -> list[str]:
-    """The parameters of the test that has every path, as pytest names them."""
-    command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tests), *words]
+def tests_of(files: list[Path], python: str, words: list[str]) -> list[str]:
+    """The tests that have every path, as pytest names them."""
+    command = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *map(str, files), *words]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
-    return re.findall(r"::test_every_path_once\[(.+)\]$", output, re.MULTILINE)
+    return re.findall(r"^(\S+::test_every_path_once\[.+\])$", output, re.MULTILINE)
 
 
 def share_of_cpus(place: int, jobs: int) -> set[int]:
@@ -88,11 +98,11 @@ def share_of_cpus(place: int, jobs: int) -> set[int]:
 class Runs:
     """At most `num_jobs` processes at a time; a kind's tools follow its run without one."""
 
-    def __init__(self, args: argparse.Namespace, kinds: list[str], directory: Path) -> None:
+    def __init__(self, args: argparse.Namespace, tests: list[str], directory: Path) -> None:
         self._args, self._directory = args, directory
-        self._waiting = [Job(kind, "", self._log(kind, "plain")) for kind in kinds]
+        self._waiting = [Job(test, "", self._log(kind_of(test), "plain")) for test in tests]
         self._running: list[Job] = []
-        self.failed = not kinds
+        self.failed = not tests
 
     def go(self, deadline: float, stopped: list[int]) -> None:
         """Run all and print a line for each, until `deadline` or until `stopped` holds a signal."""
@@ -110,9 +120,8 @@ class Runs:
         return self._directory / f"sanitize-{kind}-{name}.log"
 
     def _command(self, job: Job) -> list[str]:
-        test = f"{self._args.tests}::test_every_path_once[{job.kind}]"
         # No limit for a test: under racecheck one takes longer than the tests' own.
-        command = [self._args.python, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=0", test]
+        command = [self._args.python, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=0", job.test]
         if not job.tool:
             return command
         ours = ["--error-exitcode", "9", "--kernel-name", "kns=edgellm", *self._args.option]
@@ -141,7 +150,7 @@ class Runs:
         self._running.remove(job)
         self._print(job, job.process.returncode)
         if not job.tool:  # also where the test failed: a finding may say why
-            self._waiting += [Job(job.kind, tool, self._log(job.kind, tool)) for tool in self._args.tool]
+            self._waiting += [Job(job.test, tool, self._log(job.kind, tool)) for tool in self._args.tool]
             self._waiting.sort(key=lambda waiting: ["", *self._args.tool].index(waiting.tool))  # the slowest first
 
     def _print(self, job: Job, code: int | None) -> None:
@@ -179,7 +188,7 @@ def arguments(words: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer") or _SANITIZER)
     parser.add_argument("--option", action="append", default=[], help="compute-sanitizer's own: --option=--NAME=X")
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--tests", type=Path, default=TESTS, help=argparse.SUPPRESS)
+    parser.add_argument("--tests", type=Path, nargs="+", default=TESTS, help=argparse.SUPPRESS)
     return parser.parse_known_args(words)
 
 
@@ -191,14 +200,15 @@ def main(words: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + args.limit_s
     stopped: list[int] = []
-    kinds = kinds_of(args.tests, args.python, others)
-    if not kinds:
-        print(f"error: {args.tests} has no test_every_path_once for {others}", file=sys.stderr)
+    tests = tests_of(args.tests, args.python, others)
+    if not tests:
+        named = " ".join(map(str, args.tests))
+        print(f"error: {named} has no test_every_path_once for {others}", file=sys.stderr)
         return 2
     with contextlib.ExitStack() as stack:
         directory = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
-        runs = Runs(args, kinds, directory.resolve())
+        runs = Runs(args, tests, directory.resolve())
         before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
         try:
             runs.go(deadline, stopped)

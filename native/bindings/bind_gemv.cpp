@@ -66,26 +66,30 @@ void bind_gemv(py::module_& module) {
       py::arg("gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("bias") = py::none(),
       py::arg("out_bf16") = py::none(), py::arg("block_max") = py::none(), py::arg("tile") = -1, py::arg("stream") = 0,
       py::arg("pdl") = false, py::arg("batch_invariant") = false, py::arg("lora") = py::none());
-  const auto shape_only = [](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile) {
+  const auto shape_only = [](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile,
+                             bool batch_invariant) {
     kernels::GemvArgs args;
     args.weight = WeightTuple(weight).view;
     args.num_tokens = num_tokens;
     args.epilogue = epilogue;
     args.tile = tile;
+    args.batch_invariant = batch_invariant;
     return args;
   };
   module.def(
       "gemv_num_tiles",
-      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue) {
-        return kernels::gemv_num_tiles(shape_only(weight, num_tokens, epilogue, -1));
+      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, bool batch_invariant) {
+        return kernels::gemv_num_tiles(shape_only(weight, num_tokens, epilogue, -1, batch_invariant));
       },
-      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::store_f32);
+      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::store_f32,
+      py::arg("batch_invariant") = false);
   module.def(
       "gemv_num_blocks",
-      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile) {
-        return kernels::gemv_num_blocks(shape_only(weight, num_tokens, epilogue, tile));
+      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile, bool batch_invariant) {
+        return kernels::gemv_num_blocks(shape_only(weight, num_tokens, epilogue, tile, batch_invariant));
       },
-      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::logits, py::arg("tile") = -1);
+      py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::logits, py::arg("tile") = -1,
+      py::arg("batch_invariant") = false);
 }
 
 }  // namespace edgellm

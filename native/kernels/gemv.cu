@@ -24,7 +24,7 @@ void launch_gemv_mma<WeightFormat::int4>(const GemvArgs&, const GemvTile&, cudaS
 
 namespace {
 
-enum class Family { fma, several, int4, mma };
+enum class Family { fma, several, once, ring, int4, mma };
 struct Choice {
   Family family;
   GemvTile tile;
@@ -42,8 +42,8 @@ bool fma_fits(const WeightView& w, const FmaConfig& c) { return fma_threads(w, c
 
 // Beyond, int4 products are faster on the other kind of tile.
 constexpr int kMostInt4Tokens = 8;
-// That gemv_fma_several computes; with batch_invariant more tokens take turns.
-constexpr int kMostFmaTokens = 8;
+// Of the other formats' kernels for several tokens; with batch_invariant more take turns.
+constexpr int kMostTokensAtOnce = kMaxTensorTokens;
 
 // Whether the integer kernels can run `args`. A token's bits are theirs whatever else is computed.
 bool int4_fits(const GemvArgs& args) {
@@ -51,8 +51,33 @@ bool int4_fits(const GemvArgs& args) {
          (args.num_tokens <= kMostInt4Tokens || args.batch_invariant);
 }
 
+// Whether the kernels of gemv_tensor.cuh know the format.
+bool has_tensor_kernels(const WeightView& w) {
+  return w.format == WeightFormat::bf16 || w.format == WeightFormat::fp16 || w.format == WeightFormat::fp8;
+}
+
+int tensor_units(const WeightView& w) { return ceil_div(w.cols * (is_8bit(w) ? 1 : 2), 64); }
+
+// Their configurations for one token, or for several: those whose number of warps leaves room for the x of as many
+// tokens as a launch has.
+int list_tensor(const WeightView& w, bool several, Choice* out) {
+  int count = 0;
+  const int most_warps = device_traits().max_shared_bytes >= kSharedBytesOf16Warps ? 16 : 8;
+  for (int i = 0; i < kNumOnceConfigs && !several; i++) {
+    const OnceConfig& c = kOnceConfigs[i];
+    const bool fits = tensor_units(w) <= c.warps * c.depth && c.warps <= most_warps;
+    if (fits) out[count++] = {Family::once, {i, c.tiles * 8, c.warps * 32}};
+  }
+  for (int i = 0; i < kNumRingConfigs; i++) {
+    const RingConfig& c = kRingConfigs[i];
+    if (c.several == several && c.warps <= most_warps) out[count++] = {Family::ring, {i, c.tiles * 8, c.warps * 32}};
+  }
+  return count;
+}
+
 // All configurations that can run `args`, in a fixed order: single-token kernels first, then tensor-core tiles. With
-// batch_invariant only those that give a token the same bits whatever their number.
+// batch_invariant only those that give a token the same bits whatever their number: what several get follows from what
+// one would.
 int list_choices(const GemvArgs& args, Choice* out) {
   int count = 0;
   if (int4_fits(args)) {
@@ -63,6 +88,8 @@ int list_choices(const GemvArgs& args, Choice* out) {
       out[count++] = {Family::int4, {i, kMmaRows, c.warps * 32}};
     }
     if (args.batch_invariant) return count;
+  } else if (has_tensor_kernels(args.weight) && args.batch_invariant) {
+    return list_tensor(args.weight, false, out);
   } else if (args.weight.format != WeightFormat::int4 && (args.num_tokens == 1 || args.batch_invariant)) {
     const bool several = args.num_tokens > 1;
     for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {
@@ -72,10 +99,14 @@ int list_choices(const GemvArgs& args, Choice* out) {
     }
     if (args.batch_invariant && count > 0) return count;
   }
+  if (has_tensor_kernels(args.weight) && args.num_tokens <= kMaxTensorTokens) {
+    count += list_tensor(args.weight, args.num_tokens > 1, out + count);
+  }
   for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {Family::mma, {i, kMmaRows, kMmaWarps * 32}};
   return count;
 }
-constexpr int kMaxChoices = kNumFmaConfigs16 + kNumFmaConfigs8 + kNumInt4Configs + kNumMmaConfigs;
+constexpr int kMaxChoices =
+    kNumFmaConfigs16 + kNumFmaConfigs8 + kNumOnceConfigs + kNumRingConfigs + kNumInt4Configs + kNumMmaConfigs;
 
 // Higher is better. The preferences are measured (bench/bench_gemv.py; 1B, 4B and 8B shapes on an H100).
 float score_int4(const GemvArgs& args, const Int4Config& c, int num_sms) {
@@ -104,34 +135,57 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   // By the rows of a single token's kernel: several tokens must get the same configuration.
   const float fill = static_cast<float>(gemv_blocks(args, c.rows)) / (1.5f * static_cast<float>(num_sms));
   const int in_flight = c.chunks * c.rows;  // loads a thread
-  float preference = tile.threads < 96 ? 0.5f : 1.0f;
-  // Few rows are spread best by blocks with much under way, and so are those of a layer's widest product and of a head,
-  // each of whose blocks leaves a maximum that greedy decoding looks through.
-  const bool few_rows = w.rows < 40 * num_sms, head = w.rows >= 500 * num_sms;
-  const bool many_rows = w.rows >= 100 * num_sms && !head;
-  const int columns = tile.threads * c.chunks;  // 16-byte loads of a row
-  if (is_8bit(w)) {
-    float by_loads = in_flight == 4 ? 1.0f : in_flight == 8 ? 0.995f : c.chunks == 2 ? 0.998f : 0.97f;
-    const int best_chunks = many_rows ? 2 : few_rows ? 1 : 0;
-    if (in_flight == 16 && c.chunks == (head ? 1 : columns >= 256 ? best_chunks : 0)) by_loads = 1.01f;
-    const bool tight = c.max_threads - tile.threads < 128;  // no registers kept for threads that are not there
-    if (in_flight == 8 && c.chunks == 1 && many_rows && columns < 256 && tight) by_loads = 1.01f;
-    preference *= tile.threads > 256 ? by_loads * 1.01f : by_loads;
-  } else if (in_flight == 16) {
-    const bool narrow = tile.threads > 128 && tile.threads <= 256;
-    preference *= c.chunks == 2 ? 1.0f : c.chunks == 1 ? 0.993f : narrow ? 1.005f : 0.97f;
-  } else if (few_rows) {
-    preference *= in_flight == 8 ? (c.chunks == 1 && tile.threads > 256 ? 1.01f : 0.99f) : 0.97f;
-  } else if (in_flight == 4) {
-    preference *= columns >= 512 && !many_rows && !head ? 1.0f : 0.99f;
-  } else {
-    preference *= 0.985f;
+  float preference = in_flight == 8 ? 0.995f : in_flight == 16 ? 0.99f : 0.985f;
+  FmaConfig best = {1, 8, is_8bit(w) ? 256 : 512, 0};
+  if (is_8bit(w) && w.rows < 100 * num_sms) {  // fewer rows are spread better by smaller blocks
+    best.rows = 4;
+    if (w.rows < 40 * num_sms && chunks_of(w) >= 256) best.chunks = 2;
   }
+  if (c.chunks == best.chunks && c.rows == best.rows && c.max_threads == best.max_threads) preference = 1.01f;
+  if (tile.threads < 96) preference *= 0.5f;
   return used * (preference - 0.005f * static_cast<float>(c.chunks)) * (fill < 1.0f ? fill : 1.0f);
+}
+
+// Of one token, in relation to each other.
+float score_tensor_one(const GemvArgs& args, const Choice& choice, int num_sms) {
+  const WeightView& w = args.weight;
+  const int units = tensor_units(w), warps = choice.tile.threads / 32, tiles = choice.tile.rows_per_block / 8;
+  const bool ring = choice.family == Family::ring;
+  const int depth = ring ? kRingConfigs[choice.tile.config].depth : kOnceConfigs[choice.tile.config].depth;
+  RingConfig best = {8, 0, 1, false};
+  bool best_ring = false;
+  if (is_8bit(w)) {
+    const bool few_rows = w.rows < 40 * num_sms;
+    best_ring = units > 64 || (units > 40 && !few_rows);
+    if (units > 64) best = units < 144 ? RingConfig{16, 4, 1, false} : RingConfig{16, 2, 2, false};
+    if (!best_ring) best.warps = few_rows && units % 16 == 0 ? 16 : 8, best.tiles = 2;
+  } else {
+    const bool few_rows = w.rows < 64 * num_sms;
+    best_ring = units > 128;
+    if (best_ring) best = {16, 8, 1, false};
+    if (few_rows && units > 64) best.warps = 16;
+  }
+  const bool is_best =
+      ring == best_ring && warps == best.warps && tiles == best.tiles && (best.depth == 0 || depth == best.depth);
+  // A share that a warp has in registers has no use for more of them.
+  return (is_best ? 3.0f : ring == best_ring ? 2.0f : 1.0f) - 0.01f * static_cast<float>(depth);
+}
+
+// Of several: blocks of 32 rows, which share the staged x, where they leave one for every SM; with 16 warps always.
+float score_tensor_several(const GemvArgs& args, const GemvTile& tile, int num_sms) {
+  const bool large = tile.threads == 512 || gemv_blocks(args, 32) >= num_sms;
+  return (tile.rows_per_block == 32) == large ? 2.0f : 1.0f;
 }
 
 float score(const GemvArgs& args, const Choice& choice, int num_sms) {
   switch (choice.family) {
+    case Family::once:
+    case Family::ring: {
+      if (args.num_tokens > 1) return 5.0f + score_tensor_several(args, choice.tile, num_sms);
+      // For one token alone the others are faster, but not for rows that no block has in registers as a whole.
+      const bool long_rows = tensor_units(args.weight) > (is_8bit(args.weight) ? 144 : 256);
+      return (long_rows ? 20.0f : 1.0f) + score_tensor_one(args, choice, num_sms);
+    }
     case Family::int4:
       return 10.0f + score_int4(args, kInt4Configs[choice.tile.config], num_sms);
     case Family::fma:
@@ -144,27 +198,55 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
   }
 }
 
+int best_of(const GemvArgs& args, const Choice* choices, int count) {
+  const int num_sms = device_traits().num_sms;
+  int best = 0;
+  for (int i = 1; i < count; i++) {
+    if (score(args, choices[i], num_sms) > score(args, choices[best], num_sms)) best = i;
+  }
+  return best;
+}
+
+// For several tokens what goes with `one`, the choice for one of them.
+Choice choose_tensor_several(const GemvArgs& args, const Choice& one) {
+  Choice choices[kNumRingConfigs];
+  int count = 0;
+  Choice all[kNumRingConfigs];
+  for (int i = 0, most = list_tensor(args.weight, true, all); i < most; i++) {
+    if (all[i].tile.threads == one.tile.threads) choices[count++] = all[i];
+  }
+  assert(count > 0);
+  return choices[best_of(args, choices, count)];
+}
+
+// Staging several tokens' x costs more than the weights: as many tiles share it as leave a block for most SMs. With the
+// same number of warps the sums, and with them a token's bits, stay what they are for `one`.
+Choice choose_int4_several(const GemvArgs& args, const Choice* choices, int count, const Choice& one) {
+  Choice best = one;
+  for (int i = 0; i < count; i++) {
+    if (choices[i].family != Family::int4) continue;
+    const Int4Config& c = kInt4Configs[choices[i].tile.config];
+    const bool fills = ceil_div(gemv_blocks(args, kMmaRows), c.tiles) >= device_traits().num_sms * 3 / 4;
+    const bool alike = c.warps == kInt4Configs[best.tile.config].warps;
+    if (alike && c.tiles > kInt4Configs[best.tile.config].tiles && fills) best = choices[i];
+  }
+  return best;
+}
+
 Choice choose(const GemvArgs& args) {
   Choice choices[kMaxChoices];
   const int count = list_choices(args, choices);
   assert(args.tile < count);
   if (args.tile >= 0 && !args.batch_invariant) return choices[args.tile];
-  const int num_sms = device_traits().num_sms;
-  int best = std::max(args.tile, 0);
-  for (int i = 0; args.tile < 0 && i < count; i++) {
-    if (score(args, choices[i], num_sms) > score(args, choices[best], num_sms)) best = i;
+  const bool several = args.num_tokens > 1;
+  if (several && has_tensor_kernels(args.weight) && (args.batch_invariant || args.num_tokens <= kMaxTensorTokens)) {
+    GemvArgs one = args;
+    one.num_tokens = 1;
+    one.batch_invariant = true;
+    return choose_tensor_several(args, choose(one));
   }
-  if (choices[best].family != Family::int4 || args.num_tokens == 1) return choices[best];
-  // Staging several tokens' x costs more than the weights: as many tiles share it as leave a block for most SMs. With
-  // the same number of warps the sums, and with them a token's bits, stay what they are for one token.
-  const int warps = kInt4Configs[choices[best].tile.config].warps;
-  for (int i = 0; i < count; i++) {
-    if (choices[i].family != Family::int4) continue;
-    const Int4Config& c = kInt4Configs[choices[i].tile.config];
-    const bool fills = ceil_div(gemv_blocks(args, kMmaRows), c.tiles) >= num_sms * 3 / 4;
-    if (c.warps == warps && c.tiles > kInt4Configs[choices[best].tile.config].tiles && fills) best = i;
-  }
-  return choices[best];
+  const Choice best = choices[args.tile >= 0 ? args.tile : best_of(args, choices, count)];
+  return best.family == Family::int4 && several ? choose_int4_several(args, choices, count, best) : best;
 }
 
 }  // namespace
@@ -182,9 +264,17 @@ template <WeightFormat F>
 void launch_gemv(const GemvArgs& args, const Choice& choice, cudaStream_t stream, bool pdl) {
   if (choice.family == Family::mma) return launch_gemv_mma<F>(args, choice.tile, stream, pdl);
   if (choice.family == Family::fma) return launch_gemv_fma<F>(args, choice.tile, stream, pdl);
-  for (int first = 0; first < args.num_tokens; first += kMostFmaTokens) {
-    GemvArgs part = gemv_part(args, first, kMostFmaTokens, choice.tile.rows_per_block);
-    launch_fma_several<F>(part, choice.tile, stream, pdl || first > 0);
+  if constexpr (F == WeightFormat::bf16 || F == WeightFormat::fp16 || F == WeightFormat::fp8) {
+    if (choice.family == Family::once) return launch_tensor_once<F>(args, choice.tile, stream, pdl);
+    if (args.num_tokens == 1) return launch_tensor_ring<F, 1>(args, choice.tile, stream, pdl);
+  }
+  for (int first = 0; first < args.num_tokens; first += kMostTokensAtOnce) {
+    GemvArgs part = gemv_part(args, first, kMostTokensAtOnce, choice.tile.rows_per_block);
+    if constexpr (F == WeightFormat::bf16 || F == WeightFormat::fp16 || F == WeightFormat::fp8) {
+      launch_tensor_ring<F, kMaxTensorTokens>(part, choice.tile, stream, pdl || first > 0);
+    } else {
+      launch_fma_several<F>(part, choice.tile, stream, pdl || first > 0);
+    }
   }
 }
 

@@ -169,6 +169,10 @@ template <WeightFormat F>
 void launch_fma_several(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 template <WeightFormat F>
 void launch_gemv_mma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+template <WeightFormat F>
+void launch_tensor_once(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+template <WeightFormat F, int kMaxTokens>
+void launch_tensor_ring(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 
 struct FmaConfig {
@@ -210,6 +214,33 @@ constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
 constexpr int kNumInt4SmallGroupConfigs = 4;
 constexpr int kMaxInt4Tokens = 4;   // of one launch: two of the product's eight columns each
 int int4_tokens_at_once(int cols);  // gemv_int4.cu
+
+// Of tensor cores, for 16-bit and fp8 weights. A token's bits depend on the number of warps only, so that the kernel
+// for one token (of either kind) and that for several agree where they have as many.
+struct OnceConfig {
+  int warps;  // that share the input features
+  int depth;  // units of 64 bytes of a row that a warp has at most, all in registers
+  int tiles;  // of 8 rows a block
+  int min_blocks;
+};
+constexpr OnceConfig kOnceConfigs[] = {
+    {8, 8, 1, 4}, {8, 10, 1, 3}, {8, 16, 1, 2}, {16, 8, 1, 2}, {16, 5, 1, 3}, {8, 4, 2, 4}, {8, 5, 2, 3}, {16, 4, 2, 2},
+};
+struct RingConfig {
+  int warps;
+  int depth;  // units in flight a warp and tile, in shared memory
+  int tiles;
+  bool several;  // for several tokens, else for one
+};
+constexpr RingConfig kRingConfigs[] = {
+    {8, 4, 1, false}, {16, 4, 1, false}, {16, 8, 1, false}, {16, 2, 2, false},
+    {8, 4, 2, true},  {8, 2, 4, true},   {16, 4, 2, true},  {16, 2, 4, true},
+};
+constexpr int kNumOnceConfigs = sizeof(kOnceConfigs) / sizeof(kOnceConfigs[0]);
+constexpr int kNumRingConfigs = sizeof(kRingConfigs) / sizeof(kRingConfigs[0]);
+constexpr int kMaxTensorTokens = 8;  // of one launch
+// That a block of 16 warps takes for as many, its static part included; one of 8 takes half, which every GPU has.
+constexpr std::size_t kSharedBytesOf16Warps = 153 * 1024;
 
 constexpr int kMmaConfigs[] = {1, 2};  // tiles of 16 rows a block
 constexpr int kNumMmaConfigs = 2;

@@ -218,8 +218,9 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
 template <WeightFormat F, bool kNorm, int kConfig>
 void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   constexpr FmaConfig c = fma_config(kConfig, kChunk<F> == 16);
-  launch(gemv_fma_kernel<F, c.chunks, c.rows, kNorm, c.max_threads, c.min_blocks>, dim3(gemv_blocks(args, c.rows)),
-         dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
+  const auto kernel = gemv_fma_kernel<F, c.chunks, c.rows, kNorm, c.max_threads, c.min_blocks>;
+  prefer_l1(kernel);
+  launch(kernel, dim3(gemv_blocks(args, c.rows)), dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
 }
 
 template <WeightFormat F, bool kNorm, int kConfig = 0>

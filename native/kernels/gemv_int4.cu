@@ -15,6 +15,10 @@ int int4_tokens_at_once(int cols) {
 }
 
 void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
+  const int warps = tile.threads / 32;
+  if (args.weight.group >= 64 && args.num_tokens > 1 && int4_ring_fits(warps)) {
+    return launch_int4_ring(args, warps, stream, pdl);
+  }
   const int at_once = int4_tokens_at_once(args.weight.cols);
   for (int first = 0; first < args.num_tokens; first += at_once) {
     const GemvArgs part = gemv_part(args, first, at_once, kMmaRows);

@@ -51,6 +51,46 @@ __device__ __forceinline__ uint32_t gather_bytes(const uint32_t* words) {
   return __byte_perm(even, odd, 0x5410);
 }
 
+// Eight x values, number `eight` of a block of 64 whose others the lane's neighbours have, as fixed-point numbers into
+// the staged block, if it is `inside` the row. Adds to the sum of squares (with kNorm).
+template <bool kNorm>
+__device__ __forceinline__ void stage_eight(const uint4& x, const uint4& gain, int eight, bool inside, uint32_t* block,
+                                            float& squares) {
+  float xs[8];
+  unpack_bf16(x, xs);
+  if constexpr (kNorm) {
+    float gains[8];
+    unpack_bf16(gain, gains);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      squares = fmaf(xs[j], xs[j], squares);
+      xs[j] *= gains[j];
+    }
+  }
+  uint32_t largest = 0;  // its bits: a NaN is larger than infinity, and that than any number
+#pragma unroll
+  for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(xs[j]) & 0x7fffffffu);
+#pragma unroll
+  for (int s = 1; s < 8; s <<= 1) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, s));
+  const uint32_t exponent = max(largest >> 23, kSmallestExponent);
+  const float scale = __uint_as_float((254 + kFixedBits - 1 - exponent) << 23);
+  uint32_t low[8], high[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    low[j] = __float_as_uint(fmaf(xs[j], scale, kRoundToInt));
+    high[j] = low[j] + 128u;  // the low byte is signed
+  }
+  if (!inside) return;
+  uint32_t* at = block + (eight & 1) * 8 + (eight >> 1);
+  at[0] = gather_bytes<0>(low);
+  at[4] = gather_bytes<0>(low + 4);
+  at[16] = gather_bytes<1>(high);
+  at[20] = gather_bytes<1>(high + 4);
+  // Also undoes the 16 of the weights. What is not finite must show in the result.
+  const uint32_t inverse = exponent == 255 ? 0x7fc00000u : (exponent - (kFixedBits - 1) - 4) << 23;
+  if (eight == 0) block[32] = inverse;
+}
+
 // Stages blocks first to last - 1 of 64 input features of one token's x; returns the lane's share of the sum of squares
 // (with kNorm). kLoads 16-byte loads a lane are in flight at once; `gain` holds those of the first pass, the only one
 // with kOnce.
@@ -70,49 +110,69 @@ __device__ __forceinline__ float stage_x(const GemvParams& p, const bf16* source
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       const int chunk = begin + i * 32 + lane;
-      float xs[8];
-      unpack_bf16(x[i], xs);
+      uint4 gains = make_uint4(0, 0, 0, 0);
       if constexpr (kNorm) {
-        uint4 g8 = gain[i];
+        gains = gain[i];
         if (!kOnce && begin != first * 8) {
-          g8 = chunk < end ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
-        }
-        float gains[8];
-        unpack_bf16(g8, gains);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          squares = fmaf(xs[j], xs[j], squares);
-          xs[j] *= gains[j];
+          gains = chunk < end ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
         }
       }
-      uint32_t largest = 0;  // its bits: a NaN is larger than infinity, and that than any number
-#pragma unroll
-      for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(xs[j]) & 0x7fffffffu);
-#pragma unroll
-      for (int s = 1; s < 8; s <<= 1) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, s));
-      const uint32_t exponent = max(largest >> 23, kSmallestExponent);
-      const float scale = __uint_as_float((254 + kFixedBits - 1 - exponent) << 23);
-      uint32_t low[8], high[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        low[j] = __float_as_uint(fmaf(xs[j], scale, kRoundToInt));
-        high[j] = low[j] + 128u;  // the low byte is signed
-      }
-      if (chunk < last * 8) {
-        uint32_t* block = staged + (chunk >> 3) * kStagedWords;
-        uint32_t* at = block + (chunk & 1) * 8 + ((chunk >> 1) & 3);
-        at[0] = gather_bytes<0>(low);
-        at[4] = gather_bytes<0>(low + 4);
-        at[16] = gather_bytes<1>(high);
-        at[20] = gather_bytes<1>(high + 4);
-        // Also undoes the 16 of the weights. What is not finite must show in the result.
-        const uint32_t inverse = exponent == 255 ? 0x7fc00000u : (exponent - (kFixedBits - 1) - 4) << 23;
-        if ((chunk & 7) == 0) block[32] = inverse;
-      }
+      stage_eight<kNorm>(x[i], gains, chunk & 7, chunk < last * 8, staged + (chunk >> 3) * kStagedWords, squares);
     }
     begin += 32 * kLoads;
   } while (!kOnce && begin < last * 8);
   return squares;
+}
+
+// A lane's words of a tile's 64 input features as fragments of the products' four steps.
+__device__ __forceinline__ void unpack_tile(const uint4& words4, uint32_t signs, uint32_t (*a)[2]) {
+  const uint32_t words[4] = {words4.x, words4.y, words4.z, words4.w};
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    a[s][0] = weights_times_16(words[s] << 4, signs);
+    a[s][1] = weights_times_16(words[s], signs);
+  }
+}
+// Adds their products with four tokens, two digits each, of which lane t of a quad gets token t's: rows g and g + 8.
+template <int kGroupsPerBlock>
+__device__ __forceinline__ void add_int4_products(const uint32_t (*a)[2], const uint32_t* xs, float inverse,
+                                                  const uint32_t* scales, float* sums) {
+#pragma unroll
+  for (int i = 0; i < kGroupsPerBlock; i++) {
+    int products[4] = {};
+    if constexpr (kGroupsPerBlock == 4) {
+      mma_int8(products, a[i][0], a[i][1], xs[i]);
+    } else {
+#pragma unroll
+      for (int s = i * 4 / kGroupsPerBlock; s < (i + 1) * 4 / kGroupsPerBlock; s += 2) {
+        mma_int8(products, a[s][0], a[s][1], a[s + 1][0], a[s + 1][1], xs[s], xs[s + 1]);
+      }
+    }
+    const float2 scale = unpack_fp16(scales[i]);
+    sums[0] = fmaf(scale.x * inverse, static_cast<float>(products[1] * 256 + products[0]), sums[0]);
+    sums[1] = fmaf(scale.y * inverse, static_cast<float>(products[3] * 256 + products[2]), sums[1]);
+  }
+}
+
+// The warps' sums of one token's `tile` of the block's, partial[warp][token][row] with the sum of squares last, to the
+// finished sum of row lane % 16.
+template <int kWarps, bool kNorm, class Partial>
+__device__ __forceinline__ float finish_int4_sum(const GemvParams& p, const RowConstants<WeightFormat::int4>& constants,
+                                                 const Partial& partial, int squares_at, int token, int tile,
+                                                 int lane) {
+  float y = 0.0f, total = 0.0f;
+  const int half = lane >> 4;
+#pragma unroll
+  for (int w = 0; w < kWarps; w += 2) {
+    y += partial[w + half][token][tile * kMmaRows + (lane & (kMmaRows - 1))];
+    if constexpr (kNorm) total += partial[w + half][token][squares_at];
+  }
+  y += __shfl_xor_sync(kAllLanes, y, 16);
+  if constexpr (kNorm) {
+    total += __shfl_xor_sync(kAllLanes, total, 16);
+    y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
+  }
+  return constants.apply(y);
 }
 
 template <int kWarps, int kDepth, int kTiles, int kMinBlocks, bool kOnce, int kGroupsPerBlock, bool kNorm,
@@ -206,28 +266,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
       const uint32_t xs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
-        const uint32_t words[4] = {ring[d][m].x, ring[d][m].y, ring[d][m].z, ring[d][m].w};
         uint32_t a[4][2];
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-          a[s][0] = weights_times_16(words[s] << 4, signs);
-          a[s][1] = weights_times_16(words[s], signs);
-        }
-#pragma unroll
-        for (int i = 0; i < kGroupsPerBlock; i++) {
-          int products[4] = {};
-          if constexpr (kGroupsPerBlock == 4) {
-            mma_int8(products, a[i][0], a[i][1], xs[i]);
-          } else {
-#pragma unroll
-            for (int s = i * 4 / kGroupsPerBlock; s < (i + 1) * 4 / kGroupsPerBlock; s += 2) {
-              mma_int8(products, a[s][0], a[s][1], a[s + 1][0], a[s + 1][1], xs[s], xs[s + 1]);
-            }
-          }
-          const float2 scale = unpack_fp16(scale_ring[d][m][i]);
-          sums[m][0] = fmaf(scale.x * inverse, static_cast<float>(products[1] * 256 + products[0]), sums[m][0]);
-          sums[m][1] = fmaf(scale.y * inverse, static_cast<float>(products[3] * 256 + products[2]), sums[m][1]);
-        }
+        unpack_tile(ring[d][m], signs, a);
+        add_int4_products<kGroupsPerBlock>(a, xs, inverse, scale_ring[d][m], sums[m]);
       }
       if (!kOnce && block + kDepth < last) load(d, block + kDepth, kDepth + d);
     }
@@ -253,19 +294,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
   for (int i = 0; i < kJobs; i++) {
     const int token = first_token + i * (kWarps / kTiles);
     if (token >= num_tokens || own_tile >= p.num_blocks) return;
-    float y = 0.0f, total = 0.0f;
-    const int half = lane >> 4;
-#pragma unroll
-    for (int w = 0; w < kWarps; w += 2) {
-      y += partial[w + half][token][warp % kTiles * kMmaRows + (lane & (kMmaRows - 1))];
-      if constexpr (kNorm) total += partial[w + half][token][kRows];
-    }
-    y += __shfl_xor_sync(kAllLanes, y, 16);
-    if constexpr (kNorm) {
-      total += __shfl_xor_sync(kAllLanes, total, 16);
-      y *= rsqrtf(total * p.inverse_cols + p.norm_eps);
-    }
-    finish_rows<kMmaRows>(p, constants.apply(y), lane, token, own_tile, own_row, old_residual[i]);
+    const float y = finish_int4_sum<kWarps, kNorm>(p, constants, partial, kRows, token, warp % kTiles, lane);
+    finish_rows<kMmaRows>(p, y, lane, token, own_tile, own_row, old_residual[i]);
   }
 }
 
@@ -303,6 +333,10 @@ void launch_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream
   if (args.gain) return launch_int4_configs<kGroupsPerBlock, true, kMaxTokens>(args, tile, stream, pdl);
   launch_int4_configs<kGroupsPerBlock, false, kMaxTokens>(args, tile, stream, pdl);
 }
+
+// 1 to 8 tokens, groups of 64 and more; `warps` of the choice for one token, on which a token's bits depend.
+bool int4_ring_fits(int warps);
+void launch_int4_ring(const GemvArgs& args, int warps, cudaStream_t stream, bool pdl);
 
 // One translation unit each, so that they compile side by side.
 void launch_int4_one(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);

@@ -13,7 +13,8 @@ namespace edgellm::kernels {
 struct DeviceTraits {
   int device = -1;
   int num_sms = 0;
-  std::size_t max_shared_bytes = 0;   // a block, statically allocated ones included
+  std::size_t max_shared_bytes = 0;  // a block, statically allocated ones included
+  std::size_t shared_bytes_of_sm = 0;
   bool has_dependent_launch = false;  // also thread block clusters: both came with compute capability 9.0
 };
 
@@ -28,6 +29,8 @@ inline const DeviceTraits& device_traits() {
     int shared_bytes = 0;
     EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     traits.max_shared_bytes = static_cast<std::size_t>(shared_bytes);
+    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    traits.shared_bytes_of_sm = static_cast<std::size_t>(shared_bytes);
     traits.has_dependent_launch = major >= 9;
     traits.device = device;
   }
@@ -36,6 +39,16 @@ inline const DeviceTraits& device_traits() {
 
 // Dynamic shared memory that a kernel may have without asking for more, less what it has statically.
 constexpr std::size_t kPlainSharedBytes = 38 * 1024;
+
+// For kernels that hold what they read in registers: loads on their way take L1, of which the default leaves less. As
+// much shared memory stays as decode attention has, too, so that an SM need not change between them.
+template <class Kernel>
+void prefer_l1(Kernel* kernel) {
+  constexpr std::size_t kShared = 20 * 1024;
+  const std::size_t all = device_traits().shared_bytes_of_sm;
+  const int percent = static_cast<int>((100 * kShared + all - 1) / all);
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,

@@ -152,22 +152,65 @@ def test_a_chain_with_dependent_launch_gives_what_one_without_gives(form: str) -
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(("rows", "cols", "group"), [(99, 576, 64), (3072, 2048, 128), (99, 96, 32), (35, 14336, 64)])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group"),
+    [(99, 576, 64), (3072, 2048, 128), (99, 96, 32), (35, 14336, 64), (4300, 4096, 64), (203, 2560, 128), (40, 9728, 64)],
+)
 def test_a_batch_invariant_token_has_the_same_bits_alone_and_among_others(
-    form: str, rows: int, cols: int, group: int
+    form: str, rows: int, cols: int, group: int, normed: bool
 ) -> None:
-    weight, gain, x = make_weight(form, rows, cols, group), random_bf16(cols), random_bf16(16, cols)
-    options: dict[str, Any] = {"gain": gain, "batch_invariant": True, "stream": stream()}
-    alone = poisoned(16, rows, dtype=torch.float32)
-    for i in range(16):
-        K.gemv(weight.view, x[i : i + 1], alone[i : i + 1], **options)
-    for tokens in (2, 3, 4, 5, 8, 9, 16):
-        for first in (0, 16 - tokens):
-            out = poisoned(tokens, rows, dtype=torch.float32)
-            K.gemv(weight.view, x[first : first + tokens], out, **options)
-            assert torch.equal(out, alone[first : first + tokens]), (tokens, first)
+    weight, x = make_weight(form, rows, cols, group), random_bf16(16, cols)
+    gain = random_bf16(cols) if normed else None
     seen, wanted = reference(weight, x, gain)
-    assert bool(((alone.double() - wanted).abs() <= allowed(weight, seen, True)).all())
+    for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=True)))):
+        options: dict[str, Any] = {"gain": gain, "batch_invariant": True, "tile": tile, "stream": stream()}
+        alone = poisoned(16, rows, dtype=torch.float32)
+        for i in range(16):
+            K.gemv(weight.view, x[i : i + 1], alone[i : i + 1], **options)
+        assert bool(((alone.double() - wanted).abs() <= allowed(weight, seen, normed)).all()), tile
+        for tokens in (2, 3, 4, 5, 8, 9, 16):
+            for first in (0, 16 - tokens):
+                out = poisoned(tokens, rows, dtype=torch.float32)
+                K.gemv(weight.view, x[first : first + tokens], out, **options)
+                assert torch.equal(out, alone[first : first + tokens]), (tile, tokens, first)
+                assert_untouched(out)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("epilogue", ["residual", "swiglu", "logits"])
+def test_a_batch_invariant_token_has_the_same_epilogue_alone_and_among_others(form: str, epilogue: str) -> None:
+    rows = 2 * 99
+    weight, x, gain = make_weight(form, rows, 576, gate_up=epilogue == "swiglu"), random_bf16(16, 576), random_bf16(576)
+    bias, residual = torch.randn(rows, device="cuda"), torch.randn((16, rows), device="cuda")
+    for tile in range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=True))):
+        options: dict[str, Any] = {"bias": bias, "batch_invariant": True, "tile": tile, "stream": stream()}
+
+        def run(tokens: slice, options: dict[str, Any] = options) -> list[Any]:
+            """The product's outputs, and of logits the largest token of each."""
+            own = x[tokens].contiguous()
+            count = len(own)
+            if epilogue == "swiglu":
+                out = poisoned(count, rows // 2, dtype=torch.bfloat16)
+                K.gemv(weight.view, own, out, K.Epilogue.swiglu, gain=gain, norm_eps=EPS, **options)
+                return [out]
+            if epilogue == "residual":
+                out, copy = residual[tokens].clone(), poisoned(count, rows, dtype=torch.bfloat16)
+                K.gemv(weight.view, own, out, K.Epilogue.residual, out_bf16=copy, **options)
+                return [out, copy]
+            out = poisoned(count, rows, dtype=torch.float32)
+            blocks = K.gemv_num_blocks(weight.view, count, tile=options["tile"], batch_invariant=True)
+            keys = poisoned(count, blocks, dtype=torch.int64)
+            K.gemv(weight.view, own, out, K.Epilogue.logits, gain=gain, norm_eps=EPS, block_max=keys, **options)
+            unsigned = keys.cpu().numpy().view("uint64")
+            largest = 0xFFFFFFFF - (unsigned.max(axis=1) & 0xFFFFFFFF)
+            assert largest.tolist() == out.cpu().numpy().argmax(axis=1).tolist()
+            return [out]
+
+        alone = [torch.cat(parts) for parts in zip(*(run(slice(i, i + 1)) for i in range(16)), strict=True)]
+        for tokens in (slice(0, 2), slice(3, 8), slice(8, 16), slice(0, 16)):
+            for mine, other in zip(run(tokens), alone, strict=True):
+                assert torch.equal(mine, other[tokens]), (tile, tokens)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

@@ -32,8 +32,8 @@ struct GemvArgs {
   __nv_bfloat16* out_bf16 = nullptr;        // (num_tokens, rows) or (num_tokens, rows / 2)
   unsigned long long* block_max = nullptr;  // (num_tokens, gemv_num_blocks), or null; see sampling.hpp
   LoraView lora;                            // of a layer with adapters, whose h is computed; else empty
-  // A token gets the same bits alone and among others: of the kernels that sum in another order for a single token, the
-  // slower one.
+  // A token gets the same bits alone and among others: without the kernels that sum in another order for a single token
+  // or for several.
   bool batch_invariant = false;
   // A tile configuration below gemv_num_tiles(args), or -1: by shape. With batch_invariant that of a single token, from
   // which several get another one that sums in the same order.

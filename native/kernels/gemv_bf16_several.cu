@@ -1,8 +1,0 @@
-// The GEMV kernels for bf16 weights and several tokens, each with the bits it has alone.
-#include "gemv_fma_several.cuh"
-
-namespace edgellm::kernels {
-
-template void launch_fma_several<WeightFormat::bf16>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
-
-}  // namespace edgellm::kernels

@@ -1,0 +1,10 @@
+// The GEMV kernels of tensor cores for bf16 weights and one token.
+#include "gemv_tensor_once.cuh"
+#include "gemv_tensor_ring.cuh"
+
+namespace edgellm::kernels {
+
+template void launch_tensor_once<WeightFormat::bf16>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+template void launch_tensor_ring<WeightFormat::bf16, 1>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
+
+}  // namespace edgellm::kernels

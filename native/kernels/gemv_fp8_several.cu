@@ -1,8 +1,0 @@
-// The GEMV kernels for fp8 weights and several tokens, each with the bits it has alone.
-#include "gemv_fma_several.cuh"
-
-namespace edgellm::kernels {
-
-template void launch_fma_several<WeightFormat::fp8>(const GemvArgs&, const GemvTile&, cudaStream_t, bool);
-
-}  // namespace edgellm::kernels

@@ -1,0 +1,68 @@
+"""Every tile of the products that give a token the same bits alone and among others, once, for compute-sanitizer.
+
+Rows are few and long: the models of test_short_run.py have no row that a warp reads in several windows. What the products
+are is test/native/test_gemv.py's; here several tokens must get what each gets alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgellm_ros import native
+
+NATIVE, NO_MODULE = native.import_module()
+NO_GPU = NO_MODULE or native.unavailable_reason()
+pytestmark = pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
+ROWS, GROUP = 40, 64
+
+
+def on_device(dtype: str, values: np.ndarray) -> Any:
+    tensor = NATIVE.Tensor(dtype, list(values.shape))
+    tensor.copy_from(values)
+    return tensor
+
+
+def random_bf16(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    """Bits of numbers of either sign from 0.5 to 2."""
+    return (generator.integers(0x3F00, 0x4000, shape) | generator.integers(0, 2, shape) << 15).astype(np.uint16)
+
+
+def make_weight(form: str, cols: int, generator: np.random.Generator) -> tuple[Any, ...]:
+    """Random bits that are finite numbers."""
+    scales: Any = None
+    if form == "bf16":
+        data = on_device("bfloat16", random_bf16(generator, ROWS, cols))
+    elif form == "fp16":
+        data = on_device("float16", generator.standard_normal((ROWS, cols)).astype(np.float16))
+    elif form == "fp8":
+        data = on_device("uint8", generator.integers(0, 120, (ROWS, cols)).astype(np.uint8))
+        scales = on_device("float32", np.ones(ROWS, np.float32))
+    else:
+        size = NATIVE.kernels.int4_packed_data_bytes(ROWS, cols)
+        data = on_device("uint8", generator.integers(0, 256, size).astype(np.uint8))
+        halves = np.full(NATIVE.kernels.int4_packed_scales_bytes(ROWS, cols, GROUP) // 2, 0.01, np.float16)
+        scales = on_device("uint8", halves.view(np.uint8))
+    return (getattr(NATIVE.WeightFormat, form), data, scales, ROWS, cols, GROUP if form == "int4" else 0)
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8", "int4"])
+def test_every_path_once(form: str) -> None:
+    generator = np.random.default_rng(5)
+    kernels = NATIVE.kernels
+    for cols in (1104, 9296) if form != "int4" else (1088, 9280):  # the first pairs end within a unit
+        weight = make_weight(form, cols, generator)
+        bits = random_bf16(generator, 8, cols)
+        for gain in (None, on_device("bfloat16", random_bf16(generator, cols))):
+            for tile in range(kernels.gemv_num_tiles(weight, 1, batch_invariant=True)):
+                results = []
+                for tokens in (slice(0, 1), slice(0, 3), slice(0, 8)):
+                    x = on_device("bfloat16", np.ascontiguousarray(bits[tokens]))
+                    out = on_device("float32", np.full((len(bits[tokens]), ROWS), np.nan, np.float32))
+                    kernels.gemv(weight, x, out, gain=gain, tile=tile, batch_invariant=True)
+                    results.append(out.to_numpy())
+                assert np.isfinite(results[-1]).all(), (cols, tile)
+                for result in results[:-1]:
+                    assert np.array_equal(result, results[-1][: len(result)]), (cols, tile, len(result))
