@@ -124,7 +124,7 @@ def _tune(bundle: Any, config: EngineConfig, batches: list[int], tokens: int) ->
         _fill(executor, batches[-1], tokens)
         info = executor.device_info
         tiles = cuda_tiles.read_tiles(bundle, info) or cuda_tiles.Tiles(
-            cuda_tiles.gpu_of(info), cuda_tiles.weights_hash(bundle)
+            cuda_tiles.gpu_of(info), cuda_tiles.weights_hash(bundle), info["tiles_version"]
         )
         for batch in batches:  # from the built-in choices, whatever was kept before
             for product in cuda_tiles.PRODUCTS:

@@ -44,6 +44,7 @@ class Tiles:
 
     gpu: str
     weights: str  # sha256 of the weight file
+    kernels: int = 0  # device_info()'s tiles_version: of what the numbers mean
     version: str = edgellm_ros.__version__
     # mode -> product -> batch -> (tile, number of tiles that there were to choose from)
     choices: dict[str, dict[str, dict[str, tuple[int, int]]]] = field(default_factory=dict)
@@ -97,6 +98,9 @@ def read_tiles(bundle: Bundle, info: Mapping[str, Any]) -> Tiles | None:
         return None
     if tiles.version != edgellm_ros.__version__:
         _log.warning("%s is not used: edgellm_ros %s wrote it; %s", path, tiles.version, _REMEDY)
+        return None
+    if tiles.kernels != info["tiles_version"]:
+        _log.warning("%s is not used: it is for other kernels; %s", path, _REMEDY)
         return None
     if tiles.gpu != gpu_of(info) or tiles.weights != weights_hash(bundle):
         _log.warning("%s is not used: it is for another GPU or other weights; %s", path, _REMEDY)

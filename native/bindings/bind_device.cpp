@@ -8,6 +8,7 @@
 #include "bindings.hpp"
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/cuda_try.hpp"
+#include "edgellm/kernels/gemv.hpp"
 #include "edgellm/memory.hpp"
 #include "edgellm/read_bandwidth.hpp"
 
@@ -51,6 +52,7 @@ py::dict device_info() {
   info["compute_capability"] = py::make_tuple(properties.major, properties.minor);
   info["integrated"] = properties.integrated != 0;  // one memory with the CPU, as on a Jetson
   info["num_sms"] = properties.multiProcessorCount;
+  info["tiles_version"] = kernels::kGemvTilesVersion;  // of the numbers that `edgellm tune` keeps
   info["l2_bytes"] = properties.l2CacheSize;
   info["free_bytes"] = memory.free;
   info["total_bytes"] = memory.total;

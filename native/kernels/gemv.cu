@@ -81,9 +81,15 @@ int list_tensor(const WeightView& w, bool several, Choice* out) {
 int list_choices(const GemvArgs& args, Choice* out) {
   int count = 0;
   if (int4_fits(args)) {
-    const int configs = args.weight.group >= 64 ? kNumInt4Configs : kNumInt4SmallGroupConfigs;
-    for (int i = 0; i < configs; i++) {
+    const bool small_groups = args.weight.group < 64;
+    const bool several = !small_groups && (args.num_tokens > 1 || args.batch_invariant);
+    for (int i = 0; i < (small_groups ? kNumInt4SmallGroupConfigs : kNumInt4Configs); i++) {
       const Int4Config& c = kInt4Configs[i];
+      if (several && !int4_ring_fits(c.warps)) continue;
+      // Of several tokens' own tiles there is one for each number of warps.
+      const bool listed =
+          std::any_of(out, out + count, [&](const Choice& o) { return o.tile.threads == c.warps * 32; });
+      if (several && !args.batch_invariant && listed) continue;
       if (c.once && ceil_div(args.weight.cols, 64) > c.warps * c.depth) continue;
       out[count++] = {Family::int4, {i, kMmaRows, c.warps * 32}};
     }
@@ -182,7 +188,7 @@ float score(const GemvArgs& args, const Choice& choice, int num_sms) {
     case Family::once:
     case Family::ring: {
       if (args.num_tokens > 1) return 5.0f + score_tensor_several(args, choice.tile, num_sms);
-      // For one token alone the others are faster, but not for rows that no block has in registers as a whole.
+      // For one token alone the others are faster, but for long rows.
       const bool long_rows = tensor_units(args.weight) > (is_8bit(args.weight) ? 144 : 256);
       return (long_rows ? 20.0f : 1.0f) + score_tensor_one(args, choice, num_sms);
     }
@@ -219,8 +225,8 @@ Choice choose_tensor_several(const GemvArgs& args, const Choice& one) {
   return choices[best_of(args, choices, count)];
 }
 
-// Staging several tokens' x costs more than the weights: as many tiles share it as leave a block for most SMs. With the
-// same number of warps the sums, and with them a token's bits, stay what they are for `one`.
+// Of small groups. Staging several tokens' x costs more than the weights: as many tiles share it as leave a block for
+// most SMs. With the same number of warps the sums, and with them a token's bits, stay what they are for `one`.
 Choice choose_int4_several(const GemvArgs& args, const Choice* choices, int count, const Choice& one) {
   Choice best = one;
   for (int i = 0; i < count; i++) {
@@ -239,11 +245,14 @@ Choice choose(const GemvArgs& args) {
   assert(args.tile < count);
   if (args.tile >= 0 && !args.batch_invariant) return choices[args.tile];
   const bool several = args.num_tokens > 1;
-  if (several && has_tensor_kernels(args.weight) && (args.batch_invariant || args.num_tokens <= kMaxTensorTokens)) {
+  const bool as_one = has_tensor_kernels(args.weight) ? args.batch_invariant || args.num_tokens <= kMaxTensorTokens
+                                                      : int4_fits(args) && args.weight.group >= 64;
+  if (several && as_one) {
     GemvArgs one = args;
     one.num_tokens = 1;
     one.batch_invariant = true;
-    return choose_tensor_several(args, choose(one));
+    const Choice chosen = choose(one);
+    return chosen.family == Family::int4 ? chosen : choose_tensor_several(args, chosen);  // int4: by the warps alone
   }
   const Choice best = choices[args.tile >= 0 ? args.tile : best_of(args, choices, count)];
   return best.family == Family::int4 && several ? choose_int4_several(args, choices, count, best) : best;

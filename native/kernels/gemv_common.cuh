@@ -212,8 +212,9 @@ constexpr Int4Config kInt4Configs[] = {
 constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
 // Groups below 64 are rare: they get the first of the table only.
 constexpr int kNumInt4SmallGroupConfigs = 4;
-constexpr int kMaxInt4Tokens = 4;   // of one launch: two of the product's eight columns each
+constexpr int kMaxInt4Tokens = 4;   // of small groups, of one launch: two of the product's eight columns each
 int int4_tokens_at_once(int cols);  // gemv_int4.cu
+bool int4_ring_fits(int warps);     // gemv_int4_ring.cu: whether several tokens can have blocks of so many warps
 
 // Of tensor cores, for 16-bit and fp8 weights. A token's bits depend on the number of warps only, so that the kernel
 // for one token (of either kind) and that for several agree where they have as many.

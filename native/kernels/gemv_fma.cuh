@@ -219,7 +219,8 @@ template <WeightFormat F, bool kNorm, int kConfig>
 void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   constexpr FmaConfig c = fma_config(kConfig, kChunk<F> == 16);
   const auto kernel = gemv_fma_kernel<F, c.chunks, c.rows, kNorm, c.max_threads, c.min_blocks>;
-  prefer_l1(kernel);
+  thread_local int device = -1;
+  prefer_l1(kernel, 0, device);  // a block has a kilobyte
   launch(kernel, dim3(gemv_blocks(args, c.rows)), dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
 }
 

@@ -334,13 +334,11 @@ void launch_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream
   launch_int4_configs<kGroupsPerBlock, false, kMaxTokens>(args, tile, stream, pdl);
 }
 
-// 1 to 8 tokens, groups of 64 and more; `warps` of the choice for one token, on which a token's bits depend.
-bool int4_ring_fits(int warps);
+// Several tokens, groups of 64 and more; `warps` of the choice for one token, on which a token's bits depend.
 void launch_int4_ring(const GemvArgs& args, int warps, cudaStream_t stream, bool pdl);
 
 // One translation unit each, so that they compile side by side.
 void launch_int4_one(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
-void launch_int4_several(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 void launch_int4_small_groups(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 
 }  // namespace edgellm::kernels

@@ -1,4 +1,5 @@
-// The int4 product of two to eight tokens, groups of 64 and more: each has the bits that gemv_int4.cuh gives it alone.
+// The int4 product of several tokens, at most eight a launch, groups of 64 and more: each has the bits that
+// gemv_int4.cuh gives it alone.
 //
 // The tokens' digits are columns of two products with the same weights, four tokens each. Weights and scales go to
 // shared memory by cp.async, each lane's to places that only it reads: kDepth blocks of a warp are under way. Of x a
@@ -172,13 +173,11 @@ template <int kRow, int kColumn, bool kNorm>
 void launch_ring(const GemvArgs& args, cudaStream_t stream, bool pdl) {
   constexpr Ring c = kRings[kRow][kColumn];
   const auto kernel = gemv_int4_ring_kernel<c.warps, c.depth, c.tiles, kNorm>;
-  const std::size_t shared_bytes = ring_bytes(c, args.num_tokens);
-  if (shared_bytes > kPlainSharedBytes) {
-    EDGELLM_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  }
-  launch(kernel, dim3(ceil_div(gemv_blocks(args, kMmaRows), c.tiles)), dim3(c.warps * 32), shared_bytes, stream, pdl,
-         gemv_params(args, kMmaRows));
+  // What most tokens need: of another thread's launch with more tokens, too.
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(ring_bytes(c, kMaxTokens))));
+  launch(kernel, dim3(ceil_div(gemv_blocks(args, kMmaRows), c.tiles)), dim3(c.warps * 32),
+         ring_bytes(c, args.num_tokens), stream, pdl, gemv_params(args, kMmaRows));
 }
 
 template <int kRow, int kColumn>

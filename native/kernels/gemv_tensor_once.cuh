@@ -8,6 +8,13 @@
 
 namespace edgellm::kernels {
 
+// Of a block, with what the system takes.
+template <WeightFormat F>
+constexpr std::size_t once_shared_bytes(int warps, int depth, int tiles) {
+  const int loads = ceil_div(depth * TensorFormat<F>::chunks, 32);
+  return warps * (loads * 32 * sizeof(uint4) + (tiles * 8 + 1) * sizeof(float)) + 1024;
+}
+
 template <WeightFormat F, int kWarps, int kDepth, int kTiles, int kMinBlocks, bool kNorm>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kernel(const GemvParams p) {
   constexpr int kRows = kTiles * 8, kPieces = TensorFormat<F>::pieces;
@@ -81,7 +88,8 @@ void launch_once_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_
   constexpr OnceConfig c = kOnceConfigs[kConfig];
   if (tile.config == kConfig) {
     const auto kernel = gemv_tensor_once_kernel<F, c.warps, c.depth, c.tiles, c.min_blocks, kNorm>;
-    prefer_l1(kernel);
+    thread_local int device = -1;
+    prefer_l1(kernel, c.min_blocks * once_shared_bytes<F>(c.warps, c.depth, c.tiles), device);
     return launch(kernel, dim3(gemv_blocks(args, c.tiles * 8)), dim3(c.warps * 32), 0, stream, pdl,
                   gemv_params(args, c.tiles * 8));
   }

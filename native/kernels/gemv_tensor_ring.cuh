@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
   constexpr int kWindow = ring_window<F>(kMaxTokens), kTokenWords = tensor_token_words<F>(kWindow);
   constexpr int kLoads = kWindow * TensorFormat<F>::chunks / 32;
   constexpr uint32_t kSlotBytes = kTiles * 32 * sizeof(uint4);
-  static_assert(kWindow % kDepth == 0 || kDepth % kWindow == 0);
+  static_assert(kWindow % kDepth == 0);
   extern __shared__ uint4 shared[];  // the warps' rings of kDepth slots, then (warps, tokens, kTokenWords) of x
   __shared__ float partial[kWarps][kMaxTokens][kRows + 1];  // last: sum of squares
   const TensorShare<F, kWarps> share(p);
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
   const uint4* fragments = staged + min(g, num_tokens - 1) * kTokenWords + t;
   float squares[kMaxTokens] = {};
   float sums[kTiles][4] = {};  // of token g rows 2 t and 2 t + 1; the others are of no token
-  int base = 0;                // slot of the window's first unit
   for (int begin = share.first; begin < share.last; begin += kWindow) {
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
@@ -93,9 +92,8 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
     }
 #pragma unroll
     for (int d = 0; d < kWindow; d++) {
-      const int unit = begin + d;
+      const int unit = begin + d, slot = d % kDepth;
       if (unit >= share.last) break;
-      const int slot = kDepth > kWindow ? base + d : d % kDepth;
       wait_for_copies<kDepth - 1>();
       uint4 w[kTiles], pieces[kPieces];
 #pragma unroll
@@ -109,7 +107,6 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
       copy(slot, unit + kDepth);
     }
     __syncwarp();
-    if (kDepth > kWindow) base = base + kWindow == kDepth ? 0 : base + kWindow;
   }
 
   if (g < num_tokens) {
@@ -137,21 +134,26 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
   }
 }
 
+// Dynamic shared memory of a block.
+template <WeightFormat F>
+constexpr std::size_t ring_bytes(const RingConfig& c, int max_tokens, int tokens) {
+  return c.warps * (c.depth * c.tiles * 32 + tokens * tensor_token_words<F>(ring_window<F>(max_tokens))) *
+         sizeof(uint4);
+}
+
 template <WeightFormat F, bool kNorm, int kMaxTokens, int kConfig>
 void launch_ring_config(const GemvArgs& args, cudaStream_t stream, bool pdl) {
   constexpr RingConfig c = kRingConfigs[kConfig];
-  constexpr int kTokenWords = tensor_token_words<F>(ring_window<F>(kMaxTokens));
-  const auto kernel = gemv_tensor_ring_kernel<F, c.warps, c.depth, c.tiles, kNorm, kMaxTokens>;
-  const std::size_t shared_bytes = c.warps * (c.depth * c.tiles * 32 + args.num_tokens * kTokenWords) * sizeof(uint4);
-  static_assert(c.warps * ((c.depth * c.tiles * 32 + kMaxTokens * kTokenWords) * sizeof(uint4) +
-                           kMaxTokens * (c.tiles * 8 + 1) * sizeof(float)) <=
+  constexpr std::size_t kMost = ring_bytes<F>(c, kMaxTokens, kMaxTokens);
+  static_assert(kMost + c.warps * kMaxTokens * (c.tiles * 8 + 1) * sizeof(float) <=
                 kSharedBytesOf16Warps * c.warps / 16);
-  if (shared_bytes > kPlainSharedBytes) {
+  const auto kernel = gemv_tensor_ring_kernel<F, c.warps, c.depth, c.tiles, kNorm, kMaxTokens>;
+  if (kMost > kPlainSharedBytes) {  // what most tokens need: of another thread's launch with more of them, too
     EDGELLM_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMost)));
   }
-  launch(kernel, dim3(gemv_blocks(args, c.tiles * 8)), dim3(c.warps * 32), shared_bytes, stream, pdl,
-         gemv_params(args, c.tiles * 8));
+  launch(kernel, dim3(gemv_blocks(args, c.tiles * 8)), dim3(c.warps * 32),
+         ring_bytes<F>(c, kMaxTokens, args.num_tokens), stream, pdl, gemv_params(args, c.tiles * 8));
 }
 
 template <WeightFormat F, bool kNorm, int kMaxTokens, int kConfig = 0>

@@ -41,13 +41,16 @@ inline const DeviceTraits& device_traits() {
 constexpr std::size_t kPlainSharedBytes = 38 * 1024;
 
 // For kernels that hold what they read in registers: loads on their way take L1, of which the default leaves less. As
-// much shared memory stays as decode attention has, too, so that an SM need not change between them.
+// much shared memory stays as decode attention has, too, so that an SM need not change between them, or what the
+// kernel's blocks on an SM need. `device` is the kernel's own, -1 at first: what has been asked for is not asked again.
 template <class Kernel>
-void prefer_l1(Kernel* kernel) {
-  constexpr std::size_t kShared = 20 * 1024;
-  const std::size_t all = device_traits().shared_bytes_of_sm;
-  const int percent = static_cast<int>((100 * kShared + all - 1) / all);
+void prefer_l1(Kernel* kernel, std::size_t shared_bytes, int& device) {
+  const DeviceTraits& traits = device_traits();
+  if (device == traits.device) return;
+  const std::size_t wanted = shared_bytes > 20 * 1024 ? shared_bytes : 20 * 1024;
+  const int percent = static_cast<int>((100 * wanted + traits.shared_bytes_of_sm - 1) / traits.shared_bytes_of_sm);
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
+  device = traits.device;
 }
 
 template <class... Parameters, class... Arguments>

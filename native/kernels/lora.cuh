@@ -7,7 +7,10 @@
 namespace edgellm::kernels {
 
 // B h of `row` for `token`; a whole warp calls it, for R rows: lane l has row l % R, and the 32 / R lanes of a row
-// share the ranks. Every lane gets its row's sum. To be called after wait_for_predecessor.
+// share the ranks in eights. Every lane gets its row's sum. To be called after wait_for_predecessor.
+//
+// The eights are summed in pairs, their pairs, and so on, whether lanes have them or loads: a token's bits do not
+// depend on R, which is another one alone than among others.
 template <int R>
 __device__ __forceinline__ float lora_sum(const LoraView& lora, int token, int row, int lane) {
   const int adapter = __ldg(lora.adapters + token);
@@ -31,10 +34,10 @@ __device__ __forceinline__ float lora_sum(const LoraView& lora, int token, int r
     low[i] = r < rank ? load_l2(static_cast<const void*>(h + r)) : zero;
     high[i] = r < rank ? load_l2(static_cast<const void*>(h + r + 4)) : zero;
   }
-  float sum = 0.0f;
+  float sums[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; i++) {
-    float weights[8];
+    float weights[8], sum = 0.0f;
     unpack_bf16(words[i], weights);
     sum = fmaf(weights[0], __uint_as_float(low[i].x), sum);
     sum = fmaf(weights[1], __uint_as_float(low[i].y), sum);
@@ -44,10 +47,16 @@ __device__ __forceinline__ float lora_sum(const LoraView& lora, int token, int r
     sum = fmaf(weights[5], __uint_as_float(high[i].y), sum);
     sum = fmaf(weights[6], __uint_as_float(high[i].z), sum);
     sum = fmaf(weights[7], __uint_as_float(high[i].w), sum);
+#pragma unroll
+    for (int s = R; s < 32; s *= 2) sum += __shfl_xor_sync(kAllLanes, sum, s);
+    sums[i] = sum;
   }
 #pragma unroll
-  for (int s = R; s < 32; s *= 2) sum += __shfl_xor_sync(kAllLanes, sum, s);
-  return sum;
+  for (int s = 1; s < kLoads; s *= 2) {
+#pragma unroll
+    for (int i = 0; i < kLoads; i += 2 * s) sums[i] += sums[i + s];
+  }
+  return sums[0];
 }
 
 }  // namespace edgellm::kernels

@@ -101,6 +101,33 @@ def test_every_tile_adds_each_tokens_adapter(form: str, tokens: int, cols: int, 
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("rows", "cols"), [((2000, 1300, 1000), 576), ((60, 38, 1), 9728)])
+def test_a_batch_invariant_token_with_an_adapter_has_the_same_bits_alone_and_among_others(
+    form: str, rows: tuple[int, ...], cols: int
+) -> None:
+    """Many rows, too: their blocks have more of them for several tokens, whose lanes share the ranks another way."""
+    adapters, weight = Adapters(rows, cols), make_weight(form, sum(rows), cols)
+    ids = [1, 2, 5, 3, 5, 2, 1, 0]
+    x = random_bf16(len(ids), cols)
+    seen, product = reference(weight, x)
+    limit = allowed(weight, seen, False) + 1e-5 * seen.norm(dim=1)[:, None] + 1e-5
+    for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=True)))):
+
+        def run(tokens: slice, tile: int = tile) -> Any:
+            """(tokens, rows)"""
+            view, own = adapters.view(ids[tokens]), x[tokens].contiguous()
+            out = poisoned(len(own), sum(rows), dtype=torch.float32)
+            K.lora_down(view, own, stream=stream())
+            K.gemv(weight.view, own, out, tile=tile, batch_invariant=True, stream=stream(), lora=view)
+            return out
+
+        alone = torch.cat([run(slice(i, i + 1)) for i in range(len(ids))])
+        assert bool(((alone.double() - product - adapters.delta(seen, ids)).abs() <= limit).all()), tile
+        for tokens in (slice(0, 2), slice(1, 6), slice(0, 8)):
+            assert torch.equal(run(tokens), alone[tokens]), (tile, tokens)
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 5, 8])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_swiglu_adds_to_gate_and_up_rows_of_an_interleaved_weight(activation: str, form: str, tokens: int) -> None:

@@ -19,7 +19,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.executors import cuda_tiles
 from edgellm_ros.executors.cuda_tiles import PRODUCTS, Tiles, apply_tiles, read_tiles, tiles_file, write_tiles
 
-INFO = {"name": "NVIDIA H200 (test)", "compute_capability": (9, 0), "num_sms": 132}
+INFO = {"name": "NVIDIA H200 (test)", "compute_capability": (9, 0), "num_sms": 132, "tiles_version": 2}
 COUNTS = {"attn.qkv": 3, "attn.o": 4, "mlp.gate_up": 2, "mlp.down": 5, "head": 1}
 
 
@@ -56,7 +56,7 @@ def bundle(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> Bundle:
 
 
 def kept(bundle: Bundle) -> Tiles:
-    return Tiles(cuda_tiles.gpu_of(INFO), cuda_tiles.weights_hash(bundle))
+    return Tiles(cuda_tiles.gpu_of(INFO), cuda_tiles.weights_hash(bundle), INFO["tiles_version"])
 
 
 def test_each_product_gets_its_fastest_tile_and_noise_changes_nothing() -> None:
@@ -99,6 +99,7 @@ def test_nothing_kept_is_no_reason_to_complain(bundle: Bundle, caplog: pytest.Lo
         ({"version": "0.0.1"}, "edgellm_ros 0.0.1 wrote it"),
         ({"weights": "0" * 64}, "another GPU or other weights"),
         ({"gpu": "another"}, "another GPU or other weights"),
+        ({"kernels": 1}, "other kernels"),
         ({"choices": {"exact": {"attn.o": {"0": [1, 3]}}}}, "other kernels"),  # there are 4
         ({"choices": {"exact": {"attn.o": {"0": [4, 4]}}}}, "other kernels"),
         ({"choices": {"exact": {"mlp.up": {"0": [0, 1]}}}}, "other kernels"),
