@@ -106,7 +106,7 @@ int list_choices(const GemvArgs& args, Choice* out) {
     if (args.batch_invariant && count > 0) return count;
   }
   if (has_tensor_kernels(args.weight) && args.num_tokens <= kMaxTensorTokens) {
-    count += list_tensor(args.weight, args.num_tokens > 1, out + count);
+    return count + list_tensor(args.weight, args.num_tokens > 1, out + count);
   }
   for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {Family::mma, {i, kMmaRows, kMmaWarps * 32}};
   return count;

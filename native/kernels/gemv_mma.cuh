@@ -1,4 +1,5 @@
-// 1 to 16 tokens, any format, on tensor cores: eight tokens cost as many instructions as one.
+// 1 to 16 tokens on tensor cores: eight tokens cost as many instructions as one. 16-bit and fp8 weights have the
+// kernels of gemv_tensor.cuh for up to eight.
 //
 // A block has one or two tiles of 16 rows; its warps share the input features in blocks of 64, so that a quad of lanes
 // reads whole 128-byte lines. The order of a tile's input features is permuted inside a block of 64 (the same way for
@@ -326,12 +327,16 @@ void launch_mma_kernel(const GemvArgs& args, cudaStream_t stream, bool pdl) {
 template <WeightFormat F, int kGroupsPerBlock>
 void launch_mma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   const bool two_tiles = kMmaConfigs[tile.config] == 2;
-  if (args.num_tokens > 8) {
+  constexpr bool kOnlyMany = MmaFormat<F>::is_16bit || F == WeightFormat::fp8;
+  assert(!kOnlyMany || args.num_tokens > kMaxTensorTokens);
+  if (kOnlyMany || args.num_tokens > 8) {
     if (two_tiles) return launch_mma_kernel<F, 2, 2, kGroupsPerBlock>(args, stream, pdl);
     return launch_mma_kernel<F, 1, 2, kGroupsPerBlock>(args, stream, pdl);
   }
-  if (two_tiles) return launch_mma_kernel<F, 2, 1, kGroupsPerBlock>(args, stream, pdl);
-  launch_mma_kernel<F, 1, 1, kGroupsPerBlock>(args, stream, pdl);
+  if constexpr (!kOnlyMany) {
+    if (two_tiles) return launch_mma_kernel<F, 2, 1, kGroupsPerBlock>(args, stream, pdl);
+    launch_mma_kernel<F, 1, 1, kGroupsPerBlock>(args, stream, pdl);
+  }
 }
 
 }  // namespace edgellm::kernels

@@ -47,7 +47,7 @@ int gemv_num_blocks(const GemvArgs& args);
 constexpr int gemv_max_blocks(int rows) { return (rows + 1) / 2; }
 
 // Of what the numbers of tiles mean: another one with every change of a table of configurations or of their order.
-constexpr int kGemvTilesVersion = 2;
+constexpr int kGemvTilesVersion = 3;
 
 // Tile configurations that fit the format, cols and num_tokens of `args`; the fastest differs with the shape and GPU.
 int gemv_num_tiles(const GemvArgs& args);
