@@ -9,6 +9,7 @@ namespace edgellm {
 namespace {
 
 using kernels::Epilogue;
+using kernels::WeightFormat;
 
 kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue,
                             const py::object& gain, float norm_eps, const py::object& bias, const py::object& out_bf16,
@@ -83,6 +84,31 @@ void bind_gemv(py::module_& module) {
       },
       py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::store_f32,
       py::arg("batch_invariant") = false);
+  module.def(
+      "plan_gemv",
+      [](WeightFormat format, int rows, int cols, int group, int num_tokens, Epilogue epilogue, bool batch_invariant,
+         int tile, int num_sms, std::size_t max_shared_bytes) {
+        kernels::GemvArgs args;
+        args.weight.format = format;
+        args.weight.rows = rows, args.weight.cols = cols, args.weight.group = group;
+        args.num_tokens = num_tokens;
+        args.epilogue = epilogue;
+        args.batch_invariant = batch_invariant;
+        args.tile = tile;
+        const kernels::GemvPlan plan = kernels::plan_gemv(args, num_sms, max_shared_bytes);
+        py::dict result;
+        result["family"] = plan.family;
+        result["config"] = plan.config;
+        result["warps"] = plan.warps;
+        result["rows_per_block"] = plan.rows_per_block;
+        result["shared_bytes"] = plan.shared_bytes;
+        result["num_tiles"] = plan.num_tiles;
+        return result;
+      },
+      py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group") = 64, py::arg("num_tokens") = 1,
+      py::arg("epilogue") = Epilogue::store_f32, py::arg("batch_invariant") = false, py::arg("tile") = -1,
+      py::arg("num_sms") = 132, py::arg("max_shared_bytes") = 227 * 1024,
+      "What would serve a product on a GPU of `num_sms` multiprocessors; needs none.");
   module.def(
       "gemv_num_blocks",
       [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile, bool batch_invariant) {

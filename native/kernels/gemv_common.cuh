@@ -109,6 +109,13 @@ __device__ __forceinline__ float load_residual(const GemvParams& p, int token, i
   return p.epilogue == Epilogue::residual ? load_l2(p.out_f32 + static_cast<std::size_t>(token) * p.rows + row) : 0.0f;
 }
 
+// What the choice of a kernel depends on; the GPU at hand is gemv_device().
+struct GemvDevice {
+  int num_sms;
+  std::size_t max_shared_bytes;  // a block
+};
+GemvDevice gemv_device();
+
 // How a call is cut: one entry of its kernel family's table of configurations.
 struct GemvTile {
   int config = 0;
@@ -212,9 +219,17 @@ constexpr Int4Config kInt4Configs[] = {
 constexpr int kNumInt4Configs = sizeof(kInt4Configs) / sizeof(kInt4Configs[0]);
 // Groups below 64 are rare: they get the first of the table only.
 constexpr int kNumInt4SmallGroupConfigs = 4;
-constexpr int kMaxInt4Tokens = 4;   // of small groups, of one launch: two of the product's eight columns each
-int int4_tokens_at_once(int cols);  // gemv_int4.cu
-bool int4_ring_fits(int warps);     // gemv_int4_ring.cu: whether several tokens can have blocks of so many warps
+constexpr int kMaxInt4Tokens = 4;  // of small groups, of one launch: two of the product's eight columns each
+int int4_tokens_at_once(int cols, const GemvDevice& device);  // gemv_int4.cu
+// gemv_int4_ring.cu: a block's shared memory at most, and whether a GPU has that for as many tokens as a launch takes.
+std::size_t int4_ring_bytes(int warps, int tokens);
+bool int4_ring_fits(int warps, const GemvDevice& device);
+// 32-bit words of a staged block of 64 of int4's x: [digit: low, high][t][step] four bytes, then 1 / scale; padded so
+// that 16-byte reads stay aligned and the writes of four blocks spread over the banks.
+constexpr int kInt4StagedWords = 36;
+constexpr std::size_t int4_staged_bytes(int cols) {  // of one token
+  return static_cast<std::size_t>(ceil_div(cols, 64)) * kInt4StagedWords * sizeof(uint32_t);
+}
 
 // Of tensor cores, for 16-bit and fp8 weights. A token's bits depend on the number of warps only, so that the kernel
 // for one token (of either kind) and that for several agree where they have as many.

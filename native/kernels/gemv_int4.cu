@@ -8,9 +8,9 @@ namespace edgellm::kernels {
 
 // Tokens of small groups that one launch computes; 0: x is too long for the shared memory. Their weights are read once,
 // those of the next launch mostly from the L2 cache.
-int int4_tokens_at_once(int cols) {
+int int4_tokens_at_once(int cols, const GemvDevice& device) {
   constexpr std::size_t kOthers = 10 * 1024;  // statically allocated
-  const std::size_t most = (device_traits().max_shared_bytes - kOthers) / int4_staged_bytes(cols);
+  const std::size_t most = (device.max_shared_bytes - kOthers) / int4_staged_bytes(cols);
   return static_cast<int>(std::min<std::size_t>(most, kMaxInt4Tokens));
 }
 
@@ -19,7 +19,7 @@ void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t s
     if (args.num_tokens == 1) return launch_int4_one(args, tile, stream, pdl);
     return launch_int4_ring(args, tile.threads / 32, stream, pdl);
   }
-  const int at_once = int4_tokens_at_once(args.weight.cols);
+  const int at_once = int4_tokens_at_once(args.weight.cols, gemv_device());
   for (int first = 0; first < args.num_tokens; first += at_once) {
     const GemvArgs part = gemv_part(args, first, at_once, kMmaRows);
     launch_int4_small_groups(part, tile, stream, pdl || first > 0);

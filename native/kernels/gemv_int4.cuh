@@ -16,9 +16,6 @@ namespace edgellm::kernels {
 // 16-byte loads of x in flight a lane: 256 input features a warp each. With a norm the gain has as many.
 template <bool kNorm>
 constexpr int kStagedLoads = kNorm ? 2 : 4;
-// 32-bit words of a staged block of 64: [digit: low, high][t][step] four bytes, then 1 / scale; padded so that 16-byte
-// reads stay aligned and the writes of four blocks spread over the banks.
-constexpr int kStagedWords = 36;
 constexpr int kFixedBits = 14;
 constexpr float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded number
 constexpr uint32_t kSmallestExponent = 20;  // biased; blocks of smaller numbers than 2^-106 are as good as zero
@@ -117,7 +114,7 @@ __device__ __forceinline__ float stage_x(const GemvParams& p, const bf16* source
           gains = chunk < end ? load_constant(p.gain + chunk * 8) : make_uint4(0, 0, 0, 0);
         }
       }
-      stage_eight<kNorm>(x[i], gains, chunk & 7, chunk < last * 8, staged + (chunk >> 3) * kStagedWords, squares);
+      stage_eight<kNorm>(x[i], gains, chunk & 7, chunk < last * 8, staged + (chunk >> 3) * kInt4StagedWords, squares);
     }
     begin += 32 * kLoads;
   } while (!kOnce && begin < last * 8);
@@ -238,7 +235,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
     const int token = first_token + i * (kWarps / kTiles);
     old_residual[i] = token < num_tokens ? load_residual(p, token, own_row) : 0.0f;
   }
-  const int token_words = num_blocks * kStagedWords;
+  const int token_words = num_blocks * kInt4StagedWords;
   float squares[kMaxTokens] = {};
 #pragma unroll
   for (int token = 0; token < kMaxTokens; token++) {
@@ -261,8 +258,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
     for (int d = 0; d < kDepth; d++) {
       const int block = begin + d;
       if (block >= last) break;
-      const uint4 x = columns[block * (kStagedWords / 4)];
-      const float inverse = inverses[block * kStagedWords];
+      const uint4 x = columns[block * (kInt4StagedWords / 4)];
+      const float inverse = inverses[block * kInt4StagedWords];
       const uint32_t xs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
@@ -297,10 +294,6 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_int4_kernel(cons
     const float y = finish_int4_sum<kWarps, kNorm>(p, constants, partial, kRows, token, warp % kTiles, lane);
     finish_rows<kMmaRows>(p, y, lane, token, own_tile, own_row, old_residual[i]);
   }
-}
-
-constexpr std::size_t int4_staged_bytes(int cols) {  // of one token
-  return static_cast<std::size_t>(ceil_div(cols, 64)) * kStagedWords * sizeof(uint32_t);
 }
 
 template <int kConfig, int kGroupsPerBlock, bool kNorm, int kMaxTokens>

@@ -4,6 +4,8 @@
 // The tokens' digits are columns of two products with the same weights, four tokens each. Weights and scales go to
 // shared memory by cp.async, each lane's to places that only it reads: kDepth blocks of a warp are under way. Of x a
 // warp stages four blocks at a time, one eight of each token a lane.
+#include <algorithm>
+
 #include "copy_ring.cuh"
 #include "gemv_int4.cuh"
 
@@ -12,7 +14,7 @@ namespace {
 
 constexpr int kMaxTokens = 8;
 constexpr int kWindow = 4;                                           // blocks of 64 input features
-constexpr int kTokenWords = kWindow * kStagedWords;                  // 32-bit words of a token's window
+constexpr int kTokenWords = kWindow * kInt4StagedWords;              // 32-bit words of a token's window
 constexpr int kSlotBytes = 32 * (sizeof(uint4) + sizeof(uint32_t));  // a tile's block: weights, then scales
 
 template <int kWarps, int kDepth, int kTiles, bool kNorm>
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) gemv_int4_ring_kerne
     for (int token = 0; token < kMaxTokens; token++) {
       if (token >= num_tokens) break;
       stage_eight<kNorm>(x[token], gain, lane & 7, begin + (lane >> 3) < last,
-                         staged + token * kTokenWords + (lane >> 3) * kStagedWords, squares[token]);
+                         staged + token * kTokenWords + (lane >> 3) * kInt4StagedWords, squares[token]);
     }
     __syncwarp();
     if (begin + kWindow < last) {
@@ -124,9 +126,9 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) gemv_int4_ring_kerne
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         if (half == 1 && num_tokens <= 4) break;
-        const uint4 digits = columns[half][d * (kStagedWords / 4)];
+        const uint4 digits = columns[half][d * (kInt4StagedWords / 4)];
         const uint32_t xs[4] = {digits.x, digits.y, digits.z, digits.w};
-        const float inverse = inverses[half][d * kStagedWords];
+        const float inverse = inverses[half][d * kInt4StagedWords];
 #pragma unroll
         for (int m = 0; m < kTiles; m++) add_int4_products<1>(a[m], xs, inverse, &scale[m], sums[m][half]);
       }
@@ -196,11 +198,17 @@ void launch_ring(const GemvArgs& args, cudaStream_t stream, bool pdl) {
 
 }  // namespace
 
-bool int4_ring_fits(int warps) {
-  constexpr std::size_t kOthers = 18 * 1024;  // statically allocated
-  const Ring* rings = kRings[warps / 8];
-  const std::size_t most = device_traits().max_shared_bytes - kOthers;
-  return ring_bytes(rings[0], kMaxTokens) <= most && ring_bytes(rings[1], kMaxTokens) <= most;
+std::size_t int4_ring_bytes(int warps, int tokens) {
+  std::size_t most = 0;
+  for (const Ring& ring : kRings[warps / 8]) {
+    const std::size_t sums = sizeof(float) * ring.warps * kMaxTokens * (ring.tiles * kMmaRows + 1);
+    most = std::max(most, sums + ring_bytes(ring, std::min(tokens, kMaxTokens)));
+  }
+  return most;
+}
+
+bool int4_ring_fits(int warps, const GemvDevice& device) {
+  return int4_ring_bytes(warps, kMaxTokens) <= device.max_shared_bytes;
 }
 
 void launch_int4_ring(const GemvArgs& args, int warps, cudaStream_t stream, bool pdl) {

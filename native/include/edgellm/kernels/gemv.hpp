@@ -52,4 +52,15 @@ constexpr int kGemvTilesVersion = 3;
 // Tile configurations that fit the format, cols and num_tokens of `args`; the fastest differs with the shape and GPU.
 int gemv_num_tiles(const GemvArgs& args);
 
+// What would serve `args`, of which shapes alone count, on a GPU that need not be here.
+struct GemvPlan {
+  const char* family;        // fma, several, once, ring, int4 or mma: how weights are read and multiplied
+  int config;                // of the family's table
+  int warps;                 // of a block
+  int rows_per_block;        // of block_max
+  std::size_t shared_bytes;  // of a block, at most
+  int num_tiles;
+};
+GemvPlan plan_gemv(const GemvArgs& args, int num_sms, std::size_t max_shared_bytes);
+
 }  // namespace edgellm::kernels
