@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -178,6 +179,10 @@ class Probe:
 def run_client(*arguments: str) -> subprocess.Popen:
     """A client process, once its answer has begun."""
     command = [sys.executable, str(Path(__file__).with_name("stream_client.py")), *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    profile = str(Path(__file__).with_name("short_lease.xml"))
+    environment = os.environ | {f"{name}_DEFAULT_PROFILES_FILE": profile for name in ("FASTRTPS", "FASTDDS")}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout.readline() == "begun\n"
     return process
