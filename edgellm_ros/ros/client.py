@@ -18,6 +18,7 @@ from typing import Any
 import rclpy
 from builtin_interfaces.msg import Duration
 from rclpy.action import ActionClient
+from rclpy.context import Context
 from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
@@ -63,9 +64,9 @@ class ChatStream:
     from the result. Raises the error that the node ended the goal with, as the exception of edgellm_ros.errors.
     """
 
-    def __init__(self, client: ActionClient, sender: _Sender, goal: Any) -> None:
+    def __init__(self, client: ActionClient, sender: _Sender, context: Context, goal: Any) -> None:
         """Send the goal."""
-        self._client, self._sender = client, sender
+        self._client, self._sender, self._context = client, sender, context
         self._items: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty text only wakes the reader
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -170,10 +171,15 @@ class ChatStream:
         self._items.put("")
 
     def _check_node(self) -> None:
-        """End the goal when its node has been gone for a while."""
-        if self._done.is_set() or self._client.wait_for_server(_LOST_AFTER_S):
-            return
-        self._end(error=UnavailableError("the node is gone"))
+        """End the goal when its node has been gone for a while, or ROS in this process: a signal shuts it down."""
+        try:
+            if self._done.is_set() or (self._context.ok() and self._client.wait_for_server(_LOST_AFTER_S)):
+                return
+        except Exception:  # rclpy's own kinds, where the context goes while it waits
+            if self._context.ok():
+                raise
+        gone = "the node is gone" if self._context.ok() else "ROS was shut down in this process"
+        self._end(error=UnavailableError(gone))
 
 
 class LLMClient:
@@ -197,6 +203,7 @@ class LLMClient:
         self._tokenize = self._node.create_client(Tokenize, f"{node_name}/tokenize")
         self._reset = self._node.create_client(ResetSession, f"{node_name}/reset_session")
         self._lora = self._node.create_client(LoadLora, f"{node_name}/load_lora")
+        self._context = context
         self._executor = SingleThreadedExecutor(context=context)
         self._executor.add_node(self._node)
         self._sender = _Sender(self._executor)
@@ -214,7 +221,7 @@ class LLMClient:
         fields of the goal (session_id, priority, tools, raw_prompt, thinking, ...; deadline in seconds) and of Sampling
         (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist.
         """
-        stream = ChatStream(self._chat, self._sender, make_goal(prompt, **options))
+        stream = ChatStream(self._chat, self._sender, self._context, make_goal(prompt, **options))
         self._streams = [s for s in self._streams if not s.done] + [stream]
         return stream
 

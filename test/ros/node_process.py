@@ -176,13 +176,13 @@ class Probe:
             time.sleep(0.02)
 
 
-def run_client(*arguments: str) -> subprocess.Popen:
+def run_client(*arguments: str, stderr: int | None = None) -> subprocess.Popen:
     """A client process, once its answer has begun."""
     command = [sys.executable, str(Path(__file__).with_name("stream_client.py")), *arguments]
     profile = str(Path(__file__).with_name("short_lease.xml"))
     environment = os.environ | {f"{name}_DEFAULT_PROFILES_FILE": profile for name in ("FASTRTPS", "FASTDDS")}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
     )
     assert process.stdout.readline() == "begun\n"
     return process
