@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 
 import pytest
@@ -21,9 +22,11 @@ def test_an_abandoned_goal_is_cancelled_and_a_crashed_client_harms_nobody(bundle
         crashed = run_client(PROMPT, "1800", "crash")
         crashed.wait(timeout=20)
         assert crashed.returncode == -signal.SIGKILL
-        quitter = run_client(PROMPT, "1900")
+        quitter = run_client(PROMPT, "1900", stderr=subprocess.PIPE)
         quitter.send_signal(signal.SIGTERM)  # ends at once, without cancelling
-        quitter.wait(timeout=20)
+        _, said = quitter.communicate(timeout=20)
+        assert said.rstrip().endswith("UnavailableError: ROS was shut down in this process"), said
+        assert "RCLError" not in said and "InvalidHandle" not in said
         with LLMClient("llm") as llm:
             assert llm.generate("Hi", max_tokens=5, ignore_eos=True).usage.completion_tokens == 5
         probe.wait_for(lambda: diagnostics()["active requests"] == "0", 60)
