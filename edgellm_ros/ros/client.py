@@ -261,8 +261,12 @@ class LLMClient:
             time.sleep(0.005)
         self._executor.shutdown()
         self._thread.join(timeout=5.0)
-        self._chat.destroy()
-        self._node.destroy_node()
+        try:
+            self._chat.destroy()
+            self._node.destroy_node()
+        except Exception:  # of a context that a signal shut down nothing is left to destroy
+            if self._context.ok():
+                raise
         if self._owns_context:
             rclpy.try_shutdown()
 
@@ -277,6 +281,9 @@ class LLMClient:
             self._executor.spin()
         except ExternalShutdownException:
             pass
+        except Exception:  # rclpy's own kinds, where the context goes while it waits
+            if self._context.ok():
+                raise
 
     def _call(self, client: Any, request: Any, timeout_s: float) -> Any:
         if not client.wait_for_service(timeout_s):
