@@ -6,6 +6,7 @@ on that thread: rclpy loses a response that arrives before the sender has noted 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -19,7 +20,7 @@ import rclpy
 from builtin_interfaces.msg import Duration
 from rclpy.action import ActionClient
 from rclpy.context import Context
-from rclpy.executors import Executor, ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import Executor, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 
@@ -43,6 +44,16 @@ class ChatResult:
     reasoning: str
     finish_reason: str
     usage: Any
+
+
+@contextlib.contextmanager
+def _until_shutdown(context: Context) -> Iterator[None]:
+    """Leave the block quietly where the context is shut down in it, for which rclpy has exceptions of several kinds."""
+    try:
+        yield
+    except Exception:
+        if context.ok():
+            raise
 
 
 class _Sender:
@@ -172,12 +183,9 @@ class ChatStream:
 
     def _check_node(self) -> None:
         """End the goal when its node has been gone for a while, or ROS in this process: a signal shuts it down."""
-        try:
+        with _until_shutdown(self._context):
             if self._done.is_set() or (self._context.ok() and self._client.wait_for_server(_LOST_AFTER_S)):
                 return
-        except Exception:  # rclpy's own kinds, where the context goes while it waits
-            if self._context.ok():
-                raise
         gone = "the node is gone" if self._context.ok() else "ROS was shut down in this process"
         self._end(error=UnavailableError(gone))
 
@@ -261,12 +269,9 @@ class LLMClient:
             time.sleep(0.005)
         self._executor.shutdown()
         self._thread.join(timeout=5.0)
-        try:
+        with _until_shutdown(self._context):
             self._chat.destroy()
             self._node.destroy_node()
-        except Exception:  # of a context that a signal shut down nothing is left to destroy
-            if self._context.ok():
-                raise
         if self._owns_context:
             rclpy.try_shutdown()
 
@@ -277,13 +282,8 @@ class LLMClient:
         self.close()
 
     def _spin(self) -> None:
-        try:
+        with _until_shutdown(self._context):
             self._executor.spin()
-        except ExternalShutdownException:
-            pass
-        except Exception:  # rclpy's own kinds, where the context goes while it waits
-            if self._context.ok():
-                raise
 
     def _call(self, client: Any, request: Any, timeout_s: float) -> Any:
         if not client.wait_for_service(timeout_s):

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "copy_async.cuh"
 #include "edgellm/kernels/attention_prefill.hpp"
 #include "kv_format.cuh"
 #include "launch.hpp"
@@ -39,14 +40,6 @@ struct Params {
   int window;
   float scale;  // positive, times log2(e)
 };
-
-__device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool inside) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = inside ? 16 : 0;  // the rest is zeros
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ void load_matrices(uint32_t* r, const bf16* p) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -93,7 +86,7 @@ __device__ __forceinline__ void fetch_tile(bf16* to, const typename Kv<F>::Eleme
     const bool inside = row < num_rows;
     bf16* place = to + row * kStride<HD>;
     if constexpr (F != KvFormat::fp8) {
-      copy_16_async(place, inside ? static_cast<const void*>(from + row * HD) : readable, inside);
+      copy_async16(place, inside ? static_cast<const void*>(from + row * HD) : readable, inside);
     } else {
       float v[8];
       Kv<F>::unpack(inside ? Kv<F>::load(from + row * HD) : Kv<F>::zeros(), v);
@@ -161,7 +154,7 @@ __device__ __forceinline__ void fetch_queries(bf16* to, const bf16* q, const Row
     const bf16* from = q + rows.offset(row) * HD + column;
     bf16* place = to + row * kStride<HD> + column;
     if constexpr (F != KvFormat::fp16) {
-      copy_16_async(place, from, true);
+      copy_async16(place, from, true);
     } else {
       const uint4 v = load_activation(from);
       *reinterpret_cast<uint4*>(place) = make_uint4(operand_from_bf16<F>(v.x), operand_from_bf16<F>(v.y),
@@ -214,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && HD <= 128 ? 3 : 2)
   const bf16* value_from = value_tile + (lane & 15) * kStride<HD> + (lane >> 4) * 8;
 
   for (int tile = begin; tile < end; tile += kTile, from += kTile * HD) {
-    wait_for_copies();
+    wait_for_copies<0>();
     __syncthreads();  // the keys are there, and all warps are done with the values of the tile before
     fetch_tile<HD, F>(copied + kTile * kStride<HD>, from + p.values_offset, end - tile - copied_row, p.cache);
     commit_copies();
@@ -236,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && HD <= 128 ? 3 : 2)
         }
       }
     }
-    wait_for_copies();
+    wait_for_copies<0>();
     __syncthreads();  // the values are there, and all warps are done with the keys
     if (tile + kTile < end) {
       fetch_tile<HD, F>(copied, from + kTile * HD, end - tile - kTile - copied_row, p.cache);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
 #pragma unroll
   for (int i = 0; i < Shared::kStages - 1; i++) {
     if (i < count) tree_fetch<HD, F>(shared, i, keys, values, tile_at(i), prefix, end);
-    tree_commit_copies();
+    commit_copies();
   }
   if (works && tid < num_tokens) {
     masks[tid] = p.masks[first_token + tid];
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
   for (int i = 0; i < count; i++) {
     const int tile = tile_at(i);
     const bool has_new = tile + kTile > prefix;
-    tree_wait_for_copies<Shared::kStages - 2>();
+    wait_for_copies<Shared::kStages - 2>();
     if constexpr (Shared::kRaw) {
       __syncthreads();  // the copies of all threads are there, and all warps are done with the tile before
       tree_convert<HD, F>(shared, i % Shared::kStages, tile, prefix, end);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
       const int next = i + Shared::kStages - 1;
       tree_fetch<HD, F>(shared, next % Shared::kStages, keys, values, tile_at(next), prefix, end);
     }
-    tree_commit_copies();
+    commit_copies();
     const bf16* key_tile = reinterpret_cast<const bf16*>(shared) +
                            (Shared::kRaw ? 0 : i % Shared::kStages) * Shared::kTileElements +
                            part * kPositions * kStride;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kTreeThreads, 2) tree_attention_kernel(const T
 
   // The warps' sums into shared memory, over the tiles.
   static_assert(Shared::kMergeBytes <= (kSharedQueries ? Shared::bytes(kRows) : Shared::kTileBytes));
-  tree_wait_for_copies<0>();
+  wait_for_copies<0>();
   __syncthreads();
   float* partial = reinterpret_cast<float*>(shared);  // (kParts, kRows, kStride)
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "copy_async.cuh"
 #include "edgellm/kernels/attention_tree.hpp"
 #include "kv_format.cuh"
 
@@ -89,18 +90,6 @@ struct TreeOperand {
   }
 };
 
-__device__ __forceinline__ void tree_copy_16_async(void* shared, const void* global, bool inside) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = inside ? 16 : 0;  // the rest is zeros
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void tree_commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kLeft of the groups committed last are still on their way.
-template <int kLeft>
-__device__ __forceinline__ void tree_wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
 __device__ __forceinline__ void tree_load_matrices(uint32_t* r, const bf16* p) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(p));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
@@ -165,12 +154,12 @@ __device__ __forceinline__ void tree_fetch(unsigned char* shared, int stage, con
     const std::size_t from = static_cast<std::size_t>(at < prefix ? at : 0) * HD + column;
     if constexpr (Shared::kRaw) {
       unsigned char* key = shared + Shared::kRawStart + stage * Shared::kRawBytes + row * HD + column;
-      tree_copy_16_async(key, keys + from, at < prefix);
-      tree_copy_16_async(key + Shared::kTile * HD, values + from, at < prefix);
+      copy_async16(key, keys + from, at < prefix);
+      copy_async16(key + Shared::kTile * HD, values + from, at < prefix);
     } else {
       bf16* key = reinterpret_cast<bf16*>(shared) + stage * Shared::kTileElements + row * Shared::kStride + column;
-      tree_copy_16_async(key, keys + from, at < prefix);
-      tree_copy_16_async(key + Shared::kTile * Shared::kStride, values + from, at < prefix);
+      copy_async16(key, keys + from, at < prefix);
+      copy_async16(key + Shared::kTile * Shared::kStride, values + from, at < prefix);
     }
   }
 }

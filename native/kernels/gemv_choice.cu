@@ -60,14 +60,15 @@ int list_choices(const GemvArgs& args, const GemvDevice& device, GemvChoice* out
   int count = 0;
   if (int4_fits(args, device)) {
     const bool small_groups = args.weight.group < 64;
-    const bool several = !small_groups && (args.num_tokens > 1 || args.batch_invariant);
+    const bool needs_ring = !small_groups && (args.num_tokens > 1 || args.batch_invariant);
+    const auto is_listed = [&](int threads) {
+      return std::any_of(out, out + count, [=](const GemvChoice& other) { return other.tile.threads == threads; });
+    };
     for (int i = 0; i < (small_groups ? kNumInt4SmallGroupConfigs : kNumInt4Configs); i++) {
       const Int4Config& c = kInt4Configs[i];
-      if (several && !int4_ring_fits(c.warps, device)) continue;
+      if (needs_ring && !int4_ring_fits(c.warps, device)) continue;
       // Of several tokens' own tiles there is one for each number of warps.
-      const bool listed =
-          std::any_of(out, out + count, [&](const GemvChoice& o) { return o.tile.threads == c.warps * 32; });
-      if (several && !args.batch_invariant && listed) continue;
+      if (needs_ring && !args.batch_invariant && is_listed(c.warps * 32)) continue;
       if (c.once && ceil_div(args.weight.cols, 64) > c.warps * c.depth) continue;
       out[count++] = {GemvFamily::int4, {i, kMmaRows, c.warps * 32}};
     }

@@ -6,7 +6,7 @@
 // warp stages four blocks at a time, one eight of each token a lane.
 #include <algorithm>
 
-#include "copy_ring.cuh"
+#include "copy_async.cuh"
 #include "gemv_int4.cuh"
 
 namespace edgellm::kernels {
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) gemv_int4_ring_kerne
   constexpr int kRows = kTiles * kMmaRows;
   constexpr int kJobs = ceil_div(kTiles * kMaxTokens, kWarps);  // tiles of one token that a warp finishes
   static_assert(kWarps % kTiles == 0 && kWindow % kDepth == 0);
-  extern __shared__ uint4
-      shared[];  // the warps' rings of kDepth * kTiles slots, then (warps, tokens, kTokenWords) of x
+  // The warps' rings of kDepth * kTiles slots, then (warps, tokens, kTokenWords) of x.
+  extern __shared__ uint4 shared[];
   __shared__ float partial[kWarps][kMaxTokens][kRows + 1];  // last: sum of squares
   const int lane = threadIdx.x & 31, warp = warp_index(), g = lane >> 2, t = lane & 3;
   const int num_blocks = ceil_div(p.cols, 64), share = ceil_div(num_blocks, kWarps);
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) gemv_int4_ring_kerne
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
       const uint32_t to = ring + (slot * kTiles + m) * kSlotBytes;
-      copy_async16(to + lane * 16, weights[m] + block * 32, inside);
-      copy_async4(to + 512 + lane * 4, scales[m] + (block >> (p.group_shift - 6)) * 8, inside);
+      copy_weights16(to + lane * 16, weights[m] + block * 32, inside);
+      copy_scales4(to + 512 + lane * 4, scales[m] + (block >> (p.group_shift - 6)) * 8, inside);
     }
     commit_copies();
   };
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps) gemv_int4_ring_kerne
                      warp * num_tokens * kTokenWords;
   uint32_t signs;
   asm("mov.b32 %0,0x80808080;" : "=r"(signs));
-  // Columns 2 j and 2 j + 1 of a product are token j's low and high digits. Columns without a token repeat the last
-  // one.
+  // Columns 2 j and 2 j + 1 of a product are token j's low and high digits; those without a token repeat the last one.
   const uint4* columns[2];
   const float* inverses[2];
 #pragma unroll

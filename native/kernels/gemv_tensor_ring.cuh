@@ -5,7 +5,7 @@
 // registers that are used again would be waited for together.
 #pragma once
 
-#include "copy_ring.cuh"
+#include "copy_async.cuh"
 #include "gemv_tensor.cuh"
 
 namespace edgellm::kernels {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
   const auto copy = [&](int slot, int unit) {
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
-      copy_async16(ring + slot * kSlotBytes + m * 512, weights[m] + unit * kUnitBytes, unit < share.lane_last);
+      copy_weights16(ring + slot * kSlotBytes + m * 512, weights[m] + unit * kUnitBytes, unit < share.lane_last);
     }
     commit_copies();
   };

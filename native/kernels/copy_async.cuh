@@ -1,4 +1,4 @@
-// Copies into shared memory that a lane waits for one at a time: cp.async (PTX ISA), in groups in their order.
+// Copies from global into shared memory, in groups that a lane waits for in their order: cp.async (PTX ISA).
 #pragma once
 
 #include "device.cuh"
@@ -9,11 +9,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 // Zeros where not `inside`; then nothing is read. Not through L1.
-__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool inside) {
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+// The same of weights, whose rows L2 may fetch further at once.
+__device__ __forceinline__ void copy_weights16(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void copy_async4(uint32_t to, const void* from, bool inside) {
+__device__ __forceinline__ void copy_scales4(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],4,%2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
