@@ -67,8 +67,12 @@ def main() -> int:
 
 
 def ros_is_sourced() -> bool:
-    """Whether an installed ROS 2 is in the environment (apt, or a workspace on top of it)."""
-    return bool(os.environ.get("ROS_DISTRO") and os.environ.get("AMENT_PREFIX_PATH"))
+    """Whether an installed ROS 2 is in the environment (apt, or a workspace on top of it).
+
+    tools/env.sh, of this clone or another, sets the same variables for the wheels of its own .venv, and says so.
+    """
+    wheels = os.environ.get("EDGELLM_ROS_WHEELS") == "1"
+    return bool(os.environ.get("ROS_DISTRO") and os.environ.get("AMENT_PREFIX_PATH")) and not wheels
 
 
 def check_python() -> None:

@@ -31,6 +31,16 @@ def fake_nvcc(directory: Path, release: str) -> str:
     return f"{directory}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.parametrize(("wheels", "sourced"), [("", True), ("1", False)])
+def test_the_wheels_of_another_clones_env_sh_are_not_taken_for_an_installed_ros(wheels: str, sourced: bool) -> None:
+    environment = {"ROS_DISTRO": "jazzy", "AMENT_PREFIX_PATH": "/opt/ros/jazzy", "EDGELLM_ROS_WHEELS": wheels}
+    command = [sys.executable, "-c", "import setup_env; print(setup_env.ros_is_sourced())"]
+    result = subprocess.run(
+        command, cwd=ROOT / "tools", env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == str(sourced)
+
+
 def test_the_native_module_can_be_left_out_and_the_build_says_so() -> None:
     result = setup(EDGELLM_NATIVE="0")
     assert result.returncode == 0 and "edgellm_ros" in result.stdout
