@@ -40,6 +40,7 @@ void bind_attention_decode(py::module_& module) {
         }
         if (batch > kernels::kMaxDecodeBatch) throw std::invalid_argument("the batch is larger than MAX_DECODE_BATCH");
         args.qkv = input.as<const float>({batch, (num_heads + 2 * args.kv.num_kv_heads) * head_dim});
+        if (reinterpret_cast<std::uintptr_t>(args.qkv) % 16 != 0) input.fail("must be 16-byte aligned");
         args.slots = required<const std::int32_t>(slots, "slots", {batch});
         args.positions = required<const std::int32_t>(positions, "positions", {batch});
         args.out = required<__nv_bfloat16>(out, "out", {batch, num_heads * head_dim});

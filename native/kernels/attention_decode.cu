@@ -1,5 +1,6 @@
 // Decode attention: workspace, and the choice by head_dim.
 #include <cmath>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -41,6 +42,7 @@ std::size_t decode_attention_workspace_bytes(int max_batch, int num_heads, int h
 
 void decode_attention_async(const DecodeAttentionArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.num_heads % args.kv.num_kv_heads == 0 && args.batch <= kMaxDecodeBatch);
+  assert(reinterpret_cast<std::uintptr_t>(args.qkv) % 16 == 0);
   assert(is_power_of_two(args.most_splits) && args.most_splits <= kMaxDecodeSplits && args.workspace);
   DecodeAttentionParams p = {};
   p.qkv = args.qkv;

@@ -42,6 +42,8 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   // Queries in shared memory until the end would leave too little of it: they lie where the warps' sums go then.
   constexpr bool kOverlaid = Tile::kSharedQueries;
   static_assert(kQueryBytes % 16 == 0 && (!kOverlaid || kQueryBytes <= kOutBytes));
+  // The new rows lie where sums go later, too.
+  static_assert((kOverlaid ? kQueryBytes : 0) + (kTileHeads + 2) * HD * 4 <= kOutBytes);
   __shared__ __align__(16) std::byte rows_and_sums[kOverlaid ? kOutBytes : kQueryBytes + kOutBytes];
   using QueryRow = uint16_t[kTileHeads][kQueryStride];
   QueryRow* queries = reinterpret_cast<QueryRow*>(rows_and_sums);  // [2]: rounded, and the rest
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   // From every block of the cluster: its sums of the outputs that this one merges, and maximum and total of each head.
   __shared__ __align__(16) float received[kTileHeads * HD + 4 * kMaxCluster];
   __shared__ __align__(16) float2 received_tops[kMaxCluster][kTileHeads];
-  __shared__ uint64_t arrivals;
+  __shared__ __align__(16) int32_t positions[4];
+  __shared__ uint64_t new_rows_arrival, arrivals;
   __shared__ unsigned int order;
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
@@ -95,26 +98,25 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   for (int j = tid; j < (kTileHeads - num_valid) * HD; j += kThreads) {  // columns without a head
     queries[0][num_valid + j / HD][j % HD] = queries[1][num_valid + j / HD][j % HD] = 0;
   }
-  if (p.cluster > 1) {
-    if (tid == 0) mbarrier_init(&arrivals);
-    cluster_arrive_relaxed();
+  if (tid == 0) {
+    mbarrier_init(&new_rows_arrival);
+    if (p.cluster > 1) mbarrier_init(&arrivals);
   }
-  start_dependents();
+  __syncthreads();
+  if (p.cluster > 1) cluster_arrive_relaxed();
+  // The next kernel's weights may come when all of this one's loads are under way, not between them.
+  const auto is_last_turn = [&](int first) { return first + kTiles * range.stride >= range.end; };
+  if (is_last_turn(range.first_tile(0))) start_dependents();
   wait_for_predecessor();
-  const int position = *static_cast<const volatile int32_t*>(p.positions + sequence);
 
-  // The queries' rows, then the new key's and value's: under way before the position is known to be as guessed.
-  const int width = (p.num_heads + 2 * p.num_kv_heads) * HD;
-  const float* qkv = p.qkv + static_cast<std::size_t>(sequence) * width;
+  const NewRows new_rows = {reinterpret_cast<float*>(rows_and_sums + kQueryBytes), positions, &new_rows_arrival, p};
+  const int position = new_rows.fetch<HD, kThreads>(sequence, first_head, num_valid, kv_head);
   Row rows[kRowPasses];
 #pragma unroll
   for (int pass = 0; pass < kRowPasses; pass++) {
     const int row = pass * kWarps + warp;
     if (row >= num_valid + 2) continue;
-    const int head = row < num_valid    ? first_head + row
-                     : row == num_valid ? p.num_heads + kv_head
-                                        : p.num_heads + p.num_kv_heads + kv_head;
-    rows[pass].load(qkv + head * HD, row < num_valid ? p.q_gain : row == num_valid ? p.k_gain : nullptr, lane);
+    rows[pass].load(new_rows.rows + row * HD, row < num_valid ? p.q_gain : row == num_valid ? p.k_gain : nullptr, lane);
   }
   if (position < 0 || position >= p.capacity) {  // a free place of the batch; the whole cluster leaves
     for (int j = tid; split == 0 && j < num_valid * HD; j += kThreads) {
@@ -184,6 +186,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
     static_assert(kTiles == 1 || !Tile::kSharedQueries);
     if (base < position) tiles[0].load_values(value_bytes, base, position - 1, lane);
   }
+  if (is_last_turn(range.first_tile(warp))) start_dependents();
   float top = kNoScore;                            // of head g
   float total[4] = {}, out[Tile::kSteps][4] = {};  // of heads 2t and 2t + 1
   for (int first = range.first_tile(warp); first < range.end; first += kTiles * range.stride) {
@@ -229,6 +232,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
       tile.accumulate(b0, b1, out);
       if (next < position) tile.load_values(value_bytes, next, position - 1, lane);
     }
+    if (is_last_turn(first + kTiles * range.stride)) start_dependents();
   }
 
   if constexpr (kOverlaid) __syncthreads();  // all are done with the queries

@@ -4,6 +4,7 @@
 
 #include "attention_decode_tile.cuh"
 #include "edgellm/kernels/attention_decode.hpp"
+#include "mbarrier.cuh"
 
 namespace edgellm::kernels {
 
@@ -72,6 +73,49 @@ struct SplitRange {
   }
 };
 
+// The rows of qkv that a block rotates, those of its query heads first, and its sequence's position, in shared memory.
+// The next kernel's weights may be on their way to the SM already, and what a lane loads comes after them: a copy that
+// no lane waits for does not. `arrival` is an mbarrier for it, initialised by thread 0.
+struct NewRows {
+  float* rows;         // (query heads + 2, head_dim)
+  int32_t* positions;  // (4), 16-byte aligned
+  uint64_t* arrival;
+  const DecodeAttentionParams& p;
+
+  // Of row `row` in qkv.
+  __device__ __forceinline__ int source(int row, int first_head, int num_heads, int kv_head) const {
+    return row < num_heads    ? first_head + row
+           : row == num_heads ? p.num_heads + kv_head
+                              : p.num_heads + p.num_kv_heads + kv_head;
+  }
+  // Gives the position, when all is there.
+  template <int HD, int kThreads>
+  __device__ __forceinline__ int fetch(int sequence, int first_head, int num_heads, int kv_head) const {
+    const float* qkv = p.qkv + static_cast<std::size_t>(sequence) * (p.num_heads + 2 * p.num_kv_heads) * HD;
+    const int32_t* position = p.positions + sequence;
+#if __CUDA_ARCH__ >= 900
+    const auto address = reinterpret_cast<std::uintptr_t>(position);
+    if (threadIdx.x == 0) {
+      constexpr int kRow = HD * static_cast<int>(sizeof(float));
+      mbarrier_expect(arrival, (num_heads + 2) * kRow + 16);
+      copy_bulk(positions, reinterpret_cast<const void*>(address & ~std::uintptr_t{15}), 16, arrival);
+      copy_bulk(rows, qkv + first_head * HD, num_heads * kRow, arrival);
+      for (int row = num_heads; row < num_heads + 2; row++) {
+        copy_bulk(rows + row * HD, qkv + source(row, first_head, num_heads, kv_head) * HD, kRow, arrival);
+      }
+    }
+    mbarrier_wait(arrival);
+    return positions[address / sizeof(int32_t) % 4];
+#else
+    for (int j = threadIdx.x; j < (num_heads + 2) * HD; j += kThreads) {
+      rows[j] = load_l2(qkv + source(j / HD, first_head, num_heads, kv_head) * HD + j % HD);
+    }
+    __syncthreads();
+    return *static_cast<const volatile int32_t*>(position);
+#endif
+  }
+};
+
 // A row of qkv that a warp rotates: lane i has pairs i and i + 32 of (dim, dim + head_dim / 2).
 template <int HD>
 struct RopeRow {
@@ -87,7 +131,7 @@ struct RopeRow {
       const int i = lane + 32 * j;
       low[j] = high[j] = 0.0f, low_gain[j] = high_gain[j] = 1.0f;
       if (!has(j, lane)) continue;
-      low[j] = load_l2(row + i), high[j] = load_l2(row + i + kHalf);
+      low[j] = row[i], high[j] = row[i + kHalf];
       if (gain) low_gain[j] = __bfloat162float(gain[i]), high_gain[j] = __bfloat162float(gain[i + kHalf]);
     }
   }

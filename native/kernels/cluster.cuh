@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "mbarrier.cuh"
+
 namespace edgellm::kernels {
 
 // First half of a barrier that orders nothing: it tells that this block runs, so that its shared memory may be written.
@@ -57,35 +59,8 @@ __device__ __forceinline__ float4 load_from_cluster(const float4* p, int rank) {
 }
 
 // A store into another block's shared memory that counts its bytes on that block's mbarrier as they arrive: one way,
-// where a plain store and a barrier after it are two. PTX ISA, st.async and mbarrier.
+// where a plain store and a barrier after it are two. PTX ISA, st.async.
 //
-// By one thread, before its block arrives at the cluster's first barrier; the mbarrier serves once:
-__device__ __forceinline__ void mbarrier_init(uint64_t* mbarrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],1;\nfence.mbarrier_init.release.cluster;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(mbarrier)))
-               : "memory");
-#endif
-}
-// By the same thread: how many bytes are to come.
-__device__ __forceinline__ void mbarrier_expect(uint64_t* mbarrier, int num_bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(mbarrier))),
-               "r"(num_bytes)
-               : "memory");
-#endif
-}
-// Until they have come. Nothing is on its way to this block then, so that it may leave.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* mbarrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done,[%0],0;\n@!done bra again;\n}" ::"r"(
-          static_cast<uint32_t>(__cvta_generic_to_shared(mbarrier)))
-      : "memory");
-#endif
-}
 // Puts v where *p lies in the block with this rank, and counts it on the mbarrier that lies there as *mbarrier here.
 __device__ __forceinline__ void store_async(float2* p, uint64_t* mbarrier, int rank, float2 v) {
 #if __CUDA_ARCH__ >= 900

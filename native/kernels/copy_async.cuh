@@ -14,9 +14,9 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, b
                "r"(inside ? 16 : 0)
                : "memory");
 }
-// The same of weights, whose rows L2 may fetch further at once.
+// The same of weights, a line at a time as load_once has them.
 __device__ __forceinline__ void copy_weights16(uint32_t to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_scales4(uint32_t to, const void* from, bool inside) {

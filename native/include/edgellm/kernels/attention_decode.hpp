@@ -35,7 +35,7 @@ constexpr int decode_attention_most_splits(int num_kv_heads, int num_sms) {
 }
 
 struct DecodeAttentionArgs {
-  const float* qkv = nullptr;  // (batch, (num_heads + 2 * kv_heads) * head_dim), before RoPE
+  const float* qkv = nullptr;  // (batch, (num_heads + 2 * kv_heads) * head_dim), before RoPE; 16-byte aligned
   KvLayer kv;
   RopeTables rope;
   const int32_t* slots = nullptr;      // (batch), distinct
