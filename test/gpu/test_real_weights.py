@@ -20,7 +20,6 @@ from edgellm_ros.llm import LLM
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a worker reads the GGUF twice, with transformers and to export it
 NUM_TOKENS = 64
-TIE = 0.01  # between fp32's two best logits: Hugging Face's own bf16 errs by 0.6 to 1.0 in these texts
 PROMPTS = (
     "What is the capital of France?",
     "Name three things that a robot should check before it crosses a room.",
@@ -104,13 +103,16 @@ def agreeing(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def lead(model: Any, ids: list[int]) -> float:
-    """By how much the most likely next token's logit exceeds the second's."""
+def leads(models: dict[str, Any], ids: list[int], tokens: list[int]) -> tuple[list[float], list[float]]:
+    """By how much fp32's most likely logit exceeds the second, before each of `tokens`; and bf16's errors in that."""
     import torch
 
+    text = torch.tensor([ids + tokens], device=models["fp32"].device)
     with torch.no_grad():
-        best, second = model(torch.tensor([ids], device=model.device)).logits[0, -1].topk(2).values.tolist()
-    return float(best - second)
+        exact, rounded = (models[name](text).logits[0, len(ids) - 1 : -1].float() for name in ("fp32", "bf16"))
+    two = exact.topk(2).indices
+    exact, rounded = (logits.gather(1, two).diff(dim=1)[:, 0].neg() for logits in (exact, rounded))
+    return exact.tolist(), (rounded - exact).tolist()
 
 
 def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
@@ -119,7 +121,8 @@ def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
     bundle = smollm2("fp16")
     config = EngineConfig(executor="cuda", max_slots=2, max_context=512)
     compared: list[tuple[int, int, str]] = []
-    ties: list[tuple[int, float, str]] = []
+    closest: list[float] = []  # fp32's lead where ours differs before bf16 does
+    errors: list[float] = []
     with LLM(bundle, config, CudaExecutor(bundle, config)) as llm:
         for text in PROMPTS:
             chat = Request(messages=(ChatMessage("user", text),))
@@ -128,14 +131,15 @@ def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
             sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
             got = list(llm.complete(Request(prompt_ids=tuple(ids), sampling=sampling)).token_ids)
             equal, limit = agreeing(got, expected), agreeing(expected, rounded)
-            if equal < limit < NUM_TOKENS and (apart := lead(reference["fp32"], ids + expected[:equal])) < TIE:
-                ties.append((equal, round(apart, 5), text))
-                limit = equal
+            apart, erring = leads(reference, ids, expected)
+            errors += erring
+            closest += apart[equal : equal + 1] if equal < limit else []
             compared.append((equal, limit, text))
-    print(compared, ties)
+    usual = float(np.sqrt(np.mean(np.square(errors))))
+    print(compared, f"; bf16's usual error of a lead {usual:.4f}; leads lost before bf16 does {closest}")
     assert sum(limit == NUM_TOKENS for _, limit, _ in compared) >= 2, compared  # otherwise nothing was shown
-    assert all(equal >= limit for equal, limit, _ in compared), compared
-    assert len(ties) <= 1, ties
+    # A lead below that is in bf16 a matter of luck, which transformers may have had.
+    assert all(apart < usual for apart in closest) and len(closest) < len(PROMPTS) / 2, (compared, closest, usual)
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
