@@ -1,10 +1,10 @@
 // Decode attention: workspace, and the choice by head_dim.
-#include <cmath>
+#include <cassert>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "attention_decode.cuh"
+#include "attention_decode_launch.cuh"
 
 namespace edgellm::kernels {
 

@@ -1,5 +1,5 @@
 // Decode attention for head_dim 256.
-#include "attention_decode.cuh"
+#include "attention_decode_launch.cuh"
 
 namespace edgellm::kernels {
 

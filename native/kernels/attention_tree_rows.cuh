@@ -91,14 +91,14 @@ struct TreeOperand {
 };
 
 __device__ __forceinline__ void tree_load_matrices(uint32_t* r, const bf16* p) {
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  const uint32_t from = shared_address(p);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)
                : "memory");
 }
 __device__ __forceinline__ void tree_load_matrices_transposed(uint32_t* r, const bf16* p) {
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  const uint32_t from = shared_address(p);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(from)

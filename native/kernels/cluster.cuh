@@ -4,8 +4,6 @@
 // callers ask only where their cluster has more than one block. A thread that has left counts as arrived.
 #pragma once
 
-#include <cstdint>
-
 #include "mbarrier.cuh"
 
 namespace edgellm::kernels {
@@ -35,7 +33,7 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ uint32_t cluster_address(const void* p, int rank) {
   uint32_t address = 0;
 #if __CUDA_ARCH__ >= 900
-  address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  address = shared_address(p);
   asm volatile("mapa.shared::cluster.u32 %0,%0,%1;" : "+r"(address) : "r"(rank));
 #endif
   return address;

@@ -5,9 +5,6 @@
 
 namespace edgellm::kernels {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 // Zeros where not `inside`; then nothing is read. Not through L1.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),

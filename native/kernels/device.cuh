@@ -34,6 +34,11 @@ __device__ __forceinline__ void start_dependents() {
 #endif
 }
 
+// As PTX takes what lies in shared memory.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // Weights are read once: they must not push activations out of L1. L2 fetches a line whole, but no more of it: warps
 // ask for all lines of a row anyway, and two of them at a time cost 2 to 5 % of a step on an H200.
 __device__ __forceinline__ uint4 load_once(const void* p) {
