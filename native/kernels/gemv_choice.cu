@@ -125,7 +125,7 @@ float score_fma(const GemvArgs& args, const GemvTile& tile, int num_sms) {
   if (is_8bit(w) && w.rows < 100 * num_sms) {  // fewer rows are spread better by smaller blocks
     best.rows = 4;
     if (w.rows < 40 * num_sms && chunks_of(w) >= 256) best.chunks = 2;
-  } else if (!is_8bit(w) && !args.gain && w.rows < 40 * num_sms && chunks_of(w) <= 512) {
+  } else if (!is_8bit(w) && args.epilogue == Epilogue::residual && w.rows < 40 * num_sms && chunks_of(w) <= 512) {
     best.chunks = 2, best.rows = 4;  // attention's product
   }
   if (c.chunks == best.chunks && c.rows == best.rows && c.max_threads == best.max_threads) preference = 1.01f;

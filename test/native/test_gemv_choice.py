@@ -64,6 +64,15 @@ def test_several_tokens_get_the_warps_that_one_has(gpu: str, form: str, group: i
                         assert (among["family"], among["config"]) == ("several" if tokens > 1 else "fma", alone["config"])
 
 
+@pytest.mark.parametrize("shape", [(2048, 2048), (2560, 4096), (4096, 4096)])
+def test_attentions_product_in_16_bits_has_blocks_of_four_rows(shape: tuple[int, int]) -> None:
+    rows, cols = shape
+    for form in ("bf16", "fp16"):
+        added = plan("H100", form, rows=rows, cols=cols, epilogue=NATIVE.kernels.Epilogue.residual)
+        stored = plan("H100", form, rows=rows, cols=cols, epilogue=NATIVE.kernels.Epilogue.store_f32)
+        assert (added["family"], added["rows_per_block"], stored["rows_per_block"]) == ("fma", 4, 8)
+
+
 def test_a_small_block_of_shared_memory_takes_eight_warps() -> None:
     long_rows = {"rows": 4096, "cols": 14336, "batch_invariant": True}
     assert plan("H100", "bf16", **long_rows)["warps"] == 16

@@ -52,7 +52,7 @@ constexpr int kGemvTilesVersion = 3;
 // Tile configurations that fit the format, cols and num_tokens of `args`; the fastest differs with the shape and GPU.
 int gemv_num_tiles(const GemvArgs& args);
 
-// What would serve `args`, of which shapes count and whether there is a norm, on a GPU that need not be here.
+// What would serve `args`, of which shapes and the epilogue count, on a GPU that need not be here.
 struct GemvPlan {
   const char* family;        // fma, several, once, ring, int4 or mma: how weights are read and multiplied
   int config;                // of the family's table
