@@ -227,7 +227,8 @@ class LLMClient:
 
         `prompt` is the user's text, or the conversation as ChatMessage messages or (role, content) pairs. `options` are
         fields of the goal (session_id, priority, tools, raw_prompt, thinking, ...; deadline in seconds) and of Sampling
-        (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist.
+        (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist or has a value
+        of another type.
         """
         stream = ChatStream(self._chat, self._sender, self._context, make_goal(prompt, **options))
         self._streams = [s for s in self._streams if not s.done] + [stream]
@@ -317,14 +318,25 @@ def make_goal(prompt: str | Sequence[Any] = "", **options: Any) -> Any:
         elif name == "tools":
             goal.tools = [tool if isinstance(tool, Tool) else Tool(**tool) for tool in value]
         elif name in _SAMPLING:
-            kind = type(getattr(goal.sampling, name))
-            setattr(goal.sampling, name, [value] if name == "stop" and isinstance(value, str) else kind(value))
+            _set(goal.sampling, name, [value] if name == "stop" and isinstance(value, str) else value, convert=True)
         elif name in fields:
-            setattr(goal, name, value)
+            _set(goal, name, value)
         else:
             known = ", ".join(sorted({*fields, *_SAMPLING}))
             raise RequestError(f"unknown option {name!r}; known are {known}")
     return goal
+
+
+def _set(message: Any, name: str, value: Any, convert: bool = False) -> None:
+    """Set a field, whose type ROS would look at when the message is sent, on another thread, if at all."""
+    kind = type(getattr(message, name))
+    try:
+        if not convert and kind in (bool, int, float, str) and not isinstance(value, kind):
+            raise TypeError(name)
+        setattr(message, name, kind(value) if convert else value)
+    except (AssertionError, TypeError, ValueError) as error:
+        expected = type(message).get_fields_and_field_types()[name]
+        raise RequestError(f"{name} is {value!r}; its ROS type is {expected}") from error
 
 
 def error_from_code(code: int, message: str) -> EdgeLLMError:

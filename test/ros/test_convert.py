@@ -14,6 +14,7 @@ from sensor_msgs.msg import CompressedImage
 from edgellm_ros.core import FinishReason, SamplingParams, Usage
 from edgellm_ros.errors import DeviceError, RequestError, UnsupportedError
 from edgellm_ros.fields import settings_of
+from edgellm_ros.ros.client import make_goal
 from edgellm_ros.ros.convert import fill_result, request_from_goal, sampling_from_msg, set_error
 
 NODE = SamplingParams(
@@ -132,6 +133,20 @@ def test_what_this_version_cannot_honour_is_refused_by_name(field, value):
 def test_contradictions_are_request_errors(goal):
     with pytest.raises(RequestError):
         request_from_goal(goal, NODE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("temperature", "hot", "double"),
+        ("max_tokens", None, "int32"),
+        ("priority", "high", "uint8"),
+        ("raw_prompt", "yes", "boolean"),
+    ],
+)
+def test_the_client_refuses_a_value_of_another_type_by_name(name, value, kind):
+    with pytest.raises(RequestError, match=f"{name} is {value!r}; its ROS type is {kind}"):
+        make_goal("x", **{name: value})
 
 
 def test_generate_takes_and_gives_what_chat_does():
