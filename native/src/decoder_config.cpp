@@ -321,7 +321,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   if (!config.ordered.empty() || !config.factored.empty()) {
     plan.add("workspace", "mapped_x", tokens * std::max({hidden, q, intermediate}) * 2);
   }
-  plan.add("workspace", "prefill_inputs", (3 * tokens + 4) * sizeof(std::int32_t));
+  plan.add("workspace", "prefill_inputs", (3 * tokens + 8) * sizeof(std::int32_t));
   plan.add("workspace", "attention",
            kernels::decode_attention_workspace_bytes(kMaxBatch, config.num_heads, config.head_dim));
   if (verified > 0) {

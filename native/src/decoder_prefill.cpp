@@ -16,6 +16,13 @@ namespace edgellm {
 using kernels::Epilogue;
 using kernels::GemvArgs;
 
+namespace {
+
+// Products of fewer rows take as long, since their time is that of reading the weight, and cuBLASLt needs two.
+constexpr int kFewestProductRows = 16;
+
+}  // namespace
+
 void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
   // By the whole step, so that its last chunk, however short, is computed as the others are.
@@ -39,18 +46,22 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                                   int first_row, bool products, int adapter) {
   const auto count = static_cast<int>(token_ids.size());
   cudaStream_t stream = stream_.get();
-  // tokens, slots, positions, then what attention and the gathering of logit rows read.
-  const std::size_t num_inputs = static_cast<std::size_t>(3 * count + 4);
+  const int last_rows = last_layer_rows(count, num_logits, products);
+  // tokens, slots, positions, then what attention reads: of all tokens, and of the last layer's.
+  const auto num_inputs = static_cast<std::size_t>(3 * count + 8);
   std::int32_t* inputs = take_inputs(num_inputs);
   for (int i = 0; i < count; ++i) {
     inputs[i] = token_ids[static_cast<std::size_t>(i)];
     inputs[count + i] = slot;
     inputs[2 * count + i] = position + i;
   }
-  inputs[3 * count] = 0;
-  inputs[3 * count + 1] = count;
-  inputs[3 * count + 2] = slot;
-  inputs[3 * count + 3] = position;
+  std::int32_t* sequence = inputs + 3 * count;
+  for (const int rows : {count, last_rows}) {
+    *sequence++ = 0;
+    *sequence++ = rows;
+    *sequence++ = slot;
+    *sequence++ = position + count - rows;
+  }
   auto* device_inputs = arena_.get<std::int32_t>("prefill_inputs");
   EDGELLM_CUDA_TRY(
       cudaMemcpyAsync(device_inputs, inputs, num_inputs * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
@@ -70,13 +81,16 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
   if (multiplies_fp8(weights_.layer(0).qkv, products, adapter))
     quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
-  for (int layer = 0; layer < config_.num_layers; ++layer) prefill_layer_async(layer, count, products, adapter);
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    const bool last = layer + 1 == config_.num_layers;
+    prefill_layer_async(layer, count, last ? last_rows : count, products, adapter);
+  }
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.
   const auto vocab = static_cast<std::size_t>(config_.num_rows());
   for (int done = 0; done < num_logits; done += kMaxLogitRows) {
     const int rows = std::min(kMaxLogitRows, num_logits - done);
-    const int first = count - num_logits + done;
+    const int first = last_rows - num_logits + done;
     const auto offset = static_cast<std::size_t>(first) * static_cast<std::size_t>(config_.hidden_size);
     record_head_async(rows, residual_bf16 + offset, false, false);
     EDGELLM_CUDA_TRY(cudaMemcpyAsync(
@@ -85,7 +99,14 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
   }
 }
 
-void Decoder::prefill_layer_async(int index, int count, bool products, int adapter) {
+// The last layer's outputs are read by the head alone: its keys and values are those of all tokens, what follows them
+// is computed for the wanted rows only.
+int Decoder::last_layer_rows(int count, int num_logits, bool products) {
+  if (num_logits == 0) return 0;
+  return products ? std::min(count, std::max(num_logits, kFewestProductRows)) : num_logits;
+}
+
+void Decoder::prefill_layer_async(int index, int count, int num_rows, bool products, int adapter) {
   const LayerWeights& layer = weights_.layer(index);
   cudaStream_t stream = stream_.get();
   auto* normed = arena_.get<__nv_bfloat16>("normed");
@@ -106,19 +127,20 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
                        : kernels::ProductScales{};
   };
 
-  const auto product_async = [&](const LinearView& linear, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y) {
+  const auto product_async = [&](const LinearView& linear, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y,
+                                 int rows) {
     if (fp8(linear)) {
-      fp8_product_async(linear, y, count);
+      fp8_product_async(linear, y, rows);
       return pdl_;
     }
-    x = map_input_async(linear, x, count, false);
-    const bool next = this->product_async(linear, which == Linear::kGateUp, x, y, count);
-    return adapt_product_async(adapter, index, which, x, y, count, next);
+    x = map_input_async(linear, x, rows, false);
+    const bool next = this->product_async(linear, which == Linear::kGateUp, x, y, rows);
+    return adapt_product_async(adapter, index, which, x, y, rows, next);
   };
 
   bool pdl = pdl_;
   if (products) {
-    pdl = product_async(layer.qkv, Linear::kQkv, normed, qkv);
+    pdl = product_async(layer.qkv, Linear::kQkv, normed, qkv, count);
   } else {
     gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16, index, Linear::kQkv,
                     adapter);
@@ -135,40 +157,43 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
   rope.num_tokens = count;
   rope.num_heads = config_.num_heads;
   kernels::rope_kv_write_async(rope, stream, pdl);
+  if (num_rows == 0) return;
 
+  const auto skipped = static_cast<std::size_t>(count - num_rows);
+  const auto* sequence = inputs + 3 * count + (num_rows < count ? 4 : 0);
   kernels::PrefillAttentionArgs attention;
-  attention.q = q;
+  attention.q = q + skipped * static_cast<std::size_t>(config_.q_width());
   attention.kv = cache_.layer(index);
-  attention.starts = inputs + 3 * count;
-  attention.slots = inputs + 3 * count + 2;
-  attention.positions = inputs + 3 * count + 3;
+  attention.starts = sequence;
+  attention.slots = sequence + 2;
+  attention.positions = sequence + 3;
   attention.out = attended;
   attention.num_sequences = 1;
-  attention.max_tokens = count;
+  attention.max_tokens = num_rows;
   attention.num_heads = config_.num_heads;
   attention.window = config_.window(index);
   attention.scale = attention_scale(config_);
   kernels::prefill_attention_async(attention, stream, pdl_);
 
-  if (fp8(layer.o)) quantize_x_async(attended, count, config_.q_width());
+  if (fp8(layer.o)) quantize_x_async(attended, num_rows, config_.q_width());
   pdl = pdl_;
   if (products) {
-    pdl = product_async(layer.o, Linear::kO, attended, delta);
+    pdl = product_async(layer.o, Linear::kO, attended, delta, num_rows);
   } else {
-    gemv_rows_async(layer.o, attended, delta, count, hidden, Epilogue::store_bf16, index, Linear::kO, adapter);
+    gemv_rows_async(layer.o, attended, delta, num_rows, hidden, Epilogue::store_bf16, index, Linear::kO, adapter);
   }
   kernels::ResidualNormArgs residual;
   residual.delta = delta;
   residual.delta_gain = layer.attn_out_norm;
   residual.scales = scales(layer.o);
   residual.bias = products ? layer.o.bias : nullptr;
-  residual.residual = arena_.get<float>("residual");
+  residual.residual = arena_.get<float>("residual") + skipped * static_cast<std::size_t>(hidden);
   residual.gain = layer.post_norm;
   residual.eps = config_.rms_norm_eps;
   residual.normed = fp8(layer.gate_up) ? nullptr : normed;
   residual.normed_fp8 = fp8(layer.gate_up) ? x_fp8 : nullptr;
   residual.normed_scales = x_scales;
-  residual.num_tokens = count;
+  residual.num_tokens = num_rows;
   residual.hidden = hidden;
   kernels::residual_norm_async(residual, stream, pdl);
 
@@ -180,17 +205,18 @@ void Decoder::prefill_layer_async(int index, int count, bool products, int adapt
     swiglu.out = fp8(layer.down) ? nullptr : activated;
     swiglu.out_fp8 = fp8(layer.down) ? x_fp8 : nullptr;
     swiglu.out_scales = x_scales;
-    swiglu.num_tokens = count;
+    swiglu.num_tokens = num_rows;
     swiglu.width = config_.intermediate_size;
     swiglu.activation = config_.activation;
-    pdl = product_async(layer.gate_up, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"));
+    pdl = product_async(layer.gate_up, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"), num_rows);
     kernels::swiglu_async(swiglu, stream, pdl);
-    pdl = product_async(layer.down, Linear::kDown, activated, delta);
+    pdl = product_async(layer.down, Linear::kDown, activated, delta, num_rows);
   } else {
     pdl = pdl_;
-    gemv_rows_async(layer.gate_up, normed, activated, count, config_.intermediate_size, gate_epilogue(config_), index,
-                    Linear::kGateUp, adapter);
-    gemv_rows_async(layer.down, activated, delta, count, hidden, Epilogue::store_bf16, index, Linear::kDown, adapter);
+    gemv_rows_async(layer.gate_up, normed, activated, num_rows, config_.intermediate_size, gate_epilogue(config_),
+                    index, Linear::kGateUp, adapter);
+    gemv_rows_async(layer.down, activated, delta, num_rows, hidden, Epilogue::store_bf16, index, Linear::kDown,
+                    adapter);
   }
   const bool last = index + 1 == config_.num_layers;
   residual.delta_gain = layer.mlp_out_norm;

@@ -108,6 +108,22 @@ def test_a_prompts_bits_do_not_depend_on_how_it_is_cut(
             assert np.array_equal(executor.step([step(1, ids[a:b], a)])[0], whole[b - 1]), (cuts, b)
 
 
+@pytest.mark.parametrize("weights", ["fp16", "fp8"])
+@pytest.mark.parametrize("kind", ["gpu_qwen3", "gpu_gemma3"])
+def test_the_last_layer_leaves_out_what_no_logits_need(
+    kind: str, weights: str, open_fp8: Callable[..., CudaExecutor], open_cuda: Callable[..., CudaExecutor]
+) -> None:
+    """Chunks of 64 tokens, the last of them one token long, of which 0, 1 or 70 tokens' logits are asked for."""
+    executor = open_fp8(kind, prefill_chunk=64) if weights == "fp8" else open_cuda(kind, weights, prefill_chunk=64)
+    ids = RNG.integers(5, 300, 193).astype(np.int32)
+    every = executor.step([step(0, ids, 0, 193)]).copy()
+    assert np.array_equal(executor.step([step(1, ids, 0, 1)])[0], every[-1])
+    assert np.array_equal(executor.step([step(2, ids, 0, 70)]), every[-70:])
+    for cut in (64, 100, 150):
+        assert len(executor.step([step(3, ids[:cut], 0, 0)])) == 0
+        assert np.array_equal(executor.step([step(3, ids[cut:], cut, 20)]), every[-20:]), cut
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decoding_gives(
     weights: str, monkeypatch: pytest.MonkeyPatch

@@ -111,7 +111,11 @@ class Decoder final : public TokenLoop {
   void prefill_async(const SequenceStep& item, int first_row);
   void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
                            int first_row, bool products, int adapter);
-  void prefill_layer_async(int layer, int num_tokens, bool products, int adapter);
+  // How many of a chunk's tokens, the last ones, the last layer computes after its keys and values.
+  static int last_layer_rows(int num_tokens, int num_logits, bool products);
+  // num_rows: so many of the last tokens go on after the keys and values, and come out as the first rows of
+  // residual_bf16; or none.
+  void prefill_layer_async(int layer, int num_tokens, int num_rows, bool products, int adapter);
   // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
   void prepare_products();
   // Whether a prompt's product takes x_fp8; `products` and `adapter` as in prefill_layer_async.
