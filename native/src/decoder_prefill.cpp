@@ -30,7 +30,8 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   int start = 0;
   int row = first_row;
   while (start < length) {
-    const int count = std::min(length - start, config_.max_tokens);
+    int count = std::min(length - start, config_.max_tokens);
+    if (products && count > 2 && length - start - count == 1) --count;  // cuBLASLt's algorithms are chosen for two rows
     const int end = start + count;
     // The last num_logits tokens of the whole step may lie in more than one chunk.
     const int wanted = std::min(count, std::max(0, end - (length - item.num_logits)));

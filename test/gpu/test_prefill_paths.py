@@ -113,7 +113,7 @@ def test_a_prompts_bits_do_not_depend_on_how_it_is_cut(
 def test_the_last_layer_leaves_out_what_no_logits_need(
     kind: str, weights: str, open_fp8: Callable[..., CudaExecutor], open_cuda: Callable[..., CudaExecutor]
 ) -> None:
-    """Chunks of 64 tokens, the last of them one token long, of which 0, 1 or 70 tokens' logits are asked for."""
+    """Chunks of 64 tokens, the last two of 63 and 2, of which 0, 1 or 70 tokens' logits are asked for."""
     executor = open_fp8(kind, prefill_chunk=64) if weights == "fp8" else open_cuda(kind, weights, prefill_chunk=64)
     ids = RNG.integers(5, 300, 193).astype(np.int32)
     every = executor.step([step(0, ids, 0, 193)]).copy()
