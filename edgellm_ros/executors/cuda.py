@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
+# Compiled and not yet run or timed on a GPU (docs/verified.md); on when it has been.
+_WIDE_NORM_INPUTS = False
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -186,6 +188,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.batch_invariant = config.decode_batching == "exact" and config.max_slots > 1
     settings.row_invariant = config.decode_batching == "exact"
     settings.fp8_prefill = config.fp8_prefill
+    settings.wide_norm_inputs = _WIDE_NORM_INPUTS
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

@@ -13,7 +13,8 @@ using kernels::WeightFormat;
 
 kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue,
                             const py::object& gain, float norm_eps, const py::object& bias, const py::object& out_bf16,
-                            const py::object& block_max, int tile, bool batch_invariant, const py::object& lora) {
+                            const py::object& block_max, int tile, bool batch_invariant, const py::object& lora,
+                            const py::object& x_f32) {
   kernels::GemvArgs args;
   args.weight = WeightTuple(weight).view;
   const std::int64_t rows = args.weight.rows, cols = args.weight.cols;
@@ -25,6 +26,7 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
                                 std::to_string(kernels::kMaxGemvTokens) + " are allowed");
   }
   args.num_tokens = static_cast<int>(tokens);
+  args.x_f32 = optional<const float>(x_f32, "x_f32", {tokens, cols});
   args.epilogue = epilogue;
   args.gain = optional<const __nv_bfloat16>(gain, "gain", {cols});
   args.norm_eps = norm_eps;
@@ -58,15 +60,16 @@ void bind_gemv(py::module_& module) {
       "gemv",
       [](const py::tuple& weight, const py::object& x, const py::object& out, Epilogue epilogue, const py::object& gain,
          float norm_eps, const py::object& bias, const py::object& out_bf16, const py::object& block_max, int tile,
-         std::uintptr_t stream, bool pdl, bool batch_invariant, const py::object& lora) {
-        const auto args =
-            gemv_args(weight, x, out, epilogue, gain, norm_eps, bias, out_bf16, block_max, tile, batch_invariant, lora);
+         std::uintptr_t stream, bool pdl, bool batch_invariant, const py::object& lora, const py::object& x_f32) {
+        const auto args = gemv_args(weight, x, out, epilogue, gain, norm_eps, bias, out_bf16, block_max, tile,
+                                    batch_invariant, lora, x_f32);
         kernels::gemv_async(args, to_stream(stream), pdl);
       },
       py::arg("weight"), py::arg("x"), py::arg("out"), py::arg("epilogue") = Epilogue::store_f32,
       py::arg("gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("bias") = py::none(),
       py::arg("out_bf16") = py::none(), py::arg("block_max") = py::none(), py::arg("tile") = -1, py::arg("stream") = 0,
-      py::arg("pdl") = false, py::arg("batch_invariant") = false, py::arg("lora") = py::none());
+      py::arg("pdl") = false, py::arg("batch_invariant") = false, py::arg("lora") = py::none(),
+      py::arg("x_f32") = py::none());
   const auto shape_only = [](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile,
                              bool batch_invariant) {
     kernels::GemvArgs args;
@@ -87,7 +90,7 @@ void bind_gemv(py::module_& module) {
   module.def(
       "plan_gemv",
       [](WeightFormat format, int rows, int cols, int group, int num_tokens, Epilogue epilogue, bool batch_invariant,
-         int tile, int num_sms, std::size_t max_shared_bytes) {
+         int tile, int num_sms, std::size_t max_shared_bytes, bool wide) {
         kernels::GemvArgs args;
         args.weight.format = format;
         args.weight.rows = rows, args.weight.cols = cols, args.weight.group = group;
@@ -95,6 +98,8 @@ void bind_gemv(py::module_& module) {
         args.epilogue = epilogue;
         args.batch_invariant = batch_invariant;
         args.tile = tile;
+        static constexpr float kAnyX = 0.0F;  // of which only counts that it is there
+        args.x_f32 = wide ? &kAnyX : nullptr;
         const kernels::GemvPlan plan = kernels::plan_gemv(args, num_sms, max_shared_bytes);
         py::dict result;
         result["family"] = plan.family;
@@ -107,7 +112,7 @@ void bind_gemv(py::module_& module) {
       },
       py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group") = 64, py::arg("num_tokens") = 1,
       py::arg("epilogue") = Epilogue::store_f32, py::arg("batch_invariant") = false, py::arg("tile") = -1,
-      py::arg("num_sms") = 132, py::arg("max_shared_bytes") = 227 * 1024,
+      py::arg("num_sms") = 132, py::arg("max_shared_bytes") = 227 * 1024, py::arg("wide") = false,
       "What would serve a product on a GPU of `num_sms` multiprocessors; needs none.");
   module.def(
       "gemv_num_blocks",

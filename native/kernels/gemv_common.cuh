@@ -7,10 +7,18 @@
 
 namespace edgellm::kernels {
 
+// What a kernel multiplies: x, x with a norm, or x_f32 with a norm.
+enum class XKind { plain, normed, wide };
+
+// Whether the kernels for these weights take x_f32. Other formats' own rounding hides that of x.
+constexpr bool takes_wide_x(WeightFormat format) {
+  return format == WeightFormat::bf16 || format == WeightFormat::fp16;
+}
+
 struct GemvParams {
   const void* data;    // (rows, cols)
   const void* scales;  // as WeightView
-  const bf16* x;       // (num_tokens, cols)
+  const bf16* x;       // (num_tokens, cols); XKind::wide: see wide_x
   const bf16* gain;    // (cols)
   const float* bias;   // (rows), or null
   float* out_f32;
@@ -26,6 +34,9 @@ struct GemvParams {
   Epilogue epilogue;
   LoraView lora;
 };
+
+// What a kernel of XKind::wide has for x. One place for either leaves the others' parameters as they are.
+__device__ __forceinline__ const float* wide_x(const GemvParams& p) { return reinterpret_cast<const float*>(p.x); }
 
 // Row r of block `block`'s R rows. With SwiGLU the first half are gate rows, the others the up rows that go with them.
 // Rows past the end repeat the last one, so that loads need no guard; row_is_valid tells them apart.
@@ -135,10 +146,10 @@ inline int group_shift(int group) {
   return shift;
 }
 
-inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block) {
+inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block, XKind kind = XKind::normed) {
   return {args.weight.data,
           args.weight.scales,
-          args.x,
+          kind == XKind::wide ? reinterpret_cast<const bf16*>(args.x_f32) : args.x,
           args.gain,
           args.bias,
           args.out_f32,
@@ -162,6 +173,7 @@ inline GemvArgs gemv_part(const GemvArgs& args, int first, int most, int rows_pe
   const int width = has_pairs(args.epilogue) ? args.weight.rows / 2 : args.weight.rows;
   part.num_tokens = args.num_tokens - first < most ? args.num_tokens - first : most;
   part.x += offset * args.weight.cols;
+  if (part.x_f32) part.x_f32 += offset * args.weight.cols;
   if (part.out_f32) part.out_f32 += offset * width;
   if (part.out_bf16) part.out_bf16 += offset * width;
   if (part.block_max) part.block_max += offset * gemv_blocks(args, rows_per_block);
@@ -255,8 +267,9 @@ constexpr RingConfig kRingConfigs[] = {
 constexpr int kNumOnceConfigs = sizeof(kOnceConfigs) / sizeof(kOnceConfigs[0]);
 constexpr int kNumRingConfigs = sizeof(kRingConfigs) / sizeof(kRingConfigs[0]);
 constexpr int kMaxTensorTokens = 8;  // of one launch
-// That a block of 16 warps takes for as many, its static part included; one of 8 takes half, which every GPU has.
-constexpr std::size_t kSharedBytesOf16Warps = 153 * 1024;
+// That a block of 16 warps takes for as many, its static part included: what compute capability 8.0 and 8.7 have. One
+// of 8 takes half, which every GPU has.
+constexpr std::size_t kSharedBytesOf16Warps = 161 * 1024;
 
 constexpr int kMmaConfigs[] = {1, 2};  // tiles of 16 rows a block
 constexpr int kNumMmaConfigs = 2;

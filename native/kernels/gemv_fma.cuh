@@ -110,6 +110,20 @@ __device__ __forceinline__ void load_chunks(const bf16* source, int chunks, uint
   }
 }
 
+// The same of x in fp32: a load has half of eight numbers.
+template <int C, int kXLoads>
+__device__ __forceinline__ void load_wide_chunks(const float* source, int chunks, uint4* out) {
+#pragma unroll
+  for (int c = 0; c < C; c++) {
+    const int chunk = c * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int v = 0; v < 2 * kXLoads; v++) {
+      const float* at = source + chunk * (8 * kXLoads) + v * 4;
+      out[c * 2 * kXLoads + v] = chunk < chunks ? load_activation(at) : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
 template <int kXLoads, bool kNorm>
 __device__ __forceinline__ void unpack_x(const uint4* x, const uint4* gain, float* xs, float& squares) {
 #pragma unroll
@@ -123,6 +137,22 @@ __device__ __forceinline__ void unpack_x(const uint4* x, const uint4* gain, floa
         squares = fmaf(xs[8 * v + j], xs[8 * v + j], squares);
         xs[8 * v + j] *= gains[j];
       }
+    }
+  }
+}
+
+template <int kXLoads>
+__device__ __forceinline__ void unpack_wide_x(const uint4* x, const uint4* gain, float* xs, float& squares) {
+#pragma unroll
+  for (int v = 0; v < kXLoads; v++) {
+    float gains[8];
+    unpack_bf16(gain[v], gains);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const uint4 four = x[2 * v + j / 4];
+      const float own = __uint_as_float(j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w);
+      squares = fmaf(own, own, squares);
+      xs[8 * v + j] = own * gains[j];
     }
   }
 }
@@ -167,11 +197,12 @@ __device__ __forceinline__ float finish_sum(const GemvParams& p, const RowConsta
   return constants.apply(y);
 }
 
-template <WeightFormat F, int C, int R, bool kNorm, int kMaxThreads, int kMinBlocks>
+template <WeightFormat F, int C, int R, XKind kKind, int kMaxThreads, int kMinBlocks>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const GemvParams p) {
   constexpr int kVec = kChunk<F>;
   constexpr int kXLoads = kVec / 8;  // 16-byte loads of x that go with one of weights
   constexpr int kMaxWarps = kMaxThreads / 32;
+  constexpr bool kNorm = kKind != XKind::plain, kWide = kKind == XKind::wide;
   __shared__ float partial[kMaxWarps][R + 1];  // last: sum of squares
   const int lane = threadIdx.x & 31, warp = warp_index(), chunks = p.cols / kVec;
 
@@ -185,8 +216,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   start_dependents();
   wait_for_predecessor();
 
-  uint4 x[C * kXLoads];
-  load_chunks<C, kXLoads, false>(p.x, chunks, x);
+  uint4 x[(kWide ? 2 : 1) * C * kXLoads];
+  if constexpr (kWide) {
+    load_wide_chunks<C, kXLoads>(wide_x(p), chunks, x);
+  } else {
+    load_chunks<C, kXLoads, false>(p.x, chunks, x);
+  }
   const float old_residual = warp == 0 && lane < R ? load_residual(p, 0, own_row) : 0.0f;
 
   float sums[R] = {};
@@ -194,7 +229,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
 #pragma unroll
   for (int c = 0; c < C; c++) {
     float xs[kVec];
-    unpack_x<kXLoads, kNorm>(x + c * kXLoads, gain + (kNorm ? c * kXLoads : 0), xs, squares);
+    if constexpr (kWide) {
+      unpack_wide_x<kXLoads>(x + 2 * c * kXLoads, gain + c * kXLoads, xs, squares);
+    } else {
+      unpack_x<kXLoads, kNorm>(x + c * kXLoads, gain + (kNorm ? c * kXLoads : 0), xs, squares);
+    }
 #pragma unroll
     for (int r = 0; r < R; r++) {
       float ws[kVec];
@@ -215,27 +254,30 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   finish_rows<R>(p, y, lane, 0, blockIdx.x, own_row, old_residual);
 }
 
-template <WeightFormat F, bool kNorm, int kConfig>
+template <WeightFormat F, XKind kKind, int kConfig>
 void launch_fma_config(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   constexpr FmaConfig c = fma_config(kConfig, kChunk<F> == 16);
-  const auto kernel = gemv_fma_kernel<F, c.chunks, c.rows, kNorm, c.max_threads, c.min_blocks>;
+  const auto kernel = gemv_fma_kernel<F, c.chunks, c.rows, kKind, c.max_threads, c.min_blocks>;
   thread_local int device = -1;
   prefer_l1(kernel, 0, device);  // a block has a kilobyte
-  launch(kernel, dim3(gemv_blocks(args, c.rows)), dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows));
+  launch(kernel, dim3(gemv_blocks(args, c.rows)), dim3(tile.threads), 0, stream, pdl, gemv_params(args, c.rows, kKind));
 }
 
-template <WeightFormat F, bool kNorm, int kConfig = 0>
-void launch_fma_norm(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if (tile.config == kConfig) return launch_fma_config<F, kNorm, kConfig>(args, tile, stream, pdl);
+template <WeightFormat F, XKind kKind, int kConfig = 0>
+void launch_fma_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
+  if (tile.config == kConfig) return launch_fma_config<F, kKind, kConfig>(args, tile, stream, pdl);
   if constexpr (kConfig + 1 < num_fma_configs(kChunk<F> == 16)) {
-    launch_fma_norm<F, kNorm, kConfig + 1>(args, tile, stream, pdl);
+    launch_fma_configs<F, kKind, kConfig + 1>(args, tile, stream, pdl);
   }
 }
 
 template <WeightFormat F>
 void launch_gemv_fma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if (args.gain) return launch_fma_norm<F, true>(args, tile, stream, pdl);
-  launch_fma_norm<F, false>(args, tile, stream, pdl);
+  if constexpr (takes_wide_x(F)) {
+    if (args.gain && args.x_f32) return launch_fma_configs<F, XKind::wide>(args, tile, stream, pdl);
+  }
+  if (args.gain) return launch_fma_configs<F, XKind::normed>(args, tile, stream, pdl);
+  launch_fma_configs<F, XKind::plain>(args, tile, stream, pdl);
 }
 
 }  // namespace edgellm::kernels

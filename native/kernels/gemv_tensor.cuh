@@ -49,6 +49,17 @@ struct TensorShare {
   }
 };
 
+// Of x a lane loads 16 bytes at a time, eight numbers in bf16 or four in fp32, which with their gains are a part.
+template <XKind kKind>
+constexpr int kPartsOfEight = kKind == XKind::wide ? 2 : 1;
+template <WeightFormat F, XKind kKind>
+constexpr int x_loads(int units) {  // of a lane, for as many units
+  return ceil_div(units * TensorFormat<F>::chunks * kPartsOfEight<kKind>, 32);
+}
+// Rows of A that a token fills: with what rounding to bf16 takes from x in a second one, x has 16 bits.
+template <WeightFormat F, XKind kKind>
+constexpr int kXPlanes = kKind == XKind::wide && TensorFormat<F>::is_bf16 ? 2 : 1;
+
 // The lane's eights of x or of the gain from unit `begin` on: numbers i * 32 + lane. Whatever the window, a lane's are
 // those with its number modulo 32, in their order.
 template <WeightFormat F, int kLoads, bool kConstant, class Share>
@@ -59,6 +70,37 @@ __device__ __forceinline__ void load_eights(const bf16* source, const Share& sha
     out[i] = make_uint4(0, 0, 0, 0);
     if (chunk < share.last_chunk)
       out[i] = kConstant ? load_constant(source + chunk * 8) : load_activation(source + chunk * 8);
+  }
+}
+
+// The lane's parts of a token's x, and those of the gain. Of fours as of eights.
+template <WeightFormat F, XKind kKind, int kLoads, class Share>
+__device__ __forceinline__ void load_x_parts(const GemvParams& p, int token, const Share& share, int begin,
+                                             uint4* out) {
+  const std::size_t row = static_cast<std::size_t>(token) * p.cols;
+  if constexpr (kKind == XKind::wide) {
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      const int four = begin * TensorFormat<F>::chunks * 2 + i * 32 + share.lane;
+      out[i] = make_uint4(0, 0, 0, 0);
+      if (four < share.last_chunk * 2) out[i] = load_activation(wide_x(p) + row + four * 4);
+    }
+  } else {
+    load_eights<F, kLoads, false>(p.x + row, share, begin, out);
+  }
+}
+template <WeightFormat F, XKind kKind, int kLoads, class Share>
+__device__ __forceinline__ void load_gain_parts(const GemvParams& p, const Share& share, int begin, uint4* out) {
+  if constexpr (kKind == XKind::wide) {
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      const int four = begin * TensorFormat<F>::chunks * 2 + i * 32 + share.lane;
+      uint2 gains = make_uint2(0, 0);
+      if (four < share.last_chunk * 2) gains = __ldg(reinterpret_cast<const uint2*>(p.gain + four * 4));
+      out[i] = make_uint4(gains.x, gains.y, 0, 0);
+    }
+  } else {
+    load_eights<F, kLoads, true>(p.gain, share, begin, out);
   }
 }
 
@@ -87,19 +129,58 @@ __device__ __forceinline__ uint4 convert_x(const uint4& x, const float* gains, f
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Where the lane's eight number i of a window goes: in the order in which lanes read a unit's fragments.
+// Where a window's eight number `chunk` goes: in the order in which lanes read a unit's fragments.
 template <WeightFormat F>
-__device__ __forceinline__ int staged_at(int i, int lane) {
+__device__ __forceinline__ int staged_at(int chunk) {
   constexpr int kChunks = TensorFormat<F>::chunks, kPieces = TensorFormat<F>::pieces;
-  const int chunk = i * 32 + lane;
   return (chunk / kChunks * kPieces + chunk % kPieces) * 4 + chunk / kPieces % 4;
 }
 
-// Adds the products of a lane's 16 bytes of weights and its piece or pieces of x, of token g.
-template <WeightFormat F>
-__device__ __forceinline__ void add_unit(const uint4& weights, const uint4* x, float* sums) {
+template <XKind kKind>
+__device__ __forceinline__ void unpack_gains(const uint4& gain, float* gains) {  // gains[8], or [4]
+  if constexpr (kKind == XKind::wide) {
+    gains[0] = low_float(gain.x), gains[1] = high_float(gain.x);
+    gains[2] = low_float(gain.y), gains[3] = high_float(gain.y);
+  } else if constexpr (kKind == XKind::normed) {
+    unpack_bf16(gain, gains);
+  }
+}
+
+// Puts the lane's part number i of a window into a token's place; `rest` is that of its second plane.
+template <WeightFormat F, XKind kKind>
+__device__ __forceinline__ void stage_x(const uint4& x, const float* gains, int i, int lane, float& squares,
+                                        uint4* staged, uint4* rest) {
+  if constexpr (kKind == XKind::wide) {
+    float xs[4] = {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+#pragma unroll
+    for (int j = 0; j < 4; j++) squares = fmaf(xs[j], xs[j], squares), xs[j] *= gains[j];
+    const int four = i * 32 + lane, at = 2 * staged_at<F>(four / 2) + four % 2;
+    uint2 rounded;
+    if constexpr (TensorFormat<F>::is_bf16) {
+      rounded = make_uint2(pack_bf16(xs[0], xs[1]), pack_bf16(xs[2], xs[3]));
+      reinterpret_cast<uint2*>(rest)[at] =
+          make_uint2(pack_bf16(xs[0] - low_float(rounded.x), xs[1] - high_float(rounded.x)),
+                     pack_bf16(xs[2] - low_float(rounded.y), xs[3] - high_float(rounded.y)));
+    } else {
+      constexpr float kScale = TensorFormat<F>::x_scale;
+      rounded = make_uint2(pack_fp16(xs[0] * kScale, xs[1] * kScale), pack_fp16(xs[2] * kScale, xs[3] * kScale));
+    }
+    reinterpret_cast<uint2*>(staged)[at] = rounded;
+  } else {
+    staged[staged_at<F>(i * 32 + lane)] = convert_x<F, kKind == XKind::normed>(x, gains, squares);
+  }
+}
+
+// Adds the products of a lane's 16 bytes of weights and its piece or pieces of x, of token g; `rest`, of weights in
+// bf16 and two planes, is what rounding has taken from x.
+template <WeightFormat F, int kPlanes>
+__device__ __forceinline__ void add_unit(const uint4& weights, const uint4* x, const uint4& rest, float* sums) {
   const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
-  if constexpr (TensorFormat<F>::bytes == 2) {
+  if constexpr (kPlanes == 2) {
+    const uint32_t low[4] = {x[0].x, rest.x, x[0].y, rest.y}, high[4] = {x[0].z, rest.z, x[0].w, rest.w};
+    mma_bf16(sums, low, words[0], words[1]);
+    mma_bf16(sums, high, words[2], words[3]);
+  } else if constexpr (TensorFormat<F>::bytes == 2) {
     const uint32_t low[4] = {x[0].x, 0u, x[0].y, 0u}, high[4] = {x[0].z, 0u, x[0].w, 0u};
     if constexpr (TensorFormat<F>::is_bf16) {
       mma_bf16(sums, low, words[0], words[1]);
@@ -116,6 +197,12 @@ __device__ __forceinline__ void add_unit(const uint4& weights, const uint4* x, f
       mma_fp16(sums, a, fp8x2_to_fp16x2(words[j]), fp8x2_to_fp16x2(words[j] >> 16));
     }
   }
+}
+
+// The sum of row 2 t + i of a tile and token g: of its plane or planes.
+template <int kPlanes>
+__device__ __forceinline__ float plane_sum(const float* sums, int i) {
+  return kPlanes == 2 ? sums[i] + sums[i + 2] : sums[i];
 }
 
 // The warps' sums of one token, partial[warp][row] with the sum of squares as the last, to the finished sum of row

@@ -10,16 +10,18 @@ namespace edgellm::kernels {
 
 // Of a block, with what the system takes.
 template <WeightFormat F>
-constexpr std::size_t once_shared_bytes(int warps, int depth, int tiles) {
+constexpr std::size_t once_shared_bytes(int warps, int depth, int tiles, int planes) {
   const int loads = ceil_div(depth * TensorFormat<F>::chunks, 32);
-  return warps * (loads * 32 * sizeof(uint4) + (tiles * 8 + 1) * sizeof(float)) + 1024;
+  return warps * (planes * loads * 32 * sizeof(uint4) + (tiles * 8 + 1) * sizeof(float)) + 1024;
 }
 
-template <WeightFormat F, int kWarps, int kDepth, int kTiles, int kMinBlocks, bool kNorm>
+template <WeightFormat F, int kWarps, int kDepth, int kTiles, int kMinBlocks, XKind kKind>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kernel(const GemvParams p) {
   constexpr int kRows = kTiles * 8, kPieces = TensorFormat<F>::pieces;
-  constexpr int kLoads = ceil_div(kDepth * TensorFormat<F>::chunks, 32);
-  __shared__ uint4 all_staged[kWarps][kLoads * 32];
+  constexpr int kLoads = x_loads<F, kKind>(kDepth);
+  constexpr int kPlaneWords = kLoads * 32 / kPartsOfEight<kKind>, kPlanes = kXPlanes<F, kKind>;
+  constexpr bool kNorm = kKind != XKind::plain;
+  __shared__ uint4 all_staged[kWarps][kPlanes * kPlaneWords];
   __shared__ float partial[kWarps][1][kRows + 1];  // last: sum of squares
   const TensorShare<F, kWarps> share(p);
   const int lane = share.lane, warp = share.warp;
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kern
     }
   }
   uint4 gain[kLoads];
-  if constexpr (kNorm) load_eights<F, kLoads, true>(p.gain, share, share.first, gain);
+  if constexpr (kNorm) load_gain_parts<F, kKind, kLoads>(p, share, share.first, gain);
   const int own_row = block_row<kRows>(p, blockIdx.x, lane & (kRows - 1));
   RowConstants<F> constants;
   if (warp == 0) constants.load(p, own_row);
@@ -43,34 +45,35 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kern
   wait_for_predecessor();
 
   uint4 x[kLoads];
-  load_eights<F, kLoads, false>(p.x, share, share.first, x);
+  load_x_parts<F, kKind, kLoads>(p, 0, share, share.first, x);
   const float old_residual = warp == 0 ? load_residual(p, 0, own_row) : 0.0f;
   uint4* staged = all_staged[warp];
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kLoads; i++) {
     float gains[8];
-    if constexpr (kNorm) unpack_bf16(gain[i], gains);
-    staged[staged_at<F>(i, lane)] = convert_x<F, kNorm>(x[i], gains, squares);
+    unpack_gains<kKind>(gain[i], gains);
+    stage_x<F, kKind>(x[i], gains, i, lane, squares, staged, staged + kPlaneWords);
   }
   __syncwarp();
   float sums[kTiles][4] = {};  // of token 0 rows 2 t and 2 t + 1 in the lanes of g = 0; the others are of no token
 #pragma unroll
   for (int d = 0; d < kDepth; d++) {
     if (share.first + d >= share.last) break;
-    uint4 pieces[kPieces];
+    uint4 pieces[kPieces], rest = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < kPieces; i++) {
       pieces[i] = share.g == 0 ? staged[(d * kPieces + i) * 4 + share.t] : make_uint4(0, 0, 0, 0);
     }
+    if (kPlanes == 2 && share.g == 0) rest = staged[kPlaneWords + d * 4 + share.t];
 #pragma unroll
-    for (int m = 0; m < kTiles; m++) add_unit<F>(weights[d][m], pieces, sums[m]);
+    for (int m = 0; m < kTiles; m++) add_unit<F, kPlanes>(weights[d][m], pieces, rest, sums[m]);
   }
   if (share.g == 0) {
 #pragma unroll
     for (int m = 0; m < kTiles; m++) {
-      partial[warp][0][m * 8 + 2 * share.t] = sums[m][0];
-      partial[warp][0][m * 8 + 2 * share.t + 1] = sums[m][1];
+      partial[warp][0][m * 8 + 2 * share.t] = plane_sum<kPlanes>(sums[m], 0);
+      partial[warp][0][m * 8 + 2 * share.t + 1] = plane_sum<kPlanes>(sums[m], 1);
     }
   }
   if constexpr (kNorm) {
@@ -83,23 +86,26 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kern
   finish_rows<kRows>(p, y, lane, 0, blockIdx.x, own_row, old_residual);
 }
 
-template <WeightFormat F, bool kNorm, int kConfig = 0>
+template <WeightFormat F, XKind kKind, int kConfig = 0>
 void launch_once_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
   constexpr OnceConfig c = kOnceConfigs[kConfig];
   if (tile.config == kConfig) {
-    const auto kernel = gemv_tensor_once_kernel<F, c.warps, c.depth, c.tiles, c.min_blocks, kNorm>;
+    const auto kernel = gemv_tensor_once_kernel<F, c.warps, c.depth, c.tiles, c.min_blocks, kKind>;
     thread_local int device = -1;
-    prefer_l1(kernel, c.min_blocks * once_shared_bytes<F>(c.warps, c.depth, c.tiles), device);
+    prefer_l1(kernel, c.min_blocks * once_shared_bytes<F>(c.warps, c.depth, c.tiles, kXPlanes<F, kKind>), device);
     return launch(kernel, dim3(gemv_blocks(args, c.tiles * 8)), dim3(c.warps * 32), 0, stream, pdl,
-                  gemv_params(args, c.tiles * 8));
+                  gemv_params(args, c.tiles * 8, kKind));
   }
-  if constexpr (kConfig + 1 < kNumOnceConfigs) launch_once_configs<F, kNorm, kConfig + 1>(args, tile, stream, pdl);
+  if constexpr (kConfig + 1 < kNumOnceConfigs) launch_once_configs<F, kKind, kConfig + 1>(args, tile, stream, pdl);
 }
 
 template <WeightFormat F>
 void launch_tensor_once(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if (args.gain) return launch_once_configs<F, true>(args, tile, stream, pdl);
-  launch_once_configs<F, false>(args, tile, stream, pdl);
+  if constexpr (takes_wide_x(F)) {
+    if (args.gain && args.x_f32) return launch_once_configs<F, XKind::wide>(args, tile, stream, pdl);
+  }
+  if (args.gain) return launch_once_configs<F, XKind::normed>(args, tile, stream, pdl);
+  launch_once_configs<F, XKind::plain>(args, tile, stream, pdl);
 }
 
 }  // namespace edgellm::kernels

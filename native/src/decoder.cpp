@@ -122,6 +122,7 @@ void Decoder::record_step_async(const StepKey& key) {
   cudaStream_t stream = stream_.get();
   auto* residual = arena_.get<float>("residual");
   auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
+  const float* wide_residual = config_.wide_norm_inputs ? residual : nullptr;
   auto* attended = arena_.get<__nv_bfloat16>("attended");
   auto* activated = arena_.get<__nv_bfloat16>("activated");
   auto* qkv = arena_.get<float>("qkv");
@@ -160,6 +161,7 @@ void Decoder::record_step_async(const StepKey& key) {
 
     GemvArgs args = gemv_args(layer.qkv, "attn.qkv", batch);
     args.x = residual_bf16;
+    args.x_f32 = wide_residual;
     args.gain = layer.input_norm;
     args.epilogue = Epilogue::store_f32;
     args.out_f32 = qkv;
@@ -197,6 +199,7 @@ void Decoder::record_step_async(const StepKey& key) {
 
     args = gemv_args(layer.gate_up, "mlp.gate_up", batch);
     args.x = residual_bf16;
+    args.x_f32 = wide_residual;
     args.gain = layer.post_norm;
     args.epilogue = gate_epilogue(config_);
     args.out_bf16 = activated;
@@ -210,7 +213,7 @@ void Decoder::record_step_async(const StepKey& key) {
     pdl = map_args_async(layer.down, args, pdl);
     add_product_async(args, layer.mlp_out_norm, pdl);
   }
-  record_head_async(batch, residual_bf16, tail == StepTail::kGreedy, pdl);
+  record_head_async(batch, residual_bf16, residual, tail == StepTail::kGreedy, pdl);
   if (tail == StepTail::kLogits || verify) return;
 
   if (tail != StepTail::kGreedy) {
@@ -240,9 +243,11 @@ GemvArgs Decoder::head_args(int num_rows, bool with_maximum) const {
   return args;
 }
 
-void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl) {
+void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, const float* residual, bool with_maximum,
+                                bool pdl) {
   GemvArgs args = head_args(num_rows, with_maximum);
   args.x = x;
+  args.x_f32 = config_.wide_norm_inputs ? residual : nullptr;
   decode_product_async(args, pdl);
   // Of the largest logit alone the cap makes no other.
   if (config_.logit_softcap <= 0.0F || with_maximum) return;

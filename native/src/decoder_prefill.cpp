@@ -91,9 +91,10 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
   const auto vocab = static_cast<std::size_t>(config_.num_rows());
   for (int done = 0; done < num_logits; done += kMaxLogitRows) {
     const int rows = std::min(kMaxLogitRows, num_logits - done);
-    const int first = last_rows - num_logits + done;
-    const auto offset = static_cast<std::size_t>(first) * static_cast<std::size_t>(config_.hidden_size);
-    record_head_async(rows, residual_bf16 + offset, false, false);
+    const auto hidden = static_cast<std::size_t>(config_.hidden_size);
+    const std::size_t offset = static_cast<std::size_t>(last_rows - num_logits + done) * hidden;
+    const float* own_residual = residual + static_cast<std::size_t>(count - num_logits + done) * hidden;
+    record_head_async(rows, residual_bf16 + offset, own_residual, false, false);
     EDGELLM_CUDA_TRY(cudaMemcpyAsync(
         host_logits_.as<float>() + static_cast<std::size_t>(first_row + done) * vocab, arena_.get<float>("logits"),
         static_cast<std::size_t>(rows) * vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));

@@ -103,6 +103,7 @@ const __nv_bfloat16* Decoder::map_input_async(const LinearView& linear, const __
 bool Decoder::map_args_async(const LinearView& linear, kernels::GemvArgs& args, bool pdl) {
   if (!linear.maps_input()) return pdl;
   args.x = map_input_async(linear, args.x, args.num_tokens, pdl);
+  args.x_f32 = nullptr;  // in another order
   if (args.gain != nullptr && linear.ordered_gain != nullptr) args.gain = linear.ordered_gain;
   return pdl_;
 }

@@ -103,6 +103,7 @@ void Decoder::decode_product_async(kernels::GemvArgs args, bool pdl) {
     pdl = pdl_;
     const auto done = static_cast<std::size_t>(args.num_tokens);
     args.x += done * cols;
+    if (args.x_f32 != nullptr) args.x_f32 += done * cols;
     if (args.out_f32 != nullptr) args.out_f32 += done * width;
     if (args.out_bf16 != nullptr) args.out_bf16 += done * width;
     if (args.lora.linears != nullptr) args.lora.adapters += done;

@@ -177,6 +177,39 @@ def test_a_batch_invariant_token_has_the_same_bits_alone_and_among_others(
                 assert_untouched(out)
 
 
+@pytest.mark.parametrize("form", ["bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "cols"), [(99, 16), (203, 96), (3072, 2048), (35, 14336), (4300, 4096), (99, 9728)])
+def test_of_an_x_in_fp32_no_bits_are_lost_alone_or_among_others(form: str, rows: int, cols: int) -> None:
+    weight, gain = make_weight(form, rows, cols), random_bf16(cols)
+    x_f32 = 3 * torch.randn((16, cols), device="cuda")
+    x = x_f32.to(torch.bfloat16)
+    seen, wanted = reference(weight, x_f32, gain)
+    # x has 16 bits with weights in bf16, or 24; with fp16's on tensor cores 11, of which half the last is 2^-12.
+    most = (2e-5 if form == "bf16" else 4e-4) * seen.norm(dim=1)[:, None] * weight.values.norm(dim=1)[None] + 1e-9
+    narrow = poisoned(16, rows, dtype=torch.float32)
+    K.gemv(weight.view, x, narrow, gain=gain, norm_eps=EPS, stream=stream(), batch_invariant=True)
+    for invariant in (True, False):
+        for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=invariant)))):
+            options: dict[str, Any] = {"gain": gain, "norm_eps": EPS, "batch_invariant": invariant, "tile": tile}
+            alone = poisoned(16, rows, dtype=torch.float32)
+            for i in range(16):
+                each = slice(i, i + 1)
+                K.gemv(weight.view, x[each], alone[each], x_f32=x_f32[each], stream=stream(), **options)
+            error = (alone.double() - wanted).abs()
+            assert bool((error <= most).all()), (invariant, tile, float((error / most).max()))
+            if form == "bf16" and cols >= 96:
+                assert float(error.square().mean()) < 0.01 * float((narrow.double() - wanted).square().mean())
+            for tokens in (2, 3, 5, 8, 9, 16) if invariant else ():
+                out = poisoned(tokens, rows, dtype=torch.float32)
+                K.gemv(weight.view, x[:tokens], out, x_f32=x_f32[:tokens], stream=stream(), **options)
+                assert torch.equal(out, alone[:tokens]), (tile, tokens)
+                assert_untouched(out)
+    for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 8)))):
+        out = poisoned(8, rows, dtype=torch.float32)
+        K.gemv(weight.view, x[:8], out, x_f32=x_f32[:8], gain=gain, norm_eps=EPS, tile=tile, stream=stream())
+        assert bool(((out.double() - wanted[:8]).abs() <= most[:8]).all()), tile
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("epilogue", ["residual", "swiglu", "logits"])
 def test_a_batch_invariant_token_has_the_same_epilogue_alone_and_among_others(form: str, epilogue: str) -> None:
@@ -237,5 +270,7 @@ def test_arrays_that_do_not_fit_are_refused_by_name() -> None:
         K.gemv(weight.view, x, out.cpu())
     with pytest.raises(ValueError, match="x is not contiguous"):
         K.gemv(weight.view, random_bf16(2, 128)[:, ::2], torch.empty((2, 19), device="cuda"))
+    with pytest.raises(ValueError, match=r"x_f32 has shape \[2, 64\], not \[1, 64\]"):
+        K.gemv(weight.view, x, out, x_f32=torch.zeros((2, 64), device="cuda"))
     with pytest.raises(ValueError, match="x has 17 tokens; 1 to 16"):
         K.gemv(weight.view, random_bf16(17, 64), torch.empty((17, 19), device="cuda"))

@@ -76,7 +76,8 @@ class Decoder final : public TokenLoop {
   int num_head_blocks(int batch) const;
   // Of a linear layer's stem, or "head".
   kernels::GemvArgs product_args(const std::string& product, int batch) const;
-  void record_head_async(int num_rows, const __nv_bfloat16* x, bool with_maximum, bool pdl);
+  // x is the copy of `residual` in bf16.
+  void record_head_async(int num_rows, const __nv_bfloat16* x, const float* residual, bool with_maximum, bool pdl);
 
   // Which linear layers of a step look for adapters, when its sequences have these. Throws for one that is not loaded.
   unsigned adapted_linears(std::span<const std::int32_t> adapters) const;
