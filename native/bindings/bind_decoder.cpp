@@ -106,6 +106,17 @@ void bind_decoder(py::module_& module) {
   module.def(
       "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
       "Bytes of device memory by purpose, and their total; takes none.");
+  module.def(
+      "cut_prompt",
+      [](int length, int num_logits, int max_tokens, bool products) {
+        py::list chunks;
+        for (const PromptChunk& chunk : cut_prompt(length, num_logits, max_tokens, products)) {
+          chunks.append(py::make_tuple(chunk.start, chunk.num_tokens, chunk.num_logits, chunk.num_last_rows));
+        }
+        return chunks;
+      },
+      py::arg("length"), py::arg("num_logits"), py::arg("max_tokens"), py::arg("products"),
+      "How a long step is computed: (start, num_tokens, num_logits, num_last_rows) of each chunk; needs no GPU.");
   bind_token_loop(module);
   py::class_<Decoder, TokenLoop>(module, "Decoder", "A decoder on the current GPU; all its memory is taken here.")
       .def(py::init<DecoderConfig>(), py::arg("config"), py::call_guard<py::gil_scoped_release>())

@@ -16,60 +16,45 @@ namespace edgellm {
 using kernels::Epilogue;
 using kernels::GemvArgs;
 
-namespace {
-
-// Products of fewer rows take as long, since their time is that of reading the weight, and cuBLASLt needs two.
-constexpr int kFewestProductRows = 16;
-
-}  // namespace
-
 void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
   // By the whole step, so that its last chunk, however short, is computed as the others are.
   const bool products = products_ != nullptr && length >= config_.min_gemm_tokens;
-  int start = 0;
   int row = first_row;
-  while (start < length) {
-    int count = std::min(length - start, config_.max_tokens);
-    if (products && count > 2 && length - start - count == 1) --count;  // cuBLASLt's algorithms are chosen for two rows
-    const int end = start + count;
-    // The last num_logits tokens of the whole step may lie in more than one chunk.
-    const int wanted = std::min(count, std::max(0, end - (length - item.num_logits)));
-    prefill_chunk_async(item.slot,
-                        item.token_ids.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(count)),
-                        item.position + start, wanted, row, products, item.adapter);
-    row += wanted;
-    start = end;
+  for (const PromptChunk& chunk : cut_prompt(length, item.num_logits, config_.max_tokens, products)) {
+    prefill_chunk_async(item, chunk, row, products);
+    row += chunk.num_logits;
   }
 }
 
-void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                                  int first_row, bool products, int adapter) {
-  const auto count = static_cast<int>(token_ids.size());
+void Decoder::prefill_chunk_async(const SequenceStep& item, const PromptChunk& chunk, int first_row, bool products) {
+  const int count = chunk.num_tokens;
+  const int position = item.position + chunk.start;
+  const auto token_ids =
+      item.token_ids.subspan(static_cast<std::size_t>(chunk.start), static_cast<std::size_t>(chunk.num_tokens));
   cudaStream_t stream = stream_.get();
-  const int last_rows = last_layer_rows(count, num_logits, products);
   // tokens, slots, positions, then what attention reads: of all tokens, and of the last layer's.
   const auto num_inputs = static_cast<std::size_t>(3 * count + 8);
   std::int32_t* inputs = take_inputs(num_inputs);
   for (int i = 0; i < count; ++i) {
     inputs[i] = token_ids[static_cast<std::size_t>(i)];
-    inputs[count + i] = slot;
+    inputs[count + i] = item.slot;
     inputs[2 * count + i] = position + i;
   }
   std::int32_t* sequence = inputs + 3 * count;
-  for (const int rows : {count, last_rows}) {
+  for (const int rows : {count, chunk.num_last_rows}) {
     *sequence++ = 0;
     *sequence++ = rows;
-    *sequence++ = slot;
+    *sequence++ = item.slot;
     *sequence++ = position + count - rows;
   }
   auto* device_inputs = arena_.get<std::int32_t>("prefill_inputs");
   EDGELLM_CUDA_TRY(
       cudaMemcpyAsync(device_inputs, inputs, num_inputs * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
 
-  if (adapter != 0 && !products) {  // for the decode kernels, which look up each token's
+  if (item.adapter != 0 && !products) {  // for the decode kernels, which look up each token's
     std::int32_t* adapters = take_inputs(kernels::kMaxGemvTokens);
-    std::fill_n(adapters, kernels::kMaxGemvTokens, adapter);
+    std::fill_n(adapters, kernels::kMaxGemvTokens, item.adapter);
     EDGELLM_CUDA_TRY(cudaMemcpyAsync(arena_.get<std::int32_t>("lora.prefill_adapters"), adapters,
                                      kernels::kMaxGemvTokens * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream));
   }
@@ -80,32 +65,25 @@ void Decoder::prefill_chunk_async(int slot, std::span<const std::int32_t> token_
                            stream, false);
   kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
                           arena_.get<__nv_bfloat16>("normed"), stream, pdl_);
-  if (multiplies_fp8(weights_.layer(0).qkv, products, adapter))
+  if (multiplies_fp8(weights_.layer(0).qkv, products, item.adapter))
     quantize_x_async(arena_.get<__nv_bfloat16>("normed"), count, config_.hidden_size);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     const bool last = layer + 1 == config_.num_layers;
-    prefill_layer_async(layer, count, last ? last_rows : count, products, adapter);
+    prefill_layer_async(layer, count, last ? chunk.num_last_rows : count, products, item.adapter);
   }
 
   // The wanted rows are the last ones and contiguous, so they need no gathering.
   const auto vocab = static_cast<std::size_t>(config_.num_rows());
-  for (int done = 0; done < num_logits; done += kMaxLogitRows) {
-    const int rows = std::min(kMaxLogitRows, num_logits - done);
+  for (int done = 0; done < chunk.num_logits; done += kMaxLogitRows) {
+    const int rows = std::min(kMaxLogitRows, chunk.num_logits - done);
     const auto hidden = static_cast<std::size_t>(config_.hidden_size);
-    const std::size_t offset = static_cast<std::size_t>(last_rows - num_logits + done) * hidden;
-    const float* own_residual = residual + static_cast<std::size_t>(count - num_logits + done) * hidden;
+    const std::size_t offset = static_cast<std::size_t>(chunk.num_last_rows - chunk.num_logits + done) * hidden;
+    const float* own_residual = residual + static_cast<std::size_t>(count - chunk.num_logits + done) * hidden;
     record_head_async(rows, residual_bf16 + offset, own_residual, false, false);
     EDGELLM_CUDA_TRY(cudaMemcpyAsync(
         host_logits_.as<float>() + static_cast<std::size_t>(first_row + done) * vocab, arena_.get<float>("logits"),
         static_cast<std::size_t>(rows) * vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
   }
-}
-
-// The last layer's outputs are read by the head alone: its keys and values are those of all tokens, what follows them
-// is computed for the wanted rows only.
-int Decoder::last_layer_rows(int count, int num_logits, bool products) {
-  if (num_logits == 0) return 0;
-  return products ? std::min(count, std::max(num_logits, kFewestProductRows)) : num_logits;
 }
 
 void Decoder::prefill_layer_async(int index, int count, int num_rows, bool products, int adapter) {

@@ -17,6 +17,7 @@
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kv_cache.hpp"
 #include "edgellm/memory.hpp"
+#include "edgellm/prompt_chunks.hpp"
 #include "edgellm/stream.hpp"
 #include "edgellm/token_loop.hpp"
 #include "edgellm/verify_inputs.hpp"
@@ -110,10 +111,7 @@ class Decoder final : public TokenLoop {
   bool map_args_async(const LinearView& linear, kernels::GemvArgs& args, bool pdl);
   void warm_up_verify();
   void prefill_async(const SequenceStep& item, int first_row);
-  void prefill_chunk_async(int slot, std::span<const std::int32_t> token_ids, int position, int num_logits,
-                           int first_row, bool products, int adapter);
-  // How many of a chunk's tokens, the last ones, the last layer computes after its keys and values.
-  static int last_layer_rows(int num_tokens, int num_logits, bool products);
+  void prefill_chunk_async(const SequenceStep& item, const PromptChunk& chunk, int first_row, bool products);
   // num_rows: so many of the last tokens go on after the keys and values, and come out as the first rows of
   // residual_bf16; or none.
   void prefill_layer_async(int layer, int num_tokens, int num_rows, bool products, int adapter);
