@@ -63,7 +63,8 @@ def kv_bytes(model: ModelSpec, kv_bytes_per_token: int, context: float) -> float
 def prefill_flops(model: ModelSpec, num_tokens: int) -> float:
     """Floating-point operations for the first `num_tokens` of a sequence, with one position's logits.
 
-    Two for each weight and token; attention's two products count what the causal mask and the windows leave.
+    Two for each weight and token; attention's two products count what the causal mask and the windows leave. Every
+    layer counts every token, also where an executor leaves out what the asked logits do not need of the last one.
     """
     products = 2.0 * num_tokens * model.num_layers * layer_weights(model)
     head = 2.0 * model.hidden_size * model.num_rows
