@@ -109,6 +109,10 @@ void bind_decoder(py::module_& module) {
   module.def(
       "cut_prompt",
       [](int length, int num_logits, int max_tokens, bool products) {
+        if (max_tokens < kernels::kMaxGemvTokens) {
+          throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) + "; it must be at least " +
+                                      std::to_string(kernels::kMaxGemvTokens));
+        }
         py::list chunks;
         for (const PromptChunk& chunk : cut_prompt(length, num_logits, max_tokens, products)) {
           chunks.append(py::make_tuple(chunk.start, chunk.num_tokens, chunk.num_logits, chunk.num_last_rows));

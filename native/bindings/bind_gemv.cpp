@@ -30,6 +30,9 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
   args.epilogue = epilogue;
   args.gain = optional<const __nv_bfloat16>(gain, "gain", {cols});
   args.norm_eps = norm_eps;
+  if (args.x_f32 != nullptr && (args.gain == nullptr || args.weight.format != WeightFormat::bf16)) {
+    throw std::invalid_argument("x_f32 is given, which only products of a norm with weights in bf16 take");
+  }
   args.bias = optional<const float>(bias, "bias", {rows});
   args.tile = tile;
   args.batch_invariant = batch_invariant;

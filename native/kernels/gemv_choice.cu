@@ -251,12 +251,13 @@ GemvChoice choose_gemv(const GemvArgs& args, const GemvDevice& device) {
 std::size_t gemv_shared_bytes(const GemvArgs& args, const GemvChoice& choice) {
   const int tokens = std::min(args.num_tokens, kMaxTensorTokens), warps = choice.tile.threads / 32;
   const auto sums = [&](int most_tokens, int rows) { return sizeof(float) * warps * most_tokens * (rows + 1); };
-  const bool wide = args.x_f32 && takes_wide_x(args.weight.format);  // those of bf16, which are more
+  const bool wide = args.x_f32 && takes_wide_x(args.weight.format);
   switch (choice.family) {
     case GemvFamily::once: {
       const OnceConfig& c = kOnceConfigs[choice.tile.config];
-      return is_8bit(args.weight) ? once_shared_bytes<WeightFormat::fp8>(c.warps, c.depth, c.tiles, 1)
-                                  : once_shared_bytes<WeightFormat::bf16>(c.warps, c.depth, c.tiles, wide ? 2 : 1);
+      return is_8bit(args.weight) ? once_shared_bytes<WeightFormat::fp8, XKind::normed>(c.warps, c.depth, c.tiles)
+             : wide               ? once_shared_bytes<WeightFormat::bf16, XKind::wide>(c.warps, c.depth, c.tiles)
+                                  : once_shared_bytes<WeightFormat::bf16, XKind::normed>(c.warps, c.depth, c.tiles);
     }
     case GemvFamily::ring: {
       const RingConfig& c = kRingConfigs[choice.tile.config];

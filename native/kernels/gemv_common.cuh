@@ -10,10 +10,8 @@ namespace edgellm::kernels {
 // What a kernel multiplies: x, x with a norm, or x_f32 with a norm.
 enum class XKind { plain, normed, wide };
 
-// Whether the kernels for these weights take x_f32. Other formats' own rounding hides that of x.
-constexpr bool takes_wide_x(WeightFormat format) {
-  return format == WeightFormat::bf16 || format == WeightFormat::fp16;
-}
+// Whether the kernels for these weights take x_f32: the rounding of other formats hides that of x.
+constexpr bool takes_wide_x(WeightFormat format) { return format == WeightFormat::bf16; }
 
 struct GemvParams {
   const void* data;    // (rows, cols)

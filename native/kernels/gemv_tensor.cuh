@@ -57,8 +57,8 @@ constexpr int x_loads(int units) {  // of a lane, for as many units
   return ceil_div(units * TensorFormat<F>::chunks * kPartsOfEight<kKind>, 32);
 }
 // Rows of A that a token fills: with what rounding to bf16 takes from x in a second one, x has 16 bits.
-template <WeightFormat F, XKind kKind>
-constexpr int kXPlanes = kKind == XKind::wide && TensorFormat<F>::is_bf16 ? 2 : 1;
+template <XKind kKind>
+constexpr int kXPlanes = kKind == XKind::wide ? 2 : 1;
 
 // The lane's eights of x or of the gain from unit `begin` on: numbers i * 32 + lane. Whatever the window, a lane's are
 // those with its number modulo 32, in their order.
@@ -153,26 +153,24 @@ __device__ __forceinline__ void stage_x(const uint4& x, const float* gains, int 
   if constexpr (kKind == XKind::wide) {
     float xs[4] = {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 #pragma unroll
-    for (int j = 0; j < 4; j++) squares = fmaf(xs[j], xs[j], squares), xs[j] *= gains[j];
-    const int four = i * 32 + lane, at = 2 * staged_at<F>(four / 2) + four % 2;
-    uint2 rounded;
-    if constexpr (TensorFormat<F>::is_bf16) {
-      rounded = make_uint2(pack_bf16(xs[0], xs[1]), pack_bf16(xs[2], xs[3]));
-      reinterpret_cast<uint2*>(rest)[at] =
-          make_uint2(pack_bf16(xs[0] - low_float(rounded.x), xs[1] - high_float(rounded.x)),
-                     pack_bf16(xs[2] - low_float(rounded.y), xs[3] - high_float(rounded.y)));
-    } else {
-      constexpr float kScale = TensorFormat<F>::x_scale;
-      rounded = make_uint2(pack_fp16(xs[0] * kScale, xs[1] * kScale), pack_fp16(xs[2] * kScale, xs[3] * kScale));
+    for (int j = 0; j < 4; j++) {
+      squares = fmaf(xs[j], xs[j], squares);
+      xs[j] =
+          __fmul_rn(xs[j], gains[j]);  // and not as a part of the difference below, in one kernel and not in another
     }
+    const int four = i * 32 + lane, at = 2 * staged_at<F>(four / 2) + four % 2;
+    const uint2 rounded = make_uint2(pack_bf16(xs[0], xs[1]), pack_bf16(xs[2], xs[3]));
     reinterpret_cast<uint2*>(staged)[at] = rounded;
+    reinterpret_cast<uint2*>(rest)[at] =
+        make_uint2(pack_bf16(xs[0] - low_float(rounded.x), xs[1] - high_float(rounded.x)),
+                   pack_bf16(xs[2] - low_float(rounded.y), xs[3] - high_float(rounded.y)));
   } else {
     staged[staged_at<F>(i * 32 + lane)] = convert_x<F, kKind == XKind::normed>(x, gains, squares);
   }
 }
 
-// Adds the products of a lane's 16 bytes of weights and its piece or pieces of x, of token g; `rest`, of weights in
-// bf16 and two planes, is what rounding has taken from x.
+// Adds the products of a lane's 16 bytes of weights and its piece or pieces of x, of token g; with two planes, which
+// are of bf16, `rest` is what rounding has taken from x.
 template <WeightFormat F, int kPlanes>
 __device__ __forceinline__ void add_unit(const uint4& weights, const uint4* x, const uint4& rest, float* sums) {
   const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};

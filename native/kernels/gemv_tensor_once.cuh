@@ -9,17 +9,17 @@
 namespace edgellm::kernels {
 
 // Of a block, with what the system takes.
-template <WeightFormat F>
-constexpr std::size_t once_shared_bytes(int warps, int depth, int tiles, int planes) {
-  const int loads = ceil_div(depth * TensorFormat<F>::chunks, 32);
-  return warps * (planes * loads * 32 * sizeof(uint4) + (tiles * 8 + 1) * sizeof(float)) + 1024;
+template <WeightFormat F, XKind kKind>
+constexpr std::size_t once_shared_bytes(int warps, int depth, int tiles) {
+  const int words = kXPlanes<kKind> * x_loads<F, kKind>(depth) * 32 / kPartsOfEight<kKind>;
+  return warps * (words * sizeof(uint4) + (tiles * 8 + 1) * sizeof(float)) + 1024;
 }
 
 template <WeightFormat F, int kWarps, int kDepth, int kTiles, int kMinBlocks, XKind kKind>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks) gemv_tensor_once_kernel(const GemvParams p) {
   constexpr int kRows = kTiles * 8, kPieces = TensorFormat<F>::pieces;
   constexpr int kLoads = x_loads<F, kKind>(kDepth);
-  constexpr int kPlaneWords = kLoads * 32 / kPartsOfEight<kKind>, kPlanes = kXPlanes<F, kKind>;
+  constexpr int kPlaneWords = kLoads * 32 / kPartsOfEight<kKind>, kPlanes = kXPlanes<kKind>;
   constexpr bool kNorm = kKind != XKind::plain;
   __shared__ uint4 all_staged[kWarps][kPlanes * kPlaneWords];
   __shared__ float partial[kWarps][1][kRows + 1];  // last: sum of squares
@@ -92,7 +92,7 @@ void launch_once_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_
   if (tile.config == kConfig) {
     const auto kernel = gemv_tensor_once_kernel<F, c.warps, c.depth, c.tiles, c.min_blocks, kKind>;
     thread_local int device = -1;
-    prefer_l1(kernel, c.min_blocks * once_shared_bytes<F>(c.warps, c.depth, c.tiles, kXPlanes<F, kKind>), device);
+    prefer_l1(kernel, c.min_blocks * once_shared_bytes<F, kKind>(c.warps, c.depth, c.tiles), device);
     return launch(kernel, dim3(gemv_blocks(args, c.tiles * 8)), dim3(c.warps * 32), 0, stream, pdl,
                   gemv_params(args, c.tiles * 8, kKind));
   }

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
     gemv_tensor_ring_kernel(const GemvParams p) {
   constexpr int kRows = kTiles * 8, kPieces = TensorFormat<F>::pieces;
   constexpr int kWindow = ring_window<F>(kMaxTokens, kKind), kTokenWords = tensor_token_words<F>(kWindow);
-  constexpr int kLoads = x_loads<F, kKind>(kWindow), kPlanes = kXPlanes<F, kKind>;
+  constexpr int kLoads = x_loads<F, kKind>(kWindow), kPlanes = kXPlanes<kKind>;
   constexpr bool kNorm = kKind != XKind::plain;
   constexpr uint32_t kSlotBytes = kTiles * 32 * sizeof(uint4);
   static_assert(kWindow % kDepth == 0);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
 // Dynamic shared memory of a block.
 template <WeightFormat F, XKind kKind>
 constexpr std::size_t ring_bytes(const RingConfig& c, int max_tokens, int tokens) {
-  const int token_words = kXPlanes<F, kKind> * tensor_token_words<F>(ring_window<F>(max_tokens, kKind));
+  const int token_words = kXPlanes<kKind> * tensor_token_words<F>(ring_window<F>(max_tokens, kKind));
   return c.warps * (c.depth * c.tiles * 32 + tokens * token_words) * sizeof(uint4);
 }
 

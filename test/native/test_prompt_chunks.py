@@ -31,3 +31,8 @@ def test_only_a_chunk_that_would_leave_one_token_is_shorter() -> None:
     assert NATIVE.cut_prompt(129, 1, MOST, False) == [(0, 64, 0, 0), (64, 64, 0, 0), (128, 1, 1, 1)]
     assert NATIVE.cut_prompt(130, 1, MOST, True) == [(0, 64, 0, 0), (64, 64, 0, 0), (128, 2, 1, 2)]
     assert NATIVE.cut_prompt(120, 1, MOST, True) == [(0, 64, 0, 0), (64, 56, 1, 16)]
+
+
+def test_chunks_of_fewer_tokens_than_a_decode_kernel_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens is 0; it must be at least 16"):
+        NATIVE.cut_prompt(10, 1, 0, True)

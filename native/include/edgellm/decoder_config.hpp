@@ -57,8 +57,8 @@ struct DecoderConfig {
   // One decoding sequence gets the bits that it gets among others: the kernels for a single token, which are faster but
   // sum in another order, are left out.
   bool batch_invariant = true;
-  // Decode's products after a norm read the residual in fp32 where their weights have 16 bits, instead of its copy in
-  // bf16, and bf16 weights meet it as two bf16 numbers.
+  // Decode's products after a norm read the residual in fp32 where their weights are bf16, instead of its copy in bf16,
+  // and multiply it as two bf16 numbers or in fp32.
   bool wide_norm_inputs = false;
   // A prompt's results do not depend on how it is cut into chunks; see MatrixProducts.
   bool row_invariant = true;

@@ -23,8 +23,8 @@ constexpr bool has_pairs(Epilogue epilogue) { return epilogue >= Epilogue::swigl
 struct GemvArgs {
   WeightView weight;                 // (rows, cols)
   const __nv_bfloat16* x = nullptr;  // (num_tokens, cols)
-  // (num_tokens, cols) x before it was rounded, or null. With a gain, weights in 16 bits, and at most eight tokens or
-  // batch_invariant, it is multiplied instead of x: with bf16 weights as the sum of two bf16 numbers, or in fp32.
+  // (num_tokens, cols) x before it was rounded, or null. With a gain, weights in bf16, and at most eight tokens or
+  // batch_invariant, it is multiplied instead of x, as the sum of two bf16 numbers or in fp32.
   const float* x_f32 = nullptr;
   int num_tokens = 1;                   // 1 to kMaxGemvTokens
   const __nv_bfloat16* gain = nullptr;  // (cols) RMSNorm of x first, or null: none
