@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kWarps * 32, (kMaxTokens == 1 ? 32 : 16) / kWa
   constexpr bool kNorm = kKind != XKind::plain;
   constexpr uint32_t kSlotBytes = kTiles * 32 * sizeof(uint4);
   static_assert(kWindow % kDepth == 0);
-  extern __shared__ uint4
-      shared[];  // the warps' rings of kDepth slots, then (warps, kPlanes, tokens, kTokenWords) of x
+  // The warps' rings of kDepth slots, then (warps, kPlanes, tokens, kTokenWords) of x.
+  extern __shared__ uint4 shared[];
   __shared__ float partial[kWarps][kMaxTokens][kRows + 1];  // last: sum of squares
   const TensorShare<F, kWarps> share(p);
   const int lane = share.lane, warp = share.warp, g = share.g, t = share.t;
