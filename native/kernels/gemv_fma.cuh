@@ -110,16 +110,15 @@ __device__ __forceinline__ void load_chunks(const bf16* source, int chunks, uint
   }
 }
 
-// The same of x in fp32: a load has half of eight numbers.
-template <int C, int kXLoads>
+// A thread's chunks of x in fp32, which go with eight weights in 16 bits each.
+template <int C>
 __device__ __forceinline__ void load_wide_chunks(const float* source, int chunks, uint4* out) {
 #pragma unroll
   for (int c = 0; c < C; c++) {
     const int chunk = c * blockDim.x + threadIdx.x;
 #pragma unroll
-    for (int v = 0; v < 2 * kXLoads; v++) {
-      const float* at = source + chunk * (8 * kXLoads) + v * 4;
-      out[c * 2 * kXLoads + v] = chunk < chunks ? load_activation(at) : make_uint4(0, 0, 0, 0);
+    for (int v = 0; v < 2; v++) {
+      out[2 * c + v] = chunk < chunks ? load_activation(source + chunk * 8 + v * 4) : make_uint4(0, 0, 0, 0);
     }
   }
 }
@@ -141,19 +140,16 @@ __device__ __forceinline__ void unpack_x(const uint4* x, const uint4* gain, floa
   }
 }
 
-template <int kXLoads>
-__device__ __forceinline__ void unpack_wide_x(const uint4* x, const uint4* gain, float* xs, float& squares) {
+// One of those chunks; x: its two loads.
+__device__ __forceinline__ void unpack_wide_x(const uint4* x, const uint4& gain, float* xs, float& squares) {
+  const uint32_t words[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+  float gains[8];
+  unpack_bf16(gain, gains);
 #pragma unroll
-  for (int v = 0; v < kXLoads; v++) {
-    float gains[8];
-    unpack_bf16(gain[v], gains);
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const uint4 four = x[2 * v + j / 4];
-      const float own = __uint_as_float(j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w);
-      squares = fmaf(own, own, squares);
-      xs[8 * v + j] = own * gains[j];
-    }
+  for (int j = 0; j < 8; j++) {
+    xs[j] = __uint_as_float(words[j]);
+    squares = fmaf(xs[j], xs[j], squares);
+    xs[j] *= gains[j];
   }
 }
 
@@ -218,7 +214,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
 
   uint4 x[(kWide ? 2 : 1) * C * kXLoads];
   if constexpr (kWide) {
-    load_wide_chunks<C, kXLoads>(wide_x(p), chunks, x);
+    load_wide_chunks<C>(wide_x(p), chunks, x);
   } else {
     load_chunks<C, kXLoads, false>(p.x, chunks, x);
   }
@@ -230,7 +226,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) gemv_fma_kernel(const
   for (int c = 0; c < C; c++) {
     float xs[kVec];
     if constexpr (kWide) {
-      unpack_wide_x<kXLoads>(x + 2 * c * kXLoads, gain + c * kXLoads, xs, squares);
+      unpack_wide_x(x + 2 * c, gain[c], xs, squares);
     } else {
       unpack_x<kXLoads, kNorm>(x + c * kXLoads, gain + (kNorm ? c * kXLoads : 0), xs, squares);
     }

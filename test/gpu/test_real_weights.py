@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,18 +33,14 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_gguf: Path) -> dict[str, Any]:
+def reference(smollm2_transformers: Any) -> dict[str, Any]:
     """transformers' model in fp32 and in bf16, on the GPU where PyTorch has one."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(  # once: reading the GGUF takes most of the time
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, attn_implementation="eager"
-    )
-    model = model.to(device).eval()
-    return {"fp32": model, "bf16": cast(copy.deepcopy(model), "bfloat16")}
+    models = {name: copy.deepcopy(smollm2_transformers).to(device) for name in ("fp32", "bf16")}
+    return models | {"bf16": cast(models["bf16"], "bfloat16")}
 
 
 def greedy(model: Any, ids: list[int]) -> list[int]:
