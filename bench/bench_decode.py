@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[512])
     parser.add_argument("--batching", choices=("fast", "exact"), default="fast", help="EngineConfig.decode_batching")
+    parser.add_argument("--kv-cache", choices=("auto", "bf16", "fp16", "fp8"), default="auto", help="EngineConfig's")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--torch", action="store_true", help="torch.compile in bf16 as well (a minute a shape)")
@@ -102,8 +103,9 @@ def measure(
     capacity = -(-(longest + 3 * options.tokens + 64) // 64) * 64
     slots = batch if options.batching == "fast" else max(batch, 2)  # alone, exact has nothing to be exact about
     config = EngineConfig(
-        max_slots=slots, max_context=capacity, prefill_chunk=min(longest, 2048), decode_batching=options.batching
-    )
+        max_slots=slots, max_context=capacity, kv_cache=options.kv_cache, prefill_chunk=min(longest, 2048),
+        decode_batching=options.batching,
+    )  # fmt: skip
     started = time.monotonic()
     executor = CudaExecutor(bundle, config)
     load_s = time.monotonic() - started

@@ -45,8 +45,8 @@ _log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2.2e-2 was measured
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
-# Compiled and not yet run or timed on a GPU (docs/verified.md); on when it has been.
-_WIDE_NORM_INPUTS = False
+# Norms read the residual in fp32 where weights are bf16; tests that compare bits with an engine's 16 turn it off.
+_WIDE_NORM_INPUTS = True
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -150,7 +150,9 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
             f"export again with --max-context {capacity}, if the model allows it"
         )
     kv_formats = module.KvFormat.__members__
-    kv_format = "bf16" if config.kv_cache == "auto" else config.kv_cache
+    kv_format = config.kv_cache
+    if kv_format == "auto":  # fp16 has three bits more and costs the same
+        kv_format = "bf16" if model.wide_activations else "fp16"
     if kv_format not in kv_formats:
         raise ConfigError(
             f"kv_cache is {kv_format!r}, which the cuda executor does not have; use auto, {', '.join(kv_formats)}, or "

@@ -13,7 +13,7 @@ import pytest
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions, EngineConfig
-from edgellm_ros.executors import Executor, create_executor
+from edgellm_ros.executors import Executor, create_executor, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 
 HERE = Path(__file__).parent
@@ -145,9 +145,13 @@ def program() -> tuple[str, ...]:
 
 @pytest.fixture
 def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """TensorRT's library is its double; all of a test delete contexts before engines, and engines before runtimes."""
+    """TensorRT's library is its double; all of a test delete contexts before engines, and engines before runtimes.
+
+    The cuda executor's norms read 16 bits, as those of an engine do, so that bits can be compared.
+    """
     import double_driver
 
+    monkeypatch.setattr(cuda, "_WIDE_NORM_INPUTS", False)
     monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
     yield
     gc.collect()

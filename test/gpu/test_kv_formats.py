@@ -96,9 +96,10 @@ def test_fp16_is_closer_than_fp8_and_each_format_takes_what_it_says(
     assert errors["fp16"] < errors["fp8"] and errors["bf16"] < errors["fp8"], errors
 
 
-def test_auto_is_bf16(open_cuda: OpenCuda) -> None:
-    auto, named = open_cuda("gpu_llama"), open_cuda("gpu_llama", kv_cache="bf16")
-    assert auto.info.precision == named.info.precision == "fp16 weights, bf16 KV cache"
+@pytest.mark.parametrize(("kind", "form"), [("gpu_llama", "fp16"), ("gpu_gemma3", "bf16")])
+def test_auto_is_fp16_where_the_models_numbers_allow_it(kind: str, form: str, open_cuda: OpenCuda) -> None:
+    auto, named = open_cuda(kind), open_cuda(kind, kv_cache=form)
+    assert auto.info.precision == named.info.precision == f"fp16 weights, {form} KV cache"
     ids = prompt(50)
     assert np.array_equal(prefilled_and_decoded(auto, ids, 20), prefilled_and_decoded(named, ids, 20))
 

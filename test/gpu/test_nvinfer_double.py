@@ -19,7 +19,7 @@ from double_plan import plan_bytes, plan_facts
 
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import BuildOptions
-from edgellm_ros.executors import SequenceStep
+from edgellm_ros.executors import SequenceStep, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.executors.embedding import EmbeddingTable
 from edgellm_ros.executors.lora import read_adapter
@@ -96,6 +96,13 @@ def open_double(gpu_bundle: Callable[..., Bundle], tmp_path: Path) -> Iterator[O
 
 
 OpenCuda = Callable[..., CudaExecutor]
+
+
+@pytest.fixture
+def open_cuda(open_cuda: OpenCuda, monkeypatch: pytest.MonkeyPatch) -> OpenCuda:
+    """Executors that round as an engine in bf16 does."""
+    monkeypatch.setattr(cuda, "_WIDE_NORM_INPUTS", False)
+    return lambda *kind, **settings: open_cuda(*kind, **{"kv_cache": "bf16", **settings})
 
 
 def prompt(length: int) -> np.ndarray:

@@ -111,80 +111,71 @@ def leads(logits: Any, two: Any) -> Any:
     return logits.gather(1, two).diff(dim=1)[:, 0].neg()
 
 
-def exact_and_rounded(models: dict[str, Any], ids: list[int], tokens: list[int]) -> tuple[Any, Any, Any]:
-    """fp32's two most likely tokens at the place of each of `tokens`, its leads, and bf16's of the same two tokens."""
-    import torch
-
-    text = torch.tensor([ids + tokens], device=models["fp32"].device)
-    with torch.no_grad():
-        exact, rounded = (models[name](text).logits[0, len(ids) - 1 : -1].float().cpu() for name in ("fp32", "bf16"))
-    two = exact.topk(2).indices
-    return two, leads(exact, two), leads(rounded, two)
+@pytest.fixture(scope="module")
+def same_weights(reference: dict[str, Any], smollm2: Callable[[str], Bundle]) -> dict[str, Any]:
+    """transformers' model in fp32 and in bf16, both with the weights that the device has: the stored ones in bf16."""
+    rounded = cast(with_stored_weights(reference["fp32"], smollm2("fp16")), "bfloat16")
+    return {"fp32": cast(copy.deepcopy(rounded), "float32"), "bf16": rounded}
 
 
-def test_greedy_tokens_are_those_of_fp32_where_hugging_faces_bf16_has_them(
-    smollm2: Callable[[str], Bundle], reference: dict[str, Any]
+def chat_ids(llm: LLM) -> list[list[int]]:
+    """Each text's tokens, through the chat template."""
+    return [llm.tokenize(llm.render(Request(messages=(ChatMessage("user", text),)))) for text in PROMPTS]
+
+
+def test_greedy_tokens_are_those_of_fp32_as_far_as_hugging_faces_bf16_has_them(
+    smollm2: Callable[[str], Bundle], reference: dict[str, Any], same_weights: dict[str, Any]
 ) -> None:
+    """All with weights in bf16, so that it is arithmetic that is compared; of the file's own weights the figures alone.
+
+    Rounding the weights changes what is computed, which no arithmetic brings back: for one of these texts transformers'
+    own fp32 has another token after 16, where the file's weights in fp32 are 0.0006 from it.
+    """
     bundle = smollm2("fp16")
     config = EngineConfig(executor="cuda", max_slots=2, max_context=512)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     compared: list[tuple[int, int, str]] = []
-    closest: list[float] = []  # fp32's lead where ours differs before bf16 does
-    errors: list[float] = []
+    of_the_file: list[tuple[int, int, int]] = []
     with LLM(bundle, config, CudaExecutor(bundle, config)) as llm:
-        for text in PROMPTS:
-            chat = Request(messages=(ChatMessage("user", text),))
-            ids = llm.tokenize(llm.render(chat))
-            expected, rounded = greedy(reference["fp32"], ids), greedy(reference["bf16"], ids)
-            sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        for text, ids in zip(PROMPTS, chat_ids(llm), strict=True):
             got = list(llm.complete(Request(prompt_ids=tuple(ids), sampling=sampling)).token_ids)
-            equal, limit = agreeing(got, expected), agreeing(expected, rounded)
-            _, apart, of_bf16 = exact_and_rounded(reference, ids, expected)
-            errors += (of_bf16 - apart).tolist()
-            closest += apart[equal : equal + 1].tolist() if equal < limit else []
-            compared.append((equal, limit, text))
-    usual = float(np.sqrt(np.mean(np.square(errors))))
-    print(compared, f"; bf16's usual error of a lead {usual:.4f}; leads lost before bf16 does {closest}")
-    assert sum(limit == NUM_TOKENS for _, limit, _ in compared) >= 2, compared  # otherwise nothing was shown
-    # A lead below that is in bf16 a matter of luck, which transformers may have had.
-    assert all(apart < usual for apart in closest) and len(closest) < len(PROMPTS) / 2, (compared, closest, usual)
+            exact, rounded, original = (greedy(m, ids) for m in (*same_weights.values(), reference["fp32"]))
+            compared.append((agreeing(got, exact), agreeing(exact, rounded), text))
+            of_the_file.append(tuple(agreeing(original, found) for found in (got, rounded, exact)))  # type: ignore[arg-type]
+    print("ours and bf16 against fp32 with weights in bf16:", compared)
+    print("ours, bf16 and fp32 with weights in bf16 against fp32 with the file's:", of_the_file)
+    assert sum(limit for _, limit, _ in compared) >= 2 * NUM_TOKENS, compared  # otherwise nothing was shown
+    assert all(equal >= limit for equal, limit, _ in compared), compared
 
 
-def test_with_norm_inputs_in_fp32_leads_err_by_less_and_no_token_is_lost_that_hugging_faces_bf16_has(
-    smollm2: Callable[[str], Bundle], reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_with_norm_inputs_in_fp32_and_a_cache_in_fp16_leads_err_by_less(
+    smollm2: Callable[[str], Bundle], same_weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All compute with the weights that the device has, the stored ones in bf16: it is arithmetic that is compared."""
     import torch
 
     bundle = smollm2("fp16")
-    rounded = cast(with_stored_weights(reference["fp32"], bundle), "bfloat16")
-    exact = cast(copy.deepcopy(rounded), "float32")
     with LLM.open(bundle.path, EngineConfig(executor="onnxruntime", max_slots=1, max_context=512)) as llm:
-        chats = [Request(messages=(ChatMessage("user", text),)) for text in PROMPTS]
-        prompts = [llm.tokenize(llm.render(chat)) for chat in chats]
-    answers = [greedy(exact, ids) for ids in prompts]
-    errors: dict[bool, float] = {}
-    for wide in (False, True):
+        prompts = chat_ids(llm)
+    answers = [greedy(same_weights["fp32"], ids) for ids in prompts]
+    squares: dict[str, list[float]] = {"as it is": [], "in bf16": [], "transformers' bf16": []}
+    for name, wide in (("as it is", True), ("in bf16", False)):
         monkeypatch.setattr(cuda, "_WIDE_NORM_INPUTS", wide)
-        config = EngineConfig(executor="cuda", kv_cache="fp16" if wide else "auto", max_slots=2, max_context=512)
+        config = EngineConfig(executor="cuda", kv_cache="auto" if wide else "bf16", max_slots=2, max_context=512)
         executor = CudaExecutor(bundle, config)
-        compared: list[tuple[int, int, str]] = []
-        squares: list[float] = []
-        for text, ids, answer in zip(PROMPTS, prompts, answers, strict=True):
+        for ids, answer in zip(prompts, answers, strict=True):
+            text = torch.tensor([ids + answer], device=same_weights["fp32"].device)
+            with torch.no_grad():
+                exact, rounded = (m(text).logits[0, len(ids) - 1 : -1].float().cpu() for m in same_weights.values())
             rows = [executor.step([step(0, np.array(ids), 0)])[0].copy()]
             rows += [executor.step([step(0, np.array([t]), len(ids) + i)])[0].copy() for i, t in enumerate(answer[:-1])]
-            logits = torch.from_numpy(np.stack(rows))
-            two, apart, of_bf16 = exact_and_rounded({"fp32": exact, "bf16": rounded}, ids, answer)
-            squares += (leads(logits, two) - apart).square().tolist()
-            # A lead of less than three times our usual error is luck; bf16's is where both logits are one number.
-            clear = ((apart >= 0.045) & (of_bf16 > 0)).int().tolist()
-            limit = min([*clear, 0].index(0), agreeing(answer, greedy(rounded, ids)))
-            compared.append((agreeing(logits.argmax(1).tolist(), answer), limit, text))
+            two = exact.topk(2).indices
+            squares[name] += (leads(torch.from_numpy(np.stack(rows)), two) - leads(exact, two)).square().tolist()
+            if wide:
+                squares["transformers' bf16"] += (leads(rounded, two) - leads(exact, two)).square().tolist()
         executor.close()
-        errors[wide] = float(np.sqrt(np.mean(squares)))
-        print("norm inputs in", "fp32:" if wide else "bf16:", f"a lead's usual error {errors[wide]:.4f}", compared)
-    assert sum(limit for _, limit, _ in compared) >= 2 * NUM_TOKENS, compared  # otherwise nothing was shown
-    assert all(equal >= limit for equal, limit, _ in compared), compared
-    assert errors[True] < 0.6 * errors[False]  # torch with these roundings: 0.015 and 0.043
+    errors = {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
+    print("a greedy token's lead errs by, root mean square:", errors)
+    assert errors["as it is"] < 0.7 * errors["in bf16"] < 0.7 * 0.7 * errors["transformers' bf16"], errors
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])

@@ -55,14 +55,17 @@ def test_every_path_once(form: str) -> None:
     for cols in (1104, 9296) if form != "int4" else (1088, 9280):  # the first pairs end within a unit
         weight = make_weight(form, cols, generator)
         bits = random_bf16(generator, 8, cols)
-        for gain in (None, on_device("bfloat16", random_bf16(generator, cols))):
+        norm = on_device("bfloat16", random_bf16(generator, cols))
+        in_fp32 = (bits.astype(np.uint32) << 16 | 0x5A5A).view(np.float32)  # what rounding takes is not zero
+        for gain, is_wide in ((None, False), (norm, False), (norm, True))[: 3 if form == "bf16" else 2]:
             for tile in range(kernels.gemv_num_tiles(weight, 1, batch_invariant=True)):
                 results = []
                 for tokens in (slice(0, 1), slice(0, 3), slice(0, 8)):
                     x = on_device("bfloat16", np.ascontiguousarray(bits[tokens]))
                     out = on_device("float32", np.full((len(bits[tokens]), ROWS), np.nan, np.float32))
-                    kernels.gemv(weight, x, out, gain=gain, tile=tile, batch_invariant=True)
+                    x_f32 = on_device("float32", np.ascontiguousarray(in_fp32[tokens])) if is_wide else None
+                    kernels.gemv(weight, x, out, gain=gain, x_f32=x_f32, tile=tile, batch_invariant=True)
                     results.append(out.to_numpy())
-                assert np.isfinite(results[-1]).all(), (cols, tile)
+                assert np.isfinite(results[-1]).all(), (cols, tile, is_wide)
                 for result in results[:-1]:
                     assert np.array_equal(result, results[-1][: len(result)]), (cols, tile, len(result))
