@@ -20,7 +20,7 @@ def main() -> None:
     for shape, (heads, kv_heads, head_dim) in SHAPES.items():
         for context in (512, 4096, 16384):
             most_splits = K.decode_attention_most_splits(kv_heads, num_sms)
-            one = decode_us(heads, kv_heads, head_dim, context, 1, torch.bfloat16, most_splits, 0)
+            one = decode_us(heads, kv_heads, head_dim, context, 1, torch.float16, most_splits, 0)
             num_bytes = context * kv_heads * head_dim * 4
             columns = []
             for tokens in (4, 8, 16, 32, 64):
@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def time_us(heads: int, kv_heads: int, head_dim: int, context: int, tokens: int, splits: int = 0) -> float:
-    """Microseconds of one call with a chain of `tokens` new tokens that ends at `context`; batch 1, bf16 cache."""
+    """Microseconds of one call with a chain of `tokens` new tokens that ends at `context`; batch 1, fp16 cache."""
     caches = [
-        torch.randn((1, 2, kv_heads, context, head_dim), device="cuda", dtype=torch.bfloat16) for _ in range(NUM_CALLS)
+        torch.randn((1, 2, kv_heads, context, head_dim), device="cuda", dtype=torch.float16) for _ in range(NUM_CALLS)
     ]
     qkv = torch.randn((tokens, (heads + 2 * kv_heads) * head_dim), device="cuda")
     starts, slots, positions = (

@@ -41,6 +41,7 @@ class Result:
 
     shape: str
     weights: str
+    precision: str  # of weights and KV cache
     batch: int
     context: int
     ms_per_token: float  # host clock, sampling included
@@ -130,11 +131,11 @@ def measure(
     read = decode_bytes(model, bundle.manifest.quantization)
     read += batch * kv_bytes(model, executor.info.kv_bytes_per_token, context + options.tokens // 2)
     gb_per_s = read / ms * 1e-6
-    memory_mb = executor.info.memory_bytes / 1e6
+    memory_mb, precision = executor.info.memory_bytes / 1e6, executor.info.precision
     executor.close()
     del executor, decoder
     gc.collect()
-    return Result(shape, weights, batch, context, ms, device_ms, sampled_ms, plain_ms, host_ms, gb_per_s,
+    return Result(shape, weights, precision, batch, context, ms, device_ms, sampled_ms, plain_ms, host_ms, gb_per_s,
                   gb_per_s / bandwidth, prefill_ms, torch_ms, load_s, memory_mb, tiles, untuned_ms)  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def print_result(r: Result) -> None:
         f"{r.device_ms:.3f}, sampled {r.sampled_ms:.3f}, no graph {r.plain_ms:.3f} = {r.plain_ms / r.device_ms:.2f} x, "
         f"drawn on the host {r.host_ms:.3f} = {r.host_ms / r.ms_per_token:.2f} x)  "
         f"{r.gb_per_s:5.0f} GB/s = {r.share:.0%}{peer}; prefill {prefill}; load {r.load_s:.1f} s, "
-        f"{r.memory_mb:.0f} MB",
+        f"{r.memory_mb:.0f} MB; {r.precision}",
         flush=True,
     )
     if r.tiles:

@@ -97,6 +97,8 @@ def time_tile(name: str, weights: list[tuple[Any, ...]], tokens: int, tile: int,
     f32 = torch.zeros((tokens, rows), device="cuda")
     bf16 = torch.zeros((tokens, rows // 2 if name == "gate_up" else rows), device="cuda", dtype=torch.bfloat16)
     more: dict[str, Any] = {"gain": gain, "tile": tile}
+    if gain is not None and weights[0][0] == NATIVE.WeightFormat.bf16:
+        more["x_f32"] = x.float()
     epilogue, out = K.Epilogue.store_f32, f32
     if name == "gate_up":
         epilogue, out = K.Epilogue.swiglu, bf16

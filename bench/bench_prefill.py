@@ -128,7 +128,7 @@ def time_groups(model: ModelSpec, weights: str, tokens: int) -> None:
             us, read = time_dequantise_us(weights, rows, cols, name == "gate_up")
             report(f"{name} to bf16", us, num_bytes=read + rows * cols * 2.0)
 
-    kv = bf16(1, 2, model.num_kv_heads, tokens, model.head_dim)
+    kv = bf16(1, 2, model.num_kv_heads, tokens, model.head_dim).to(torch.float16)
     cos, sin = (torch.rand((tokens, model.head_dim // 2), device="cuda") for _ in range(2))
     slots, positions = (
         torch.zeros(tokens, device="cuda", dtype=torch.int32),

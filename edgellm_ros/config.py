@@ -34,8 +34,8 @@ class EngineConfig:
     kv_cache: str = setting(
         "auto",
         "Number format of the KV cache. auto: fp32 with onnxruntime; with cuda fp16, or bf16 for models whose numbers "
-        "exceed fp16. cuda also has fp8 (E4M3), which halves its memory and reading, rounds keys and values to 3 bits "
-        "and cuts them off at 448; a checkpoint's scales for it are in the bundle's weights.",
+        "exceed fp16's 65504. cuda also has fp8 (E4M3), which halves its memory and reading, rounds keys and values to "
+        "3 bits and cuts them off at 448; a checkpoint's scales for it are in the bundle's weights.",
         choices=("auto", "fp32", "bf16", "fp16", "fp8"),
     )
     prefill_chunk: int = setting(

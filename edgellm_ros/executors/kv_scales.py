@@ -1,8 +1,8 @@
 """What scales of a KV cache do to the layers around it: keys and values are stored divided by powers of two.
 
 E4M3 is floating point, so a power of two only moves numbers away from its ends (448, and the subnormals below 2^-6);
-it is exact in every other format. So no kernel knows of scales: the rows of q, k and v, and attention's output
-projection, have them in their weights, and what is added to those, an adapter, gets them too.
+it is exact in bf16 and fp32, and in fp16 between 2^-14 and 65504. So no kernel knows of scales: the rows of q, k and v,
+and attention's output projection, have them in their weights, and what is added to those, an adapter, gets them too.
 """
 
 from __future__ import annotations

@@ -118,6 +118,15 @@ def same_weights(reference: dict[str, Any], smollm2: Callable[[str], Bundle]) ->
     return {"fp32": cast(copy.deepcopy(rounded), "float32"), "bf16": rounded}
 
 
+def lead_after(model: Any, ids: list[int]) -> float:
+    """By how much the model's largest logit for the next token exceeds the second."""
+    import torch
+
+    with torch.no_grad():
+        largest, second = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().topk(2).values.tolist()
+    return float(largest - second)
+
+
 def chat_ids(llm: LLM) -> list[list[int]]:
     """Each text's tokens, through the chat template."""
     return [llm.tokenize(llm.render(Request(messages=(ChatMessage("user", text),)))) for text in PROMPTS]
@@ -135,17 +144,21 @@ def test_greedy_tokens_are_those_of_fp32_as_far_as_hugging_faces_bf16_has_them(
     config = EngineConfig(executor="cuda", max_slots=2, max_context=512)
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     compared: list[tuple[int, int, str]] = []
+    lost: list[tuple[float, str]] = []  # with fp32's lead where ours has another token
     of_the_file: list[tuple[int, int, int]] = []
     with LLM(bundle, config, CudaExecutor(bundle, config)) as llm:
         for text, ids in zip(PROMPTS, chat_ids(llm), strict=True):
             got = list(llm.complete(Request(prompt_ids=tuple(ids), sampling=sampling)).token_ids)
             exact, rounded, original = (greedy(m, ids) for m in (*same_weights.values(), reference["fp32"]))
-            compared.append((agreeing(got, exact), agreeing(exact, rounded), text))
+            equal = agreeing(got, exact)
+            compared.append((equal, agreeing(exact, rounded), text))
+            if equal < NUM_TOKENS:
+                lost.append((lead_after(same_weights["fp32"], ids + exact[:equal]), text))
             of_the_file.append(tuple(agreeing(original, found) for found in (got, rounded, exact)))  # type: ignore[arg-type]
-    print("ours and bf16 against fp32 with weights in bf16:", compared)
+    print("ours and bf16 against fp32 with weights in bf16:", compared, "fp32's leads where ours end:", lost)
     print("ours, bf16 and fp32 with weights in bf16 against fp32 with the file's:", of_the_file)
     assert sum(limit for _, limit, _ in compared) >= 2 * NUM_TOKENS, compared  # otherwise nothing was shown
-    assert all(equal >= limit for equal, limit, _ in compared), compared
+    assert all(equal >= limit for equal, limit, _ in compared), (compared, lost)
 
 
 def test_with_norm_inputs_in_fp32_and_a_cache_in_fp16_leads_err_by_less(
@@ -175,7 +188,7 @@ def test_with_norm_inputs_in_fp32_and_a_cache_in_fp16_leads_err_by_less(
         executor.close()
     errors = {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
     print("a greedy token's lead errs by, root mean square:", errors)
-    assert errors["as it is"] < 0.7 * errors["in bf16"] < 0.7 * 0.7 * errors["transformers' bf16"], errors
+    assert errors["as it is"] < 0.6 * errors["in bf16"] and errors["in bf16"] < 0.6 * errors["transformers' bf16"], errors
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
@@ -186,7 +199,7 @@ def test_logits_are_as_close_to_those_of_the_stored_weights_in_fp32_as_bf16_is(
     import torch
 
     bundle = smollm2(weights)
-    executor = CudaExecutor(bundle, EngineConfig(executor="cuda", max_slots=1, max_context=256))
+    executor = CudaExecutor(bundle, EngineConfig(executor="cuda", max_slots=2, max_context=256))
     try:
         with torch.no_grad():
             ids = np.random.default_rng(2).integers(100, 40_000, 96).astype(np.int32)

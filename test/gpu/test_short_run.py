@@ -40,10 +40,10 @@ PLAIN = SamplingParams(temperature=0.8, top_k=20, seed=2)
 # kind, weights, KV cache, decode_batching; weights that others quantised are named by their packer. Only "fast" has the
 # kernels of a single token.
 CASES = [
-    ("short_llama", "int4", "bf16", "exact"), ("short_llama", "int4", "bf16", "fast"),
-    ("short_qwen3", "fp16", "fp8", "exact"), ("short_mistral", "int8", "fp16", "exact"),
-    ("short_gemma3", "int4", "bf16", "exact"), ("short_gemma3", "fp16", "fp8", "fast"),
-    ("short_llama_bias", "fp8_rows", "bf16", "fast"), ("short_qwen3", "int4_order", "bf16", "exact"),
+    ("short_llama", "int4", "auto", "exact"), ("short_llama", "int4", "auto", "fast"),
+    ("short_qwen3", "fp16", "auto", "exact"), ("short_mistral", "int8", "auto", "exact"),
+    ("short_gemma3", "int4", "auto", "exact"), ("short_gemma3", "fp16", "fp8", "fast"),
+    ("short_llama_bias", "fp8_rows", "bf16", "fast"), ("short_qwen3", "int4_order", "fp8", "exact"),
 ]  # fmt: skip
 PACKED: dict[str, tuple[Any, Any]] = {
     "fp8_rows": (packers.ct_fp8(True),

@@ -6,20 +6,24 @@ from typing import Any
 
 import pytest
 from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
-from test_attention_decode import CAPACITY, reference
+from test_attention_decode import CAPACITY, FORMATS, make_cache, reference
 
 pytestmark = needs_gpu
 
 
-def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, int]], window: int = 0, fp8: bool = False) -> None:  # fmt: skip
+def hide(rows: Any) -> None:
+    """Make NaN of what must never be read."""
+    rows.fill_(0x7F if rows.dtype == torch.uint8 else float("nan"))
+
+
+def check(
+    head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, int]], window: int = 0, form: str = "fp16"
+) -> None:  # fmt: skip
     """`sequences`: (first position, tokens) each."""
     num_slots = len(sequences) + 1
-    kv = random_bf16(num_slots, 2, kv_heads, CAPACITY, head_dim)
+    kv = make_cache(form, num_slots, 2, kv_heads, CAPACITY, head_dim)
     for i, (position, tokens) in enumerate(sequences):
-        kv[i + 1, :, :, position + tokens :] = float("nan")  # must never be read
-    if fp8:
-        kv = torch.nan_to_num(kv).to(torch.float8_e4m3fn).view(torch.uint8)
-    plain = kv.view(torch.float8_e4m3fn).float().double() if fp8 else kv.double()
+        hide(kv[i + 1, :, :, position + tokens :])
     total = sum(tokens for _, tokens in sequences)
     q = random_bf16(total, heads * head_dim, scale=2.0)
     starts = [0]
@@ -35,7 +39,7 @@ def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, i
     for i, (position, tokens) in enumerate(sequences):
         for j in sorted({0, 1, 62, 63, 64, tokens // 2, tokens - 1} & set(range(tokens))):
             row = q[starts[i] + j].view(heads, head_dim).double()
-            wanted = reference(row, *plain[i + 1], position + j + 1, window, head_dim**-0.5)
+            wanted = reference(row, *kv[i + 1], position + j + 1, window, head_dim**-0.5)
             got = out[starts[i] + j].view(heads, head_dim).double()
             assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (i, j, float((got - wanted).abs().max()))
     assert not bool(torch.isnan(out).any())
@@ -44,26 +48,24 @@ def check(head_dim: int, heads: int, kv_heads: int, sequences: list[tuple[int, i
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (9, 3), (8, 2), (14, 2)])
-def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_head_dim_and_group_at_awkward_lengths(head_dim: int, heads: int, kv_heads: int, form: str) -> None:
     for tokens in AWKWARD:
-        check(head_dim, heads, kv_heads, [(0, tokens)])
-        check(head_dim, heads, kv_heads, [(37, tokens)])
+        check(head_dim, heads, kv_heads, [(0, tokens)], form=form)
+        check(head_dim, heads, kv_heads, [(37, tokens)], form=form)
 
 
-def test_sequences_of_different_lengths_share_a_call() -> None:
-    check(64, 9, 3, [(0, 99), (400, 1), (63, 130), (1000, 19), (0, 1)])
-    check(128, 8, 2, [(0, 64), (64, 64), (1, 255)])
+@pytest.mark.parametrize("form", FORMATS)
+def test_sequences_of_different_lengths_share_a_call(form: str) -> None:
+    check(64, 9, 3, [(0, 99), (400, 1), (63, 130), (1000, 19), (0, 1)], form=form)
+    check(128, 8, 2, [(0, 64), (64, 64), (1, 255)], form=form)
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("window", [1, 19, 64, 200])
-def test_a_window_hides_what_lies_before_it(window: int) -> None:
+def test_a_window_hides_what_lies_before_it(window: int, form: str) -> None:
     for head_dim in (64, 256):
-        check(head_dim, 8, 2, [(0, 300), (500, 99)], window)
-
-
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int) -> None:
-    check(head_dim, 8, 2, [(0, 99), (300, 70)], fp8=True)
+        check(head_dim, 8, 2, [(0, 300), (500, 99)], window, form)
 
 
 def attend(q: Any, kv: Any, position: int) -> Any:
@@ -78,13 +80,11 @@ def attend(q: Any, kv: Any, position: int) -> Any:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, fp8: bool) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, form: str) -> None:
     """The whole fills a large GPU with large blocks, the pieces do not."""
     heads, kv_heads, tokens = 64, 16, 1100
-    kv = random_bf16(1, 2, kv_heads, tokens, head_dim)
-    if fp8:
-        kv = kv.to(torch.float8_e4m3fn).view(torch.uint8)
+    kv = make_cache(form, 1, 2, kv_heads, tokens, head_dim)
     q = random_bf16(tokens, heads * head_dim, scale=2.0)
     whole = attend(q, kv, 0)
     for first, last in ((0, 64), (64, 99), (99, 611), (611, 1100)):
@@ -93,18 +93,17 @@ def test_a_long_prompt_has_the_bits_of_its_pieces(head_dim: int, fp8: bool) -> N
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("window", [0, 300])
-def test_large_blocks_agree_with_fp64(head_dim: int, window: int) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_large_blocks_agree_with_fp64(head_dim: int, window: int, form: str) -> None:
     heads, kv_heads, position, tokens = 64, 16, 70, 1099
-    kv = random_bf16(1, 2, kv_heads, position + tokens + 9, head_dim)
-    kv[:, :, :, position + tokens :] = float("nan")  # must never be read
+    kv = make_cache(form, 1, 2, kv_heads, position + tokens + 9, head_dim)
+    hide(kv[:, :, :, position + tokens :])
     q = random_bf16(tokens, heads * head_dim, scale=2.0)
     ints = [torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([0, tokens], [0], [position])]
     out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
     K.prefill_attention(q, kv, *ints, out, tokens, head_dim**-0.5, window, stream=stream())
     for j in (0, 1, 31, 32, 33, 500, 1097, 1098):
-        wanted = reference(
-            q[j].view(heads, head_dim).double(), *kv[0].double(), position + j + 1, window, head_dim**-0.5
-        )
+        wanted = reference(q[j].view(heads, head_dim).double(), *kv[0], position + j + 1, window, head_dim**-0.5)
         got = out[j].view(heads, head_dim).double()
         assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (j, float((got - wanted).abs().max()))
     assert not bool(torch.isnan(out).any())

@@ -35,7 +35,7 @@ def test_every_shape_has_a_kernel_whose_blocks_the_gpu_has_room_for(gpu: str, fo
     for rows in ROWS:
         for cols in COLS:
             for tokens in TOKENS:
-                for invariant, wide in ((False, False), (True, False), (True, True)):
+                for invariant, wide in ((False, False), (False, True), (True, False), (True, True)):
                     shape = {"rows": rows, "cols": cols, "num_tokens": tokens, "batch_invariant": invariant, "wide": wide}
                     count = plan(gpu, form, **shape)["num_tiles"]
                     assert count >= 1, shape

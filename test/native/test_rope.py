@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kernel_case import AWKWARD, K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
-from test_attention_decode import CAPACITY, EPS, rotate, tables
+from test_attention_decode import CAPACITY, EPS, FORMATS, WRITTEN, make_cache, plain, rotate, tables
 
 pytestmark = needs_gpu
 
@@ -13,12 +13,13 @@ pytestmark = needs_gpu
 @pytest.mark.parametrize("tokens", AWKWARD)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("as_f32", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
 def test_rope_rotates_queries_and_writes_keys_and_values(
-    head_dim: int, tokens: int, normed: bool, as_f32: bool
+    head_dim: int, tokens: int, normed: bool, as_f32: bool, form: str
 ) -> None:
     heads, kv_heads = 6, 2
     cos, sin = tables(head_dim)
-    kv = random_bf16(3, 2, kv_heads, CAPACITY, head_dim)
+    kv = make_cache(form, 3, 2, kv_heads, CAPACITY, head_dim)
     before = kv.clone()
     qkv = random_bf16(tokens, (heads + 2 * kv_heads) * head_dim)
     bias = torch.randn(qkv.shape[1], device="cuda")
@@ -42,10 +43,10 @@ def test_rope_rotates_queries_and_writes_keys_and_values(
         position = 17 + i
         wanted = rotate(q, position, cos, sin, gains[0])
         assert torch.allclose(q_out[i].view(heads, head_dim).double(), wanted, rtol=2**-8, atol=1e-5)
-        assert torch.allclose(
-            kv[1, 0, :, position].double(), rotate(key, position, cos, sin, gains[1]), rtol=2**-8, atol=1e-5
-        )
-        assert torch.allclose(kv[1, 1, :, position].double(), value, rtol=2**-8, atol=1e-5)
+        relative, absolute = WRITTEN[form]
+        for part, expected in enumerate((rotate(key, position, cos, sin, gains[1]), value)):
+            written = plain(kv[1, part, :, position])
+            assert torch.allclose(written, expected, rtol=relative, atol=max(absolute, 1e-5))
     untouched = torch.ones(CAPACITY, dtype=torch.bool)
     untouched[[17 + i for i in range(tokens) if i != skipped]] = False
     assert torch.equal(kv[1][:, :, untouched], before[1][:, :, untouched])

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("setuptools", minversion="77", reason="setup.py needs setuptools 77, which pip brings by itself")
 
 
 def setup(**environment: str) -> subprocess.CompletedProcess[str]:

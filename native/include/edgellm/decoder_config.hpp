@@ -58,7 +58,8 @@ struct DecoderConfig {
   // sum in another order, are left out.
   bool batch_invariant = true;
   // Decode's products after a norm read the residual in fp32 where their weights are bf16, instead of its copy in bf16,
-  // and multiply it as two bf16 numbers or in fp32.
+  // and multiply it as two bf16 numbers or in fp32. Not those of more than eight tokens without batch_invariant, nor
+  // adapters.
   bool wide_norm_inputs = false;
   // A prompt's results do not depend on how it is cut into chunks; see MatrixProducts.
   bool row_invariant = true;
