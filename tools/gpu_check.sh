@@ -4,8 +4,8 @@
 # The double of libnvinfer, and the plugins with their test driver, are built too where NvInfer.h is: in TENSORRT_ROOT, or
 # in a kernel-lens wheel that PYTHONPATH has.
 # EDGELLM_CUDA_ARCHS (default 90a), EDGELLM_LINEINFO (ON: what the sanitizer finds has source lines), PYTHON, BENCH_ARGS
-# (default --torch), PYTEST_ARGS and SANITIZE_ARGS change what runs;
-# TOTAL_S (470) bounds all parts together, so that a run ends with its table before whoever lent the machine ends it.
+# (default --torch), PYTEST_ARGS and SANITIZE_ARGS change what runs; TOTAL_S (470) bounds all parts together, so that a run
+# ends with its table before whoever lent the machine ends it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,8 +1,8 @@
 """The double of libnvinfer on a GPU, driven through TensorRT's headers: its enqueueV3 computes what the cuda executor does.
 
 Bits: single tokens in bf16, alone and in a batch, plain and out of a graph, of a cuda executor whose norms read 16 bits and
-whose cache is bf16. Everything else is compared within the
-rounding of bf16: the cuda executor reads prompts and drafts through other kernels, and fp16 embeddings round once more.
+whose cache is bf16. Everything else is compared within the rounding of bf16: the cuda executor reads prompts and drafts
+through other kernels, and fp16 embeddings round once more.
 """
 
 from __future__ import annotations

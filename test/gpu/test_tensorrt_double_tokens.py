@@ -1,8 +1,9 @@
 """The tensorrt executor over the double of libnvinfer gives the cuda executor's tokens: prefill, decode, drafts, adapters.
 
 A generation that starts from one token has the cuda executor's bits, greedy and sampled, for every step of it runs the
-same kernels once norms read 16 bits (`use_the_double`) and the cache is bf16 (`double_steps.config`). Prompts go through others, so behind them logits are compared within the rounding of bf16, and each token
-must be as likely as the cuda executor's own choice within that.
+same kernels once norms read 16 bits (`use_the_double`) and the cache is bf16 (`double_steps.config`). Prompts go through
+others, so behind them logits are compared within the rounding of bf16, and each token must be as likely as the cuda
+executor's own choice within that.
 """
 
 from __future__ import annotations

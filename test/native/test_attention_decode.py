@@ -21,12 +21,16 @@ def tables(head_dim: int, capacity: int = CAPACITY) -> tuple[Any, Any]:
     return torch.cos(angles).float().cuda(), torch.sin(angles).float().cuda()
 
 
-def make_cache(form: str, *shape: int) -> Any:
-    """A cache of random numbers as the bindings take it."""
-    kv = torch.randn(shape, device="cuda")
+def stored(form: str, numbers: Any) -> Any:
+    """Numbers in fp32 as a cache has them and the bindings take them."""
     if form != "fp8":
-        return kv.to(torch.bfloat16 if form == "bf16" else torch.float16)
-    return kv.to(torch.float8_e4m3fn).view(torch.uint8)
+        return numbers.to(torch.bfloat16 if form == "bf16" else torch.float16)
+    return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def make_cache(form: str, *shape: int) -> Any:
+    """A cache of random numbers."""
+    return stored(form, torch.randn(shape, device="cuda"))
 
 
 def plain(cache: Any) -> Any:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from kernel_case import K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
-from test_attention_decode import EPS, FORMATS, WRITTEN, plain, rotate
+from test_attention_decode import EPS, FORMATS, WRITTEN, plain, rotate, stored
 
 pytestmark = needs_gpu
 CAPACITY = 4200  # more than one cluster of blocks works on it
-ELEMENTS = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
 
 Parents = list[int]
 
@@ -65,9 +64,7 @@ class Case:
         for i, (prefix, _) in enumerate(sequences):
             if prefix >= 0:
                 numbers[len(sequences) - i, :, :, prefix:] = float("nan")  # what nobody wrote must not be read
-        self.kv = numbers.to(getattr(torch, ELEMENTS[form]))
-        if form == "fp8":
-            self.kv = self.kv.view(torch.uint8)
+        self.kv = stored(form, numbers)
         self.starts = [0]
         for _, parents in sequences:
             self.starts.append(self.starts[-1] + len(parents))
