@@ -47,6 +47,7 @@ _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
 # Norms read the residual in fp32 where weights are bf16; tests that compare bits with an engine's 16 turn it off.
 _WIDE_NORM_INPUTS = True
+_MAX_PACKED_TOKENS = -1  # DecoderConfig's: by the GPU; tests set others
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -191,6 +192,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.row_invariant = config.decode_batching == "exact"
     settings.fp8_prefill = config.fp8_prefill
     settings.wide_norm_inputs = _WIDE_NORM_INPUTS
+    settings.max_packed_tokens = _MAX_PACKED_TOKENS
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

@@ -91,6 +91,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("batch_invariant", &DecoderConfig::batch_invariant)
       .def_readwrite("wide_norm_inputs", &DecoderConfig::wide_norm_inputs)
       .def_readwrite("row_invariant", &DecoderConfig::row_invariant)
+      .def_readwrite("max_packed_tokens", &DecoderConfig::max_packed_tokens)
       .def_readwrite("fp8_prefill", &DecoderConfig::fp8_prefill)
       .def_readwrite("max_adapters", &DecoderConfig::max_adapters)
       .def_readwrite("max_lora_rank", &DecoderConfig::max_lora_rank)

@@ -7,6 +7,7 @@ void bind_kernels(pybind11::module_& module) {
   pybind11::module_ kernels = module.def_submodule("kernels", "The CUDA kernels; launches are asynchronous.");
   bind_quantized(kernels);
   bind_products(kernels);
+  bind_gemm_int4(kernels);
   bind_gemv(kernels);
   bind_lora(kernels);
   bind_embedding(kernels);

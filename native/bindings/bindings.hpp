@@ -19,6 +19,7 @@ void bind_attention_tree(pybind11::module_& module);
 void bind_draft_acceptance(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_engine_inputs(pybind11::module_& module);
+void bind_gemm_int4(pybind11::module_& module);
 void bind_gemv(pybind11::module_& module);
 void bind_input_map(pybind11::module_& module);
 void bind_kv_compact(pybind11::module_& module);

@@ -127,6 +127,13 @@ __device__ __forceinline__ uint32_t int8x2_to_fp16x2(uint32_t four_biased) {
   return bits_as<uint32_t>(__hsub2(bits_as<half2>(magic), bits_as<half2>(0x64806480u)));  // 1152
 }
 
+// Nibbles j of the low and the high half of `word`, less 8, as two bf16: 0x4300 + u is 128 + u.
+__device__ __forceinline__ uint32_t int4x2_to_bf16x2(uint32_t word, int j) {
+  uint32_t magic;
+  asm("lop3.b32 %0,%1,0x000f000f,0x43004300,0xEA;" : "=r"(magic) : "r"(word >> (4 * j)));
+  return bits_as<uint32_t>(__hsub2(bits_as<bf16x2>(magic), bits_as<bf16x2>(0x43084308u)));  // 136
+}
+
 // activation(gate) * up: both activations are the gate times a sigmoid, GELU's of 2 sqrt(2 / pi) (x + 0.044715 x^3).
 __device__ __forceinline__ float gated(Activation activation, float gate, float up) {
   float exponent = gate;

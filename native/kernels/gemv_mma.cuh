@@ -29,13 +29,6 @@ struct MmaFormat {
   static constexpr int loads = is_16bit ? 4 : F == WeightFormat::int4 ? 1 : 2;
 };
 
-// Nibbles j of the low and the high half of `word`, less 8, as two bf16: 0x4300 + u is 128 + u.
-__device__ __forceinline__ uint32_t int4x2_to_bf16x2(uint32_t word, int j) {
-  uint32_t magic;
-  asm("lop3.b32 %0,%1,0x000f000f,0x43004300,0xEA;" : "=r"(magic) : "r"(word >> (4 * j)));
-  return bits_as<uint32_t>(__hsub2(bits_as<bf16x2>(magic), bits_as<bf16x2>(0x43084308u)));  // 136
-}
-
 // Two fp16 times the low half of `scale`, plus the high one.
 __device__ __forceinline__ uint32_t scale_and_offset(uint32_t two, uint32_t scale) {
   const half2 both = bits_as<half2>(scale);

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "device_attribute.hpp"
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/embedding.hpp"
@@ -16,14 +17,6 @@ namespace {
 
 using kernels::Epilogue;
 using kernels::GemvArgs;
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
 
 }  // namespace
 

@@ -3,8 +3,10 @@
 #include <set>
 #include <string>
 
+#include "device_attribute.hpp"
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
+#include "edgellm/kernels/gemm_int4.hpp"
 #include "edgellm/kernels/input_map.hpp"
 #include "edgellm/kernels/quantized.hpp"
 #include "edgellm/kernels/swiglu.hpp"
@@ -16,14 +18,25 @@ using kernels::WeightFormat;
 
 constexpr std::size_t kEvictedBytes = std::size_t{128} << 20;  // written to empty the L2 cache, which is smaller
 
+// A copy of a weight that leaves such an L2 cache again is written to memory and read from there, which takes eight
+// times as long as reading the weight in int4: Orin has 4 MB.
+constexpr int kSmallL2Bytes = 16 << 20;
+constexpr int kMaxPackedTokens = 128;  // elsewhere: more took longer on an H200
+
 bool device_has_fp8() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor >= 89;
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+             device_attribute(cudaDevAttrComputeCapabilityMinor) >=
+         89;
+}
+
+// The two ways sum in another order: with row_invariant it is one of them for all prompts.
+int max_packed_tokens(const DecoderConfig& config) {
+  int most = config.max_packed_tokens;
+  if (most < 0) {
+    const bool small = device_attribute(cudaDevAttrL2CacheSize) < kSmallL2Bytes;
+    most = small ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
+  }
+  return most > 0 && config.row_invariant ? config.max_tokens : most;
 }
 
 }  // namespace
@@ -32,6 +45,7 @@ bool device_has_fp8() {
 void Decoder::prepare_products() {
   products_reason_ = MatrixProducts::unavailable_reason();
   if (!products_reason_.empty()) return;
+  max_packed_tokens_ = max_packed_tokens(config_);
   products_ =
       std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens, config_.row_invariant);
   // Layers have the same shapes, but may differ in format: one weight of each kind is tried.
@@ -112,14 +126,25 @@ bool Decoder::multiplies_fp8(const LinearView& linear, bool products, int adapte
   return products && fp8_products_ && adapter == 0 && linear.weight.format == WeightFormat::fp8 && !linear.maps_input();
 }
 
-// y = x W^T. A quantised weight is dequantised in parts, each multiplied while it is still in the L2 cache. Parts go to
-// two streams in turn: one is dequantised, or multiplied by few blocks, beside the product of the other.
+// y = x W^T. An int4 weight is multiplied as it is, or as every other format: it is dequantised in parts, each
+// multiplied while it is still in the L2 cache. Parts go to two streams in turn: one is dequantised, or multiplied by
+// few blocks, beside the product of the other.
 bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
                             int count) {
   const kernels::WeightView& weight = linear.weight;
   cudaStream_t stream = stream_.get();
   if (weight.format == WeightFormat::bf16) {
     products_->run_async(ProductType::bf16, x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
+    return pdl_;
+  }
+  if (weight.format == WeightFormat::int4 && count <= max_packed_tokens_) {
+    kernels::GemmInt4Args args;
+    args.weight = weight;
+    args.gate_up = gate_up;
+    args.x = x;
+    args.y = y;
+    args.num_tokens = count;
+    kernels::gemm_int4_async(args, stream, pdl_);
     return pdl_;
   }
   const int part = dequantised_rows(weight.rows, weight.cols);

@@ -5,25 +5,17 @@
 #include <array>
 #include <stdexcept>
 
+#include "device_attribute.hpp"
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/types.hpp"
 #include "edgellm/verify_inputs.hpp"
 
 namespace edgellm {
-namespace {
-
-int compute_capability_major() {
-  int device = 0;
-  int value = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device));
-  return value;
-}
-
-}  // namespace
 
 TokenLoop::TokenLoop(DecoderConfig config, MemoryPlan plan)
-    : config_(std::move(config)), pdl_(config_.pdl && compute_capability_major() >= 9), arena_(std::move(plan)) {
+    : config_(std::move(config)),
+      pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),
+      arena_(std::move(plan)) {
   // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
   host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
                                static_cast<std::size_t>(4 * (config_.num_slots + kMaxBatch))) *

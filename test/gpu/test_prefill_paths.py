@@ -15,7 +15,7 @@ from edgellm_ros import native
 from edgellm_ros.benchmark import random_bundle
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.executors import SequenceStep
+from edgellm_ros.executors import SequenceStep, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 
 KINDS = ("gpu_llama", "gpu_llama_bias", "gpu_mistral", "gpu_qwen2", "gpu_qwen3", "gpu_gemma3")
@@ -88,11 +88,18 @@ def test_fp8_prefill_is_as_close_to_hugging_face_as_its_activations_allow(
     assert relative_error(decoded[0], decoded[1]) < 0.2
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4", "int4 as stored", "fp8"])
 @pytest.mark.parametrize("kind", ["gpu_qwen3", "gpu_gemma3"])
 def test_a_prompts_bits_do_not_depend_on_how_it_is_cut(
-    kind: str, weights: str, open_fp8: Callable[..., CudaExecutor], open_cuda: Callable[..., CudaExecutor]
+    kind: str,
+    weights: str,
+    open_fp8: Callable[..., CudaExecutor],
+    open_cuda: Callable[..., CudaExecutor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if weights.startswith("int4"):
+        monkeypatch.setattr(cuda, "_MAX_PACKED_TOKENS", int(weights == "int4 as stored"))
+        weights = "int4"
     ids = RNG.integers(5, 300, 200).astype(np.int32)
 
     def open_one(chunk: int) -> CudaExecutor:
@@ -139,3 +146,19 @@ def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decodin
     alone = np.concatenate([executor.step([step(1, ids[i : i + 1], i)]).copy() for i in range(40)])
     executor.close()
     assert relative_error(together, alone) < 0.05
+
+
+@pytest.mark.parametrize("batching", ["exact", "fast"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_int4_weights_as_they_are_stored_give_what_their_copies_in_bf16_give(
+    kind: str, batching: str, open_cuda: Callable[..., CudaExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = RNG.integers(5, 300, 150).astype(np.int32)
+    logits = []
+    for most in (0, 80):  # with "fast", chunks of 100 and 50 tokens: the first by way of a copy
+        monkeypatch.setattr(cuda, "_MAX_PACKED_TOKENS", most)
+        executor = open_cuda(kind, "int4", decode_batching=batching, prefill_chunk=100)
+        logits.append(executor.step([step(1, ids, 0, 150)]).copy())
+    assert relative_error(logits[1], logits[0]) < 0.05
+    assert not np.array_equal(logits[1], logits[0])  # a copy's numbers are rounded, its products summed differently
+    assert np.array_equal(logits[1][:80], logits[0][:80]) == (batching == "fast")

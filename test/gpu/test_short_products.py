@@ -1,7 +1,7 @@
 """Every tile of the products that give a token the same bits alone and among others, once, for compute-sanitizer.
 
 Rows are few and long: the models of test_short_run.py have no row that a warp reads in several windows. What the products
-are is test/native/test_gemv.py's; here several tokens must get what each gets alone.
+are is test_gemv.py's and test_gemm_int4.py's in test/native; here several tokens must get what each gets alone.
 """
 
 from __future__ import annotations
@@ -69,3 +69,22 @@ def test_every_path_once(form: str) -> None:
                 assert np.isfinite(results[-1]).all(), (cols, tile, is_wide)
                 for result in results[:-1]:
                     assert np.array_equal(result, results[-1][: len(result)]), (cols, tile, len(result))
+        if form == "int4":
+            multiply_many(weight, bits)
+
+
+def multiply_many(weight: tuple[Any, ...], bits: np.ndarray) -> None:
+    """Prompts' products with the packed weight: 1, 8 and 80 tokens, every tile."""
+    kernels = NATIVE.kernels
+    many = np.tile(bits, (10, 1))
+    for tile in range(len(kernels.GEMM_INT4_TILES)):
+        results = []
+        for tokens in (1, 8, 80):
+            x = on_device("bfloat16", np.ascontiguousarray(many[:tokens]))
+            y = on_device("bfloat16", np.full((tokens, ROWS), 0x7FC0, np.uint16))
+            kernels.gemm_int4(weight, False, x, y, tile)
+            results.append(y.to_numpy())
+        assert np.isfinite((results[-1].astype(np.uint32) << 16).view(np.float32)).all(), tile
+        for result in results[:-1]:
+            assert np.array_equal(result, results[-1][: len(result)]), (tile, len(result))
+        assert np.array_equal(results[-1][:8], results[-1][72:]), tile

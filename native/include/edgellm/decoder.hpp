@@ -135,7 +135,8 @@ class Decoder final : public TokenLoop {
   std::unique_ptr<MatrixProducts> products_;
   std::string products_reason_;
   bool fp8_products_ = false;
-  Stream side_stream_;  // of every second part of a dequantised product
+  int max_packed_tokens_ = 0;  // DecoderConfig's, resolved
+  Stream side_stream_;         // of every second part of a dequantised product
   Event fork_;
   Event join_;
   // The tile that set_tile chose for a product at a number of tokens (0: at any), of layers stored in this format.

@@ -63,6 +63,9 @@ struct DecoderConfig {
   bool wide_norm_inputs = false;
   // A prompt's results do not depend on how it is cut into chunks; see MatrixProducts.
   bool row_invariant = true;
+  // Prompts of so many tokens at most are multiplied with int4 weights as they are stored, longer ones with a copy in
+  // bf16; -1: by the GPU. With row_invariant any other number than 0 stands for all prompts.
+  int max_packed_tokens = -1;
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
   int max_adapters = 0;   // LoRA adapters that may be loaded; 0 takes no memory

@@ -1,0 +1,41 @@
+// gemm_int4.
+#include "bindings.hpp"
+#include "edgellm/kernels/gemm_int4.hpp"
+#include "kernel_views.hpp"
+
+namespace py = pybind11;
+
+namespace edgellm {
+
+void bind_gemm_int4(py::module_& module) {
+  py::list tiles;
+  for (const kernels::GemmInt4Tile& tile : kernels::kGemmInt4Tiles)
+    tiles.append(py::make_tuple(tile.rows, tile.tokens));
+  module.attr("GEMM_INT4_TILES") = py::tuple(tiles);
+  module.def("choose_gemm_int4_tile", &kernels::choose_gemm_int4_tile, py::arg("num_tokens"), py::arg("rows"),
+             py::arg("num_sms"), py::arg("two_fit"));
+  module.def(
+      "gemm_int4",
+      [](const py::tuple& weight, bool gate_up, const py::object& x, const py::object& y, int tile,
+         std::uintptr_t stream) {
+        kernels::GemmInt4Args args;
+        args.weight = WeightTuple(weight).view;
+        if (args.weight.format != kernels::WeightFormat::int4) throw std::invalid_argument("the weight is not int4");
+        if (gate_up && args.weight.rows % 2 != 0) throw std::invalid_argument("gate_up has an odd number of rows");
+        if (tile < -1 || tile >= kernels::kNumGemmInt4Tiles) {
+          throw std::invalid_argument("tile is " + std::to_string(tile) + "; there are " +
+                                      std::to_string(kernels::kNumGemmInt4Tiles) + ", and -1");
+        }
+        const DeviceArray from(x, "x");
+        const std::int64_t tokens = from.size(0);
+        args.gate_up = gate_up;
+        args.x = from.as<const __nv_bfloat16>({tokens, args.weight.cols});
+        args.y = required<__nv_bfloat16>(y, "y", {tokens, args.weight.rows});
+        args.num_tokens = static_cast<int>(tokens);
+        args.tile = tile;
+        kernels::gemm_int4_async(args, to_stream(stream), false);
+      },
+      py::arg("weight"), py::arg("gate_up"), py::arg("x"), py::arg("y"), py::arg("tile") = -1, py::arg("stream") = 0);
+}
+
+}  // namespace edgellm

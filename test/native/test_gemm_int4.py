@@ -1,0 +1,120 @@
+"""Products of many tokens with int4 weights as they are stored, against fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kernel_case import (
+    AWKWARD,
+    NATIVE,
+    NO_MODULE,
+    K,
+    assert_untouched,
+    make_weight,
+    needs_gpu,
+    poisoned,
+    random_bf16,
+    stream,
+    torch,
+)
+
+TILES = K.GEMM_INT4_TILES if NATIVE is not None else ()
+TOKENS = (1, 2, 31, 64, 65, 129, 300)
+
+
+def product(weight: Any, x: Any, tile: int = -1, gate_up: bool = False) -> Any:
+    y = poisoned(len(x), weight.view[3], dtype=torch.bfloat16)
+    K.gemm_int4(weight.view, gate_up, x, y, tile, stream=stream())
+    assert_untouched(y)
+    return y
+
+
+def assert_product(y: Any, x: Any, weight: Any) -> None:
+    """Only the result is rounded to bf16; sums are in fp32."""
+    wanted = x.double() @ weight.values.T
+    sums = x.double().abs() @ weight.values.abs().T
+    assert bool(((y.double() - wanted).abs() <= wanted.abs() * 2**-8 + sums * 2**-18).all())
+
+
+@needs_gpu
+@pytest.mark.parametrize(("cols", "group"), [(16, 16), (112, 16), (96, 32), (320, 32), (576, 64), (1024, 128)])
+@pytest.mark.parametrize("rows", AWKWARD)
+def test_every_tile_multiplies_what_the_weights_stand_for(rows: int, cols: int, group: int) -> None:
+    weight = make_weight("int4", rows, cols, group)
+    for tokens in TOKENS:
+        x = random_bf16(tokens, cols)
+        first = product(weight, x, 0)
+        assert_product(first, x, weight)
+        for tile in range(1, len(TILES)):
+            assert torch.equal(product(weight, x, tile), first), (tokens, tile)
+
+
+@needs_gpu
+@pytest.mark.parametrize("half", [1, 19, 96, 1000])
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_gate_and_up_rows_come_out_in_their_own_order(half: int, group: int) -> None:
+    weight = make_weight("int4", 2 * half, 192, group, gate_up=True)
+    for tokens in (3, 40, 200):
+        x = random_bf16(tokens, 192)
+        for tile in range(-1, len(TILES)):
+            assert_product(product(weight, x, tile, gate_up=True), x, weight)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile", [-1, *range(len(TILES))])
+def test_a_tokens_bits_do_not_depend_on_the_others(tile: int) -> None:
+    weight = make_weight("int4", 400, 4160, 64)
+    x = random_bf16(257, 4160)
+    together = product(weight, x, tile)
+    for first, last in ((0, 1), (5, 7), (100, 133), (0, 128), (200, 257)):
+        assert torch.equal(product(weight, x[first:last].contiguous(), tile), together[first:last])
+
+
+@needs_gpu
+def test_one_large_number_and_what_is_not_finite_stay_in_their_token() -> None:
+    weight = make_weight("int4", 128, 256, 32)
+    x = random_bf16(70, 256)
+    x[3, 7], x[20, 250], x[41, 0] = 1e30, float("inf"), float("nan")
+    y = product(weight, x)
+    others = [i for i in range(70) if i not in (20, 41)]
+    assert_product(y[others], x[others], weight)
+    assert not bool(torch.isfinite(y[41]).any())
+    assert not bool(torch.isfinite(y[20][weight.values[:, 250] != 0]).any())
+
+
+@needs_gpu
+def test_what_the_binding_refuses() -> None:
+    weight = make_weight("int4", 32, 64, 32)
+    x, y = random_bf16(2, 64), random_bf16(2, 32)
+    with pytest.raises(ValueError, match=f"tile is {len(TILES)}"):
+        K.gemm_int4(weight.view, False, x, y, len(TILES))
+    with pytest.raises(ValueError, match="not int4"):
+        K.gemm_int4(make_weight("int8", 32, 64, 32).view, False, x, y)
+    with pytest.raises(ValueError, match="odd number of rows"):
+        K.gemm_int4(make_weight("int4", 33, 64, 32).view, True, x, random_bf16(2, 33))
+    with pytest.raises(ValueError, match="y"):
+        K.gemm_int4(weight.view, False, x, random_bf16(2, 31))
+
+
+# What was fastest on an H200 (132 multiprocessors), by bench_gemm_int4.py, of an 8B model's products.
+FASTEST = [
+    (6144, 32, (64, 32)), (6144, 64, (64, 64)), (6144, 128, (128, 64)), (6144, 256, (128, 128)), (6144, 512, (128, 64)),
+    (4096, 32, (64, 32)), (4096, 64, (64, 32)), (4096, 128, (64, 64)), (4096, 256, (128, 64)), (4096, 512, (128, 128)),
+    (28672, 32, (64, 32)), (28672, 64, (128, 64)), (28672, 128, (128, 128)), (28672, 256, (128, 64)),
+    (28672, 512, (128, 128)), (28672, 2048, (128, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
+@pytest.mark.parametrize(("rows", "tokens", "tile"), FASTEST)
+def test_the_tile_that_was_fastest_is_chosen(rows: int, tokens: int, tile: tuple[int, int]) -> None:
+    assert TILES[K.choose_gemm_int4_tile(tokens, rows, 132, True)] == tile
+
+
+@pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
+@pytest.mark.parametrize(("num_sms", "two_fit"), [(8, True), (16, True), (20, True), (128, False)])
+def test_other_gpus_get_large_tiles_for_long_prompts_and_small_ones_for_few_tokens(num_sms: int, two_fit: bool) -> None:
+    for rows in (2048, 4096, 6144, 28672):
+        assert TILES[K.choose_gemm_int4_tile(2048, rows, num_sms, two_fit)] == (128, 128)
+        assert TILES[K.choose_gemm_int4_tile(17, rows, num_sms, two_fit)][1] <= 64
