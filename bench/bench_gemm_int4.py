@@ -37,7 +37,7 @@ def main() -> None:
             one, num_bytes = random_weight("int4", rows, cols, args.group)
             more = BYTES_IN_FLIGHT // num_bytes
             weights = [one] + [random_weight("int4", rows, cols, args.group)[0] for _ in range(more)]
-            wide, _ = time_dequantise_us("int4", rows, cols, gate_up)
+            wide, _ = time_dequantise_us("int4", rows, cols, gate_up, args.group)
             for tokens in args.tokens:
                 times = [time_tile(weights, gate_up, tokens, tile) for tile in range(-1, len(K.GEMM_INT4_TILES))]
                 rate = 2.0 * rows * cols * tokens / times[0] * 1e-6

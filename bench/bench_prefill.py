@@ -5,7 +5,8 @@
 Whole prompts are timed by the host's clock, logits of the last position included; "chunk of" is one chunk of a long
 prompt whose other positions are cached. The groups are timed alone, repeated in one graph without a pause; weights are
 more than the L2 cache holds, activations are the same each time, so small ones come from the cache as they do in a
-prompt. "sum" is all groups of all layers: what is missing to the whole prompt is launches, embedding and head.
+prompt; int4 weights are copied to bf16 in them, which "fast" does for more than 128 tokens only. "sum" is all groups of
+all layers: what is missing to the whole prompt is launches, embedding and head.
 """
 
 from __future__ import annotations
@@ -194,10 +195,10 @@ def time_product_us(rows: int, cols: int, tokens: int, fp8: bool) -> float:
     return measure_us([lambda s, w=w: products.run(x, w, y, stream=s) for w in copies])  # type: ignore[misc]
 
 
-def time_dequantise_us(weights: str, rows: int, cols: int, gate_up: bool) -> tuple[float, float]:
-    """A whole weight to bf16, and the bytes it reads."""
+def time_dequantise_us(weights: str, rows: int, cols: int, gate_up: bool, group: int = 0) -> tuple[float, float]:
+    """A whole weight to bf16, and the bytes it reads; in groups of `group`, or the scheme's own."""
     int4 = weights.startswith("int4")
-    group = SCHEMES[weights].group_size
+    group = group or SCHEMES[weights].group_size
     if int4:
         data = torch.randint(0, 256, (K.int4_packed_data_bytes(rows, cols),), dtype=torch.uint8, device="cuda")
         scales = torch.zeros(K.int4_packed_scales_bytes(rows, cols, group), dtype=torch.uint8, device="cuda")

@@ -17,7 +17,7 @@ void bind_gemm_int4(py::module_& module) {
   module.def(
       "gemm_int4",
       [](const py::tuple& weight, bool gate_up, const py::object& x, const py::object& y, int tile,
-         std::uintptr_t stream) {
+         std::uintptr_t stream, bool pdl) {
         kernels::GemmInt4Args args;
         args.weight = WeightTuple(weight).view;
         if (args.weight.format != kernels::WeightFormat::int4) throw std::invalid_argument("the weight is not int4");
@@ -33,9 +33,10 @@ void bind_gemm_int4(py::module_& module) {
         args.y = required<__nv_bfloat16>(y, "y", {tokens, args.weight.rows});
         args.num_tokens = static_cast<int>(tokens);
         args.tile = tile;
-        kernels::gemm_int4_async(args, to_stream(stream), false);
+        kernels::gemm_int4_async(args, to_stream(stream), pdl);
       },
-      py::arg("weight"), py::arg("gate_up"), py::arg("x"), py::arg("y"), py::arg("tile") = -1, py::arg("stream") = 0);
+      py::arg("weight"), py::arg("gate_up"), py::arg("x"), py::arg("y"), py::arg("tile") = -1, py::arg("stream") = 0,
+      py::arg("pdl") = false);
 }
 
 }  // namespace edgellm

@@ -6,10 +6,11 @@
 namespace edgellm::kernels {
 
 // Zeros where not `inside`; then nothing is read. Not through L1.
+__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(inside ? 16 : 0)
-               : "memory");
+  copy_async16(shared_address(shared), global, inside);
 }
 // The same of weights, a line at a time as load_once has them.
 __device__ __forceinline__ void copy_weights16(uint32_t to, const void* from, bool inside) {

@@ -2,9 +2,9 @@
 // in the order of quantized.cu, which is that of the products' fragments.
 //
 // A block has a tile of rows and tokens; four of its eight warps share the rows, twice. Weights, their scales and x
-// come by cp.async, 64 input features a stage. A weight becomes bf16 exactly, a group's products are summed and then
-// scaled: nothing is rounded but the result. Every tile adds in the same order, so a token has the same bits in all of
-// them.
+// come by cp.async, 64 input features a stage. A weight becomes bf16 exactly, products of a group, or of its half if it
+// has 128, are summed and then scaled: nothing is rounded but the result. Every tile adds in the same order, so a token
+// has the same bits in all of them.
 #include <cassert>
 #include <iterator>
 #include <limits>
@@ -27,10 +27,10 @@ constexpr int kTileBytes = 512;         // of a packed tile and stage
 constexpr int kRowBytes = kBlock * 2;   // of a token's x and stage
 
 struct Params {
-  const uint8_t* data;
-  const uint8_t* scales;
-  const bf16* x;
-  bf16* y;
+  const uint8_t* data;    // (num_tiles, blocks of 64, 512), packed
+  const uint8_t* scales;  // (num_tiles, num_groups, 32): fp16 of 16 rows
+  const bf16* x;          // (num_tokens, cols)
+  bf16* y;                // (num_tokens, rows)
   int rows;
   int cols;
   int num_tokens;
@@ -132,17 +132,11 @@ struct Copies {
     const bf16* from = x_from;
 #pragma unroll
     for (int j = 0; j < S::tokens / kTokenStep; j++) {
-      copy_x16(x_to + at + j * kTokenStep * kRowBytes, from, x_left > 0 && j * kTokenStep < num_tokens);
+      copy_async16(x_to + at + j * kTokenStep * kRowBytes, from, x_left > 0 && j * kTokenStep < num_tokens);
       from += kTokenStep * cols;
     }
     x_from += kBlock;
     x_left -= kBlock;
-  }
-
- private:
-  // Nothing is read where not `inside`, where `from` may be any number.
-  __device__ __forceinline__ static void copy_x16(uint32_t to, const bf16* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
   }
 };
 
@@ -271,27 +265,44 @@ __global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2) 
 }
 
 template <int kTile, int kGroups>
-void launch_tile(const Params& p, cudaStream_t stream, bool pdl) {
-  constexpr int kRowTiles = kGemmInt4Tiles[kTile].rows / (kRowWarps * kTileRows);
-  constexpr int kTokenTiles = kGemmInt4Tiles[kTile].tokens / (kTokenWarps * 8);
-  using S = Shape<kRowTiles, kTokenTiles, kGroups>;
-  const auto kernel = gemm_int4_kernel<kRowTiles, kTokenTiles, kGroups>;
-  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
-  launch(kernel, dim3(ceil_div(p.num_tokens, S::tokens), ceil_div(p.num_tiles, S::tiles)), dim3(kThreads),
-         S::shared_bytes, stream, pdl, p);
-}
+struct Tile {
+  static constexpr int row_tiles = kGemmInt4Tiles[kTile].rows / (kRowWarps * kTileRows);
+  static constexpr int token_tiles = kGemmInt4Tiles[kTile].tokens / (kTokenWarps * 8);
+  using S = Shape<row_tiles, token_tiles, kGroups>;
+  static constexpr auto kernel = gemm_int4_kernel<row_tiles, token_tiles, kGroups>;
 
-template <int kGroups, int kTile = 0>
-void launch_tiles(int tile, const Params& p, cudaStream_t stream, bool pdl) {
-  if constexpr (kTile + 1 < kNumGemmInt4Tiles) {
-    if (tile > kTile) return launch_tiles<kGroups, kTile + 1>(tile, p, stream, pdl);
+  static void load() {
+    EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
   }
-  launch_tile<kTile, kGroups>(p, stream, pdl);
+  static void launch_async(const Params& p, cudaStream_t stream, bool pdl) {
+    load();
+    launch(kernel, dim3(ceil_div(p.num_tokens, S::tokens), ceil_div(p.num_tiles, S::tiles)), dim3(kThreads),
+           S::shared_bytes, stream, pdl, p);
+  }
+};
+
+// use(Tile<tile, kGroups>) for one tile, or for all where it is negative.
+template <int kGroups, int kTile = 0, class Use>
+void with_tile(int tile, const Use& use) {
+  if (tile < 0 || tile == kTile) use(Tile<kTile, kGroups>());
+  if constexpr (kTile + 1 < kNumGemmInt4Tiles) with_tile<kGroups, kTile + 1>(tile, use);
+}
+template <class Use>
+void with_tile_of_group(int group, int tile, const Use& use) {
+  switch (group) {
+    case 16:
+      return with_tile<4>(tile, use);
+    case 32:
+      return with_tile<2>(tile, use);
+    default:
+      return with_tile<1>(tile, use);
+  }
 }
 
 }  // namespace
 
-// By what 64 input features take on an H200, where a block is alone on its multiprocessor and where it is not.
+// By what 64 input features take on an H200, in units of 10 ns, where a block is alone on its multiprocessor and where
+// it is not.
 int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit) {
   struct Cost {
     int one, two;
@@ -333,14 +344,11 @@ void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
     const bool two_fit = device.shared_bytes_of_sm >= 2 * (kStageBytes + 1024);
     tile = choose_gemm_int4_tile(args.num_tokens, w.rows, device.num_sms, two_fit);
   }
-  switch (w.group) {
-    case 16:
-      return launch_tiles<4>(tile, p, stream, pdl);
-    case 32:
-      return launch_tiles<2>(tile, p, stream, pdl);
-    default:
-      return launch_tiles<1>(tile, p, stream, pdl);
-  }
+  with_tile_of_group(w.group, tile, [&](auto chosen) { chosen.launch_async(p, stream, pdl); });
+}
+
+void load_gemm_int4(int group) {
+  with_tile_of_group(group, -1, [](auto each) { each.load(); });
 }
 
 }  // namespace edgellm::kernels

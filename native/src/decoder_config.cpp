@@ -22,6 +22,11 @@ using kernels::WeightFormat;
 constexpr std::size_t kDequantisedBytes = std::size_t{64} << 20;
 constexpr std::size_t kStagingBytes = std::size_t{32} << 20;  // weights on their way to another format
 
+// A copy of a weight that leaves so small an L2 cache again is written to memory and read from there, eight times the
+// bytes of the weight in int4: Orin has 4 MB, RTX 30 and A10 have 6.
+constexpr int kSmallL2Bytes = 16 << 20;
+constexpr int kMaxPackedTokens = 128;  // elsewhere: more took longer on an H200
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -219,6 +224,8 @@ void DecoderConfig::check() const {
                                                      "; it must be at least " +
                                                      std::to_string(kernels::kMaxGemvTokens));
   require(min_gemm_tokens >= 2, "min_gemm_tokens is " + std::to_string(min_gemm_tokens) + "; it must be at least 2");
+  require(max_packed_tokens >= -1, "max_packed_tokens is " + std::to_string(max_packed_tokens) +
+                                       "; it must be -1 (by the GPU), 0 (never) or a number of tokens");
   require(max_adapters >= 0 && max_adapters <= 64,
           "max_adapters is " + std::to_string(max_adapters) + "; allowed are 0 to 64");
   require(max_lora_rank >= 0 && max_lora_rank <= kernels::kMaxLoraRank,
@@ -247,6 +254,15 @@ int dequantised_rows(int rows, int cols) {
   const int parts = (rows + most - 1) / most;
   const int even = (rows + parts - 1) / parts;  // parts of about the same size
   return std::min((even + 127) / 128 * 128, rows);
+}
+
+int max_packed_tokens(const DecoderConfig& config, int l2_bytes) {
+  int most = config.max_packed_tokens;
+  if (most < 0) {
+    const bool small = l2_bytes < kSmallL2Bytes;
+    most = small ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
+  }
+  return most > 0 && config.row_invariant ? config.max_tokens : most;
 }
 
 void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows) {

@@ -18,25 +18,10 @@ using kernels::WeightFormat;
 
 constexpr std::size_t kEvictedBytes = std::size_t{128} << 20;  // written to empty the L2 cache, which is smaller
 
-// A copy of a weight that leaves such an L2 cache again is written to memory and read from there, which takes eight
-// times as long as reading the weight in int4: Orin has 4 MB.
-constexpr int kSmallL2Bytes = 16 << 20;
-constexpr int kMaxPackedTokens = 128;  // elsewhere: more took longer on an H200
-
 bool device_has_fp8() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
              device_attribute(cudaDevAttrComputeCapabilityMinor) >=
          89;
-}
-
-// The two ways sum in another order: with row_invariant it is one of them for all prompts.
-int max_packed_tokens(const DecoderConfig& config) {
-  int most = config.max_packed_tokens;
-  if (most < 0) {
-    const bool small = device_attribute(cudaDevAttrL2CacheSize) < kSmallL2Bytes;
-    most = small ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
-  }
-  return most > 0 && config.row_invariant ? config.max_tokens : most;
 }
 
 }  // namespace
@@ -45,7 +30,7 @@ int max_packed_tokens(const DecoderConfig& config) {
 void Decoder::prepare_products() {
   products_reason_ = MatrixProducts::unavailable_reason();
   if (!products_reason_.empty()) return;
-  max_packed_tokens_ = max_packed_tokens(config_);
+  max_packed_tokens_ = edgellm::max_packed_tokens(config_, device_attribute(cudaDevAttrL2CacheSize));
   products_ =
       std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens, config_.row_invariant);
   // Layers have the same shapes, but may differ in format: one weight of each kind is tried.
@@ -84,6 +69,7 @@ void Decoder::prepare_products() {
     for (int index = 0; index < config_.num_layers; ++index) {
       const kernels::WeightView& weight = (weights_.layer(index).*product.linear).weight;
       if (prepared.insert(weight.format).second) prepare_bf16(product, weight);
+      if (weight.format == WeightFormat::int4 && max_packed_tokens_ > 0) kernels::load_gemm_int4(weight.group);
     }
   }
   fp8_products_ = config_.has_fp8_layers() && config_.fp8_prefill && device_has_fp8() &&

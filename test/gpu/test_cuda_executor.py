@@ -168,9 +168,10 @@ def test_draws_follow_the_models_distribution(open_cuda: OpenCuda) -> None:
 
 
 @pytest.mark.alone
-def test_generating_takes_no_memory(open_cuda: OpenCuda) -> None:
+@pytest.mark.parametrize("batching", ["exact", "fast"])
+def test_generating_takes_no_memory(batching: str, open_cuda: OpenCuda) -> None:
     module = native.load()
-    executor = open_cuda("gpu_qwen3", "int4", max_slots=8)
+    executor = open_cuda("gpu_qwen3", "int4", max_slots=8, decode_batching=batching)
     loaded = module.allocation_count()
     executor.step([step(slot, prompt(20 + slot), 0) for slot in range(8)])
 

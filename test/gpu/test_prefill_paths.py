@@ -138,6 +138,7 @@ def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decodin
     """Two layers as wide as an 8B model's: gate_up goes in four parts, down in two."""
     wide = dataclasses.replace(random_bundle.SHAPES["llama-8b"], num_layers=2, vocab_size=4096, max_context=256)
     monkeypatch.setitem(random_bundle.SHAPES, "wide", wide)
+    monkeypatch.setattr(cuda, "_MAX_PACKED_TOKENS", 0)
     executor = CudaExecutor(random_bundle.RandomBundle("wide", weights), EngineConfig(max_slots=2, max_context=128))
     ids = RNG.integers(5, 4000, 40).astype(np.int32)
     together = executor.step([step(0, ids, 0, 40)]).copy()

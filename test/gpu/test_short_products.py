@@ -30,22 +30,24 @@ def random_bf16(generator: np.random.Generator, *shape: int) -> np.ndarray:
     return (generator.integers(0x3F00, 0x4000, shape) | generator.integers(0, 2, shape) << 15).astype(np.uint16)
 
 
-def make_weight(form: str, cols: int, generator: np.random.Generator) -> tuple[Any, ...]:
+def make_weight(
+    form: str, cols: int, generator: np.random.Generator, rows: int = ROWS, group: int = GROUP
+) -> tuple[Any, ...]:
     """Random bits that are finite numbers."""
     scales: Any = None
     if form == "bf16":
-        data = on_device("bfloat16", random_bf16(generator, ROWS, cols))
+        data = on_device("bfloat16", random_bf16(generator, rows, cols))
     elif form == "fp16":
-        data = on_device("float16", generator.standard_normal((ROWS, cols)).astype(np.float16))
+        data = on_device("float16", generator.standard_normal((rows, cols)).astype(np.float16))
     elif form == "fp8":
-        data = on_device("uint8", generator.integers(0, 120, (ROWS, cols)).astype(np.uint8))
-        scales = on_device("float32", np.ones(ROWS, np.float32))
+        data = on_device("uint8", generator.integers(0, 120, (rows, cols)).astype(np.uint8))
+        scales = on_device("float32", np.ones(rows, np.float32))
     else:
-        size = NATIVE.kernels.int4_packed_data_bytes(ROWS, cols)
+        size = NATIVE.kernels.int4_packed_data_bytes(rows, cols)
         data = on_device("uint8", generator.integers(0, 256, size).astype(np.uint8))
-        halves = np.full(NATIVE.kernels.int4_packed_scales_bytes(ROWS, cols, GROUP) // 2, 0.01, np.float16)
+        halves = np.full(NATIVE.kernels.int4_packed_scales_bytes(rows, cols, group) // 2, 0.01, np.float16)
         scales = on_device("uint8", halves.view(np.uint8))
-    return (getattr(NATIVE.WeightFormat, form), data, scales, ROWS, cols, GROUP if form == "int4" else 0)
+    return (getattr(NATIVE.WeightFormat, form), data, scales, rows, cols, group if form == "int4" else 0)
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp16", "fp8", "int4"])
@@ -70,10 +72,11 @@ def test_every_path_once(form: str) -> None:
                 for result in results[:-1]:
                     assert np.array_equal(result, results[-1][: len(result)]), (cols, tile, len(result))
         if form == "int4":
-            multiply_many(weight, bits)
+            for rows, group, gate_up in ((ROWS, 64, False), (138, 16, True), (ROWS, 32, False)):
+                multiply_many(make_weight(form, cols, generator, rows, group), bits, gate_up)
 
 
-def multiply_many(weight: tuple[Any, ...], bits: np.ndarray) -> None:
+def multiply_many(weight: tuple[Any, ...], bits: np.ndarray, gate_up: bool) -> None:
     """Prompts' products with the packed weight: 1, 8 and 80 tokens, every tile."""
     kernels = NATIVE.kernels
     many = np.tile(bits, (10, 1))
@@ -81,8 +84,8 @@ def multiply_many(weight: tuple[Any, ...], bits: np.ndarray) -> None:
         results = []
         for tokens in (1, 8, 80):
             x = on_device("bfloat16", np.ascontiguousarray(many[:tokens]))
-            y = on_device("bfloat16", np.full((tokens, ROWS), 0x7FC0, np.uint16))
-            kernels.gemm_int4(weight, False, x, y, tile)
+            y = on_device("bfloat16", np.full((tokens, weight[3]), 0x7FC0, np.uint16))
+            kernels.gemm_int4(weight, gate_up, x, y, tile)
             results.append(y.to_numpy())
         assert np.isfinite((results[-1].astype(np.uint32) << 16).view(np.float32)).all(), tile
         for result in results[:-1]:

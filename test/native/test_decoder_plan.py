@@ -94,6 +94,7 @@ def test_the_total_is_the_sum_of_the_purposes() -> None:
         ({"num_kv_heads": 5}, "32 heads do not divide into 5 groups"),
         ({"hidden_size": 2040}, "a layer is 2040 wide; the kernels take multiples of 16"),
         ({"sliding_windows": [16]}, "sliding_windows has 1 entries; it must have one for each of the 16 layers, or none"),
+        ({"max_packed_tokens": -2}, "max_packed_tokens is -2; it must be -1 .by the GPU., 0 .never. or a number"),
         ({"capacity": CONTEXT + 1}, "capacity is 4097; it must be 1 to num_positions, 4096"),
         ({"num_slots": 0}, "num_slots is 0; it must be at least 1"),
         ({"max_tokens": 4}, "max_tokens is 4; it must be at least 16"),
@@ -188,3 +189,15 @@ def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     rows = 128_256 - 16_000
     assert whole["weights"] - cut["weights"] == rows * 4096 * 2 - 16_000 * 4, "and which token each row is"
     assert whole["logits"] - cut["logits"] >= rows * 4 * (16 + 8 + 8)
+
+
+def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored() -> None:
+    """With a small L2 cache always, else for few tokens, unless bits must not depend on how many there are."""
+    orin, h200 = 4 << 20, 60 << 20
+    for l2_bytes, exact, fast in ((orin, 512, 512), (h200, 0, 128)):
+        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True), l2_bytes) == exact
+        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False), l2_bytes) == fast
+        for wanted, exact in ((0, 0), (40, 512)):
+            chosen = {"max_packed_tokens": wanted}
+            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True, **chosen), l2_bytes) == exact
+            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False, **chosen), l2_bytes) == wanted

@@ -23,9 +23,9 @@ TILES = K.GEMM_INT4_TILES if NATIVE is not None else ()
 TOKENS = (1, 2, 31, 64, 65, 129, 300)
 
 
-def product(weight: Any, x: Any, tile: int = -1, gate_up: bool = False) -> Any:
+def product(weight: Any, x: Any, tile: int = -1, gate_up: bool = False, pdl: bool = False) -> Any:
     y = poisoned(len(x), weight.view[3], dtype=torch.bfloat16)
-    K.gemm_int4(weight.view, gate_up, x, y, tile, stream=stream())
+    K.gemm_int4(weight.view, gate_up, x, y, tile, stream=stream(), pdl=pdl)
     assert_untouched(y)
     return y
 
@@ -38,8 +38,11 @@ def assert_product(y: Any, x: Any, weight: Any) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize(("cols", "group"), [(16, 16), (112, 16), (96, 32), (320, 32), (576, 64), (1024, 128)])
-@pytest.mark.parametrize("rows", AWKWARD)
+@pytest.mark.parametrize(
+    ("cols", "group"),
+    [(16, 16), (112, 16), (1072, 16), (96, 32), (320, 32), (1056, 32), (576, 64), (1024, 128)],  # up to 17 stages
+)
+@pytest.mark.parametrize("rows", [*AWKWARD, 40, 136])
 def test_every_tile_multiplies_what_the_weights_stand_for(rows: int, cols: int, group: int) -> None:
     weight = make_weight("int4", rows, cols, group)
     for tokens in TOKENS:
@@ -69,6 +72,22 @@ def test_a_tokens_bits_do_not_depend_on_the_others(tile: int) -> None:
     together = product(weight, x, tile)
     for first, last in ((0, 1), (5, 7), (100, 133), (0, 128), (200, 257)):
         assert torch.equal(product(weight, x[first:last].contiguous(), tile), together[first:last])
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile", range(len(TILES)))
+def test_a_product_waits_for_the_kernel_that_makes_its_input(tile: int) -> None:
+    """With programmatic dependent launch: both start at once."""
+    weights = [make_weight("int4", 4096, 4096, 64) for _ in range(2)]
+    x = random_bf16(90, 4096)
+    between = product(weights[0], x, tile)
+    wanted = product(weights[1], between, tile)
+    for _ in range(5):
+        y, z = (poisoned(90, 4096, dtype=torch.bfloat16) for _ in range(2))
+        torch.cuda.synchronize()
+        K.gemm_int4(weights[0].view, False, x, y, tile, stream=stream(), pdl=True)
+        K.gemm_int4(weights[1].view, False, y, z, tile, stream=stream(), pdl=True)
+        assert torch.equal(y, between) and torch.equal(z, wanted)
 
 
 @needs_gpu

@@ -63,8 +63,8 @@ struct DecoderConfig {
   bool wide_norm_inputs = false;
   // A prompt's results do not depend on how it is cut into chunks; see MatrixProducts.
   bool row_invariant = true;
-  // Prompts of so many tokens at most are multiplied with int4 weights as they are stored, longer ones with a copy in
-  // bf16; -1: by the GPU. With row_invariant any other number than 0 stands for all prompts.
+  // A prompt's products of so many tokens at most are with int4 weights as they are stored, others with a copy in bf16;
+  // -1: by the GPU. With row_invariant any number but 0 stands for all.
   int max_packed_tokens = -1;
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
@@ -109,6 +109,10 @@ std::vector<std::string> hidden_norms(const DecoderConfig& config);
 
 // Rows of a quantised weight that are dequantised at once for prefill.
 int dequantised_rows(int rows, int cols);
+
+// config.max_packed_tokens on a GPU with an L2 cache of so many bytes. The two ways sum in another order, so that with
+// row_invariant it is one of them for all.
+int max_packed_tokens(const DecoderConfig& config, int l2_bytes);
 
 // What TokenLoop uses: inputs, residual stream of `num_tokens`, `num_rows` rows of logits, and what sampling reads.
 void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows);

@@ -27,6 +27,9 @@ struct GemmInt4Args {
 // room for two blocks or for one.
 int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit);
 
+// Has CUDA load the code of every tile for weights in such groups, which else is at a tile's first launch.
+void load_gemm_int4(int group);
+
 // y = x W^T. A token's result does not depend on how many others there are.
 void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl);
 
