@@ -52,7 +52,7 @@ for part in "${parts[@]}"; do
       ;;
     bench) run bench 470 "$python" bench/bench_decode.py ${BENCH_ARGS:---torch} ;;
     kernels)
-      for kernel in gemv attention_decode attention_prefill attention_tree small_kernels sampling draft_acceptance; do
+      for kernel in gemv gemm_int4 attention_decode attention_prefill attention_tree small_kernels sampling draft_acceptance; do
         TAIL=120 run "$kernel" 300 "$python" "bench/bench_$kernel.py" ${KERNEL_ARGS:-}
       done
       ;;
