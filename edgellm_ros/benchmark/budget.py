@@ -26,7 +26,9 @@ STAGE_US, STAGE_US_PLAIN = 1.5, 3.0
 STAGES_PER_LAYER, STAGES_PER_STEP = 5, 3
 
 _MIB = 1 << 20
-_DEQUANTISED_BYTES = 64 * _MIB  # decoder_config.cpp: kDequantisedBytes
+_DEQUANTISED_BYTES = 64 * _MIB  # decoder_config.cpp: kDequantisedBytes, kStagingBytes, kSmallL2Bytes
+_STAGING_BYTES = 32 * _MIB
+_SMALL_L2_BYTES = 16 * _MIB
 _CUBLAS_BYTES = 32 * _MIB
 _GRAPH_BYTES = 64 * _MIB
 _BATCH, _LOGIT_ROWS = 8, 16
@@ -65,8 +67,13 @@ def kv_bytes_per_token(model: ModelSpec, kv_cache: str) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
 
 
-def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> dict[str, int]:
-    """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors."""
+def estimate_parts(
+    model: ModelSpec, quant: QuantSpec, config: EngineConfig, l2_bytes: int | None = None
+) -> dict[str, int]:
+    """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors.
+
+    l2_bytes: of the GPU's L2 cache; None where that is not known, and memory for a copy of int4 weights is counted.
+    """
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
     hidden, width, rows = model.hidden_size, model.intermediate_size, model.num_rows
     q_width = model.num_heads * model.head_dim
@@ -78,16 +85,21 @@ def estimate_parts(model: ModelSpec, quant: QuantSpec, config: EngineConfig) -> 
         weights += int(hidden * model.vocab_size * (1 + 2 / embed.group if embed.format == "int8" else 2))
     weights += len(model.rope_tables()) * model.max_context * model.head_dim * 4
     largest = 2 * hidden * 2 * width  # of a layer's matrices, in bf16: gate_up
-    workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6) + _CUBLAS_BYTES
-    in_layers = {form.format for stem, form in formats.items() if stem.startswith("layers.")}
-    if in_layers - {"bf16", "fp8"}:
-        workspace += min(_DEQUANTISED_BYTES, largest)
-        if largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
-            workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES
-    elif "fp8" in in_layers:
-        workspace += min(_DEQUANTISED_BYTES, largest)
-    else:
-        workspace += 32 * _MIB  # weights on their way to bf16
+    workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6)
+    layers = [form for stem, form in formats.items() if stem.startswith("layers.")]
+    in_layers = {form.format for form in layers}
+    copied = in_layers - {"bf16"}
+    if l2_bytes is not None and l2_bytes < _SMALL_L2_BYTES:  # int4 is multiplied as it is stored
+        copied -= {"int4"}
+    if in_layers - {"int4"} or copied:
+        workspace += _CUBLAS_BYTES
+    scratch = _STAGING_BYTES  # of weights on their way to the GPU, int4 as a whole
+    for form in layers:
+        if form.format == "int4":
+            scratch = max(scratch, int(largest / 2 * (0.5 + 2 / form.group)))
+    workspace += max(scratch, min(_DEQUANTISED_BYTES, largest)) if copied else scratch
+    if copied - {"fp8"} and largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
+        workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES
     if "fp8" in in_layers:
         workspace += tokens * max(hidden, q_width, width)
     parts = {
@@ -135,7 +147,7 @@ def make_budget(
     bound = {c: (decode_bytes(model, quant) + kv_bytes(model, per_token, c)) for c in contexts}
     return Budget(
         device,
-        exact or estimate_parts(model, quant, config),
+        exact or estimate_parts(model, quant, config, device.l2_bytes),
         exact is not None,
         {c: 1e3 / predict_ms(model, quant, device, c, config.kv_cache) for c in contexts},
         {c: device.bandwidth_gb_per_s * 1e9 / read for c, read in bound.items()},

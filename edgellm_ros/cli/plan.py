@@ -99,8 +99,8 @@ def execute(args: argparse.Namespace) -> int:
     else:
         if config.kv_cache not in _CACHES:
             raise ConfigError(f"--kv-cache {config.kv_cache} is not the cuda executor's; it has {', '.join(_CACHES)}")
-        exact = None if args.formula else _exact_plan(bundle, config)
-        budgets = [make_budget(model, quant, config, device, exact) for device in devices]
+        exact = [None if args.formula else _exact_plan(bundle, config, device) for device in devices]
+        budgets = [make_budget(model, quant, config, *each) for each in zip(devices, exact, strict=True)]
     if args.json:
         widened = widenings(model, quant)
         keys = [{"engine": plan.engine.key} for plan in plans] or [{} for _ in budgets]
@@ -120,14 +120,14 @@ def _open(args: argparse.Namespace) -> Bundle:
     return RandomBundle(args.shape, args.weights or "int4")
 
 
-def _exact_plan(bundle: Bundle, config: EngineConfig) -> dict[str, int] | None:
+def _exact_plan(bundle: Bundle, config: EngineConfig, device: Device) -> dict[str, int] | None:
     """The native module's own plan; None where it is not installed. A model that it refuses is refused here."""
     from edgellm_ros import native
     from edgellm_ros.executors.cuda import plan_memory
 
     if native.import_module()[0] is None:
         return None
-    plan = plan_memory(bundle, config)
+    plan = plan_memory(bundle, config, device.l2_bytes)
     plan.pop("total")
     return plan
 

@@ -60,14 +60,18 @@ def unsupported_reason(bundle: Bundle) -> str:
     return ""
 
 
-def plan_memory(bundle: Bundle, config: EngineConfig) -> dict[str, int]:
+def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = None) -> dict[str, int]:
     """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
+
+    l2_bytes: of the GPU's L2 cache, where that is known; otherwise what a GPU of any kind may need.
 
     Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
     settings that the bundle cannot have.
     """
     settings = _settings(bundle, config)
     module, _ = native.import_module()
+    if l2_bytes is not None:
+        settings.max_packed_tokens = module.max_packed_tokens(settings, l2_bytes, True)
     plan: dict[str, int] = module.plan_memory(settings)
     return plan
 
@@ -84,8 +88,10 @@ class CudaExecutor(NativeExecutor):
         module = native.load()
         vocab_map = bundle.vocab_map()
         settings = _settings(bundle, config)
-        plan = plan_memory(bundle, config)
         info: dict[str, Any] = module.device_info()
+        has_products = not native.products_reason(module)
+        settings.max_packed_tokens = module.max_packed_tokens(settings, info["l2_bytes"], has_products)
+        plan: dict[str, int] = module.plan_memory(settings)
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         free = free_device_memory(info)
         _log.info("GPU memory planned: %s; %.0f MB are free", planned, free / 1e6)

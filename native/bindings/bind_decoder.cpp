@@ -107,7 +107,7 @@ void bind_decoder(py::module_& module) {
   module.def(
       "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
       "Bytes of device memory by purpose, and their total; takes none.");
-  module.def("max_packed_tokens", &max_packed_tokens, py::arg("config"), py::arg("l2_bytes"),
+  module.def("max_packed_tokens", &max_packed_tokens, py::arg("config"), py::arg("l2_bytes"), py::arg("has_cublaslt"),
              "Most tokens whose products are with int4 weights as they are stored, on such a GPU; needs none.");
   module.def(
       "cut_prompt",

@@ -18,10 +18,17 @@ namespace {
 using kernels::Epilogue;
 using kernels::GemvArgs;
 
+// With what it leaves to the GPU.
+DecoderConfig decided_here(DecoderConfig config) {
+  const bool has_cublaslt = MatrixProducts::unavailable_reason().empty();
+  config.max_packed_tokens = max_packed_tokens(config, device_attribute(cudaDevAttrL2CacheSize), has_cublaslt);
+  return config;
+}
+
 }  // namespace
 
-Decoder::Decoder(DecoderConfig config)
-    : TokenLoop(config, plan_memory(config)),
+Decoder::Decoder(const DecoderConfig& config)
+    : TokenLoop(decided_here(config), plan_memory(decided_here(config))),
       num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
       most_splits_(kernels::decode_attention_most_splits(config_.num_kv_heads, num_sms_)),
       weights_(arena_, config_),

@@ -82,7 +82,7 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
       const std::size_t scales = count / static_cast<std::size_t>(group) * 2;
       bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
     }
-    if (format != WeightFormat::bf16) {
+    if (config.copies(format)) {
       bytes =
           std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
     }
@@ -107,7 +107,7 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
     if (part == linear.rows) continue;
     for (int layer = 0; layer < config.num_layers; ++layer) {
       const WeightFormat format = config.format_of(layer, linear.stem).first;
-      if (format == WeightFormat::bf16) continue;
+      if (!config.copies(format)) continue;
       needed = needed || format != WeightFormat::fp8 || !config.fp8_prefill;
       bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
     }
@@ -144,6 +144,21 @@ bool DecoderConfig::has_fp8_layers() const {
   const std::vector<LinearShape> linears = layer_linears(*this);
   return std::any_of(linears.begin(), linears.end(),
                      [this](const LinearShape& linear) { return any_layer_is(linear.stem, WeightFormat::fp8); });
+}
+
+bool DecoderConfig::copies(WeightFormat format) const {
+  if (format != WeightFormat::int4) return format != WeightFormat::bf16;
+  return max_packed_tokens <= 0 || (!row_invariant && max_packed_tokens < max_tokens);
+}
+
+bool DecoderConfig::needs_cublaslt() const {
+  if (copies(WeightFormat::int4)) return true;
+  for (int layer = 0; layer < num_layers; ++layer) {
+    for (const LinearShape& linear : layer_linears(*this)) {
+      if (format_of(layer, linear.stem).first != WeightFormat::int4) return true;
+    }
+  }
+  return false;
 }
 
 int DecoderConfig::window(int layer) const {
@@ -256,11 +271,11 @@ int dequantised_rows(int rows, int cols) {
   return std::min((even + 127) / 128 * 128, rows);
 }
 
-int max_packed_tokens(const DecoderConfig& config, int l2_bytes) {
+int max_packed_tokens(const DecoderConfig& config, int l2_bytes, bool has_cublaslt) {
   int most = config.max_packed_tokens;
   if (most < 0) {
-    const bool small = l2_bytes < kSmallL2Bytes;
-    most = small ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
+    const bool for_all = !has_cublaslt || l2_bytes < kSmallL2Bytes;
+    most = for_all ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
   }
   return most > 0 && config.row_invariant ? config.max_tokens : most;
 }
@@ -350,7 +365,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
     plan.add("workspace", "side_scratch", side);
     plan.add("workspace", "side_cublaslt", MatrixProducts::kWorkspaceBytes);
   }
-  plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
+  if (config.needs_cublaslt()) plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
   if (config.has_fp8_layers() && config.fp8_prefill) {
     plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));
     plan.add("workspace", "x_scales", tokens * sizeof(float));

@@ -1,5 +1,5 @@
-// Many tokens of one sequence: matrix products through cuBLASLt, or through the decode kernels where there are few
-// tokens or no cuBLASLt. How a product is computed is decoder_products.cpp's.
+// Many tokens of one sequence: matrix products of all of them, or through the decode kernels where there are few tokens
+// or where cuBLASLt is needed and not there. How a product is computed is decoder_products.cpp's.
 #include <algorithm>
 
 #include "edgellm/cuda_try.hpp"
@@ -19,7 +19,7 @@ using kernels::GemvArgs;
 void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
   // By the whole step, so that its last chunk, however short, is computed as the others are.
-  const bool products = products_ != nullptr && length >= config_.min_gemm_tokens;
+  const bool products = products_reason_.empty() && length >= config_.min_gemm_tokens;
   int row = first_row;
   for (const PromptChunk& chunk : cut_prompt(length, item.num_logits, config_.max_tokens, products)) {
     prefill_chunk_async(item, chunk, row, products);

@@ -28,9 +28,17 @@ bool device_has_fp8() {
 
 // No weight is loaded yet, nor is the cache in use: all of that is memory to try algorithms on.
 void Decoder::prepare_products() {
+  if (config_.max_packed_tokens > 0) {
+    for (int index = 0; index < config_.num_layers; ++index) {
+      const LayerWeights& layer = weights_.layer(index);
+      for (const LinearView* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+        if (linear->weight.format == WeightFormat::int4) kernels::load_gemm_int4(linear->weight.group);
+      }
+    }
+  }
+  if (!config_.needs_cublaslt()) return;
   products_reason_ = MatrixProducts::unavailable_reason();
   if (!products_reason_.empty()) return;
-  max_packed_tokens_ = edgellm::max_packed_tokens(config_, device_attribute(cudaDevAttrL2CacheSize));
   products_ =
       std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), config_.max_tokens, config_.row_invariant);
   // Layers have the same shapes, but may differ in format: one weight of each kind is tried.
@@ -68,8 +76,8 @@ void Decoder::prepare_products() {
     std::set<WeightFormat> prepared;
     for (int index = 0; index < config_.num_layers; ++index) {
       const kernels::WeightView& weight = (weights_.layer(index).*product.linear).weight;
-      if (prepared.insert(weight.format).second) prepare_bf16(product, weight);
-      if (weight.format == WeightFormat::int4 && max_packed_tokens_ > 0) kernels::load_gemm_int4(weight.group);
+      const bool multiplied = weight.format == WeightFormat::bf16 || config_.copies(weight.format);
+      if (multiplied && prepared.insert(weight.format).second) prepare_bf16(product, weight);
     }
   }
   fp8_products_ = config_.has_fp8_layers() && config_.fp8_prefill && device_has_fp8() &&
@@ -123,7 +131,7 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
     products_->run_async(ProductType::bf16, x, weight.data, y, count, weight.rows, weight.cols, weight.rows, stream);
     return pdl_;
   }
-  if (weight.format == WeightFormat::int4 && count <= max_packed_tokens_) {
+  if (weight.format == WeightFormat::int4 && count <= config_.max_packed_tokens) {
     kernels::GemmInt4Args args;
     args.weight = weight;
     args.gate_up = gate_up;

@@ -155,11 +155,18 @@ def test_int4_weights_as_they_are_stored_give_what_their_copies_in_bf16_give(
     kind: str, batching: str, open_cuda: Callable[..., CudaExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = RNG.integers(5, 300, 150).astype(np.int32)
-    logits = []
+    logits, plans = [], []
     for most in (0, 80):  # with "fast", chunks of 100 and 50 tokens: the first by way of a copy
         monkeypatch.setattr(cuda, "_MAX_PACKED_TOKENS", most)
         executor = open_cuda(kind, "int4", decode_batching=batching, prefill_chunk=100)
         logits.append(executor.step([step(1, ids, 0, 150)]).copy())
+        plans.append(executor.memory_plan)
+        assert executor._decoder.products_reason == ""
     assert relative_error(logits[1], logits[0]) < 0.05
     assert not np.array_equal(logits[1], logits[0])  # a copy's numbers are rounded, its products summed differently
     assert np.array_equal(logits[1][:80], logits[0][:80]) == (batching == "fast")
+    # Nothing is copied with "exact", so cuBLASLt has no memory, and could not be used.
+    saved = (32 << 20) + 256 if batching == "exact" else 0
+    assert {name: plans[0][name] - size for name, size in plans[1].items() if size != plans[0][name]} == (
+        {"workspace": saved, "total": saved} if saved else {}
+    )

@@ -194,10 +194,38 @@ def test_a_second_rope_and_a_cut_head_are_planned() -> None:
 def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored() -> None:
     """With a small L2 cache always, else for few tokens, unless bits must not depend on how many there are."""
     orin, h200 = 4 << 20, 60 << 20
-    for l2_bytes, exact, fast in ((orin, 512, 512), (h200, 0, 128)):
-        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True), l2_bytes) == exact
-        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False), l2_bytes) == fast
+    for gpu, exact, fast in (((orin, True), 512, 512), ((h200, True), 0, 128), ((h200, False), 512, 512)):
+        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True), *gpu) == exact
+        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False), *gpu) == fast
         for wanted, exact in ((0, 0), (40, 512)):
             chosen = {"max_packed_tokens": wanted}
-            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True, **chosen), l2_bytes) == exact
-            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False, **chosen), l2_bytes) == wanted
+            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True, **chosen), *gpu) == exact
+            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False, **chosen), *gpu) == wanted
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None:
+    """gate_up of 8B goes in parts of 64 MB on two streams, each with 32 MB for cuBLASLt; what loading takes stays."""
+    forms = NATIVE.WeightFormat
+
+    def workspace(model: dict[str, Any], most: int, **formats: Any) -> int:
+        config = settings(
+            model, layer_format=forms.int4, group_size=64, row_invariant=exact, max_packed_tokens=most
+        )  # fmt: skip
+        config.formats = {name.replace("_", "."): form for name, form in formats.items()}
+        return int(NATIVE.plan_memory(config)["workspace"])
+
+    gate_up = 2 * 14336 * 4096
+    staged = gate_up // 2 + gate_up // 64 * 2 + 512
+    part = 7168 * 4096 * 2
+    cublaslt = 32 << 20
+    copies = workspace(LLAMA_8B, 0)
+    assert copies == workspace(LLAMA_8B, -1), "by the GPU, which is not known"
+    assert (copies == workspace(LLAMA_8B, 511)) != exact
+    assert copies - workspace(LLAMA_8B, 512) == max(staged, part) - staged + part + 2 * cublaslt + 256
+    # A layer in another format, and its copies, are multiplied through cuBLASLt.
+    wide = {"layers_3_attn_o": (forms.bf16, 0)}
+    assert workspace(LLAMA_8B, 512, **wide) - workspace(LLAMA_8B, 512) == cublaslt + 256
+    eight = {"layers_3_attn_o": (forms.int8, 64)}
+    assert workspace(LLAMA_8B, 512, **eight) - workspace(LLAMA_8B, 512) == cublaslt + 256
+    assert workspace(LLAMA_1B, 0) - workspace(LLAMA_1B, 512) == 16384 * 2048 * 2 - (32 << 20) + cublaslt + 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -33,9 +34,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_the_formula_is_within_five_percent_of_the_native_plan(shape: str, scheme: str) -> None:
     from edgellm_ros.executors.cuda import plan_memory
 
-    for config in (EngineConfig(), EngineConfig(max_slots=1, max_context=16384, prefill_chunk=2048, kv_cache="fp8")):
-        plan = plan_memory(RandomBundle(shape, scheme), config)
-        parts = estimate_parts(SHAPES[shape], SCHEMES[scheme], config)
+    bundle = RandomBundle(shape, scheme)
+    other = EngineConfig(max_slots=1, max_context=16384, prefill_chunk=2048, kv_cache="fp8")
+    for config, l2_bytes in itertools.product((EngineConfig(), other), (None, 4 << 20, 60 << 20)):
+        plan = plan_memory(bundle, config, l2_bytes)
+        parts = estimate_parts(SHAPES[shape], SCHEMES[scheme], config, l2_bytes)
+        assert parts["workspace"] == pytest.approx(plan["workspace"], rel=0.15)
         assert sum(parts.values()) == pytest.approx(plan["total"], rel=0.05)
         assert parts["kv_cache"] == plan["kv_cache"]
         assert parts["weights"] == pytest.approx(plan["weights"], rel=0.01)
@@ -84,27 +88,42 @@ def test_speed_is_below_what_the_bandwidth_allows_and_falls_with_the_context() -
 
 
 def test_every_remedy_that_is_named_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "--shape", "llama-8b", "--device", "orin-nano")
+    command = ("--shape", "llama-8b", "--device", "orin-nano", "--formula")
+    code, out, _ = run(capsys, *command)
     assert code == 1 and "does not fit" in out
     model, quant, config = SHAPES["llama-8b"], SCHEMES["int4"], EngineConfig(executor="cuda")
     ways = remedies(model, quant, config, make_budget(model, quant, config, DEVICES["orin-nano"]))
     assert len(ways) == 3
     for way in ways:
         assert way in " ".join(out.split())
-        code, out_with, _ = run(capsys, "--shape", "llama-8b", "--device", "orin-nano", *way.split())
+        code, out_with, _ = run(capsys, *command, *way.split())
         assert code == 0 and "fits" in out_with
 
 
 def test_what_fits_with_less_than_a_gigabyte_to_spare_is_called_tight(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--shape", "llama-8b", "--max-slots", "1", "--device", "orin-nano", "orin-nx", "--formula"]
+    command += ["--max-context", "6144"]
     code, out, _ = run(capsys, *command)
     text = " ".join(out.split())
-    assert code == 0 and text.count("fits, tight") == 1 and "Nano 8GB: 976 MB to spare; below 1,000 it may not" in text
+    assert code == 0 and text.count("fits, tight") == 1 and "Nano 8GB: 847 MB to spare; below 1,000 it may not" in text
     found = json.loads(run(capsys, *command, "--json")[1])
     assert [(budget["fits"], budget["tight"]) for budget in found] == [(True, True), (True, False)]
     assert 0 < found[0]["memory_bytes"] - found[0]["needed_bytes"] < 1e9
     not_at_all = json.loads(run(capsys, "--shape", "qwen3-14b", "--device", "orin-nano", "--formula", "--json")[1])
     assert (not_at_all[0]["fits"], not_at_all[0]["tight"]) == (False, False)
+
+
+@pytest.mark.parametrize("formula", [[], ["--formula"]])
+def test_orins_small_cache_saves_the_memory_of_a_copy_of_int4_weights(
+    formula: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = ["--device", "agx-orin", "thor", "--json", *formula]
+    orin, thor = json.loads(run(capsys, "--shape", "llama-8b", "--weights", "int4", *devices)[1])
+    # Two parts in bf16 and cuBLASLt's memory for each of them, less what loading takes of the first.
+    assert thor["needed_bytes"] - orin["needed_bytes"] == pytest.approx(133e6, rel=0.06)
+    assert {name: size for name, size in orin["parts"].items() if size != thor["parts"][name]}.keys() == {"workspace"}
+    orin, thor = json.loads(run(capsys, "--shape", "llama-8b", "--weights", "bf16", *devices)[1])
+    assert thor["needed_bytes"] == orin["needed_bytes"]
 
 
 def test_model_and_context_are_other_words_for_shape_and_max_context(capsys: pytest.CaptureFixture[str]) -> None:

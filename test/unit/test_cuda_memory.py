@@ -25,18 +25,24 @@ def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, avai
     def take(settings: Any) -> None:
         raise Taken
 
+    def plan(settings: Any) -> dict[str, int]:
+        assert settings.max_packed_tokens == 77, "what the GPU decides is decided before"
+        return PLAN
+
     module = SimpleNamespace(
-        device_info=lambda: {"free_bytes": free, "integrated": integrated}, Decoder=take
+        device_info=lambda: {"free_bytes": free, "integrated": integrated, "l2_bytes": 4 << 20}, Decoder=take,
+        max_packed_tokens=lambda settings, l2_bytes, has_cublaslt: 77 if l2_bytes == 4 << 20 and has_cublaslt else 0,
+        plan_memory=plan,
     )  # fmt: skip
     settings = SimpleNamespace(
         num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
-        kv_format=SimpleNamespace(name="bf16"),
+        kv_format=SimpleNamespace(name="bf16"), max_packed_tokens=-1,
     )  # fmt: skip
     quantization: Any = SimpleNamespace(quantization=None, model=None)
     bundle: Any = SimpleNamespace(manifest=quantization, vocab_map=lambda: None)
     monkeypatch.setattr(cuda.native, "load", lambda: module)
     monkeypatch.setattr(cuda, "_settings", lambda *arguments: settings)
-    monkeypatch.setattr(cuda, "plan_memory", lambda *arguments: PLAN)
+    monkeypatch.setattr(cuda.native, "products_reason", lambda module: "")
     monkeypatch.setattr(cuda, "widenings", lambda *arguments: [])
     monkeypatch.setattr(memory, "available_memory", lambda: available)
     cuda.CudaExecutor(bundle, EngineConfig())

@@ -28,10 +28,10 @@ namespace edgellm {
 class Decoder final : public TokenLoop {
  public:
   // Takes all device memory, as planned. Throws std::invalid_argument for what the kernels cannot do.
-  explicit Decoder(DecoderConfig config);
+  explicit Decoder(const DecoderConfig& config);
   ~Decoder() override;
 
-  // Why prefill runs without cuBLASLt; empty when it has it.
+  // Why prompts run through the decode kernels, for want of cuBLASLt; empty when they do not.
   const std::string& products_reason() const noexcept { return products_reason_; }
   // Whether prefill multiplies in FP8: fp8 layers, fp8_prefill and a GPU and library that can.
   bool has_fp8_products() const noexcept { return fp8_products_; }
@@ -132,11 +132,10 @@ class Decoder final : public TokenLoop {
   Weights weights_;
   KvCache cache_;
   Adapters adapters_;
-  std::unique_ptr<MatrixProducts> products_;
+  std::unique_ptr<MatrixProducts> products_;  // null where there is no cuBLASLt, and where no prompt needs it
   std::string products_reason_;
   bool fp8_products_ = false;
-  int max_packed_tokens_ = 0;  // DecoderConfig's, resolved
-  Stream side_stream_;         // of every second part of a dequantised product
+  Stream side_stream_;  // of every second part of a dequantised product
   Event fork_;
   Event join_;
   // The tile that set_tile chose for a product at a number of tokens (0: at any), of layers stored in this format.

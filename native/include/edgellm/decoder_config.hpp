@@ -79,6 +79,11 @@ struct DecoderConfig {
   FormatAndGroup format_of(int layer, const std::string& stem) const;
   bool any_layer_is(const std::string& stem, kernels::WeightFormat format) const;  // "mlp.down" of any layer
   bool has_fp8_layers() const;
+  // Whether prompts have products with a copy of such weights in bf16. Of int4 that is not known, and so planned for,
+  // while max_packed_tokens is -1.
+  bool copies(kernels::WeightFormat format) const;
+  // Whether prompts have products through cuBLASLt: with weights in bf16, with such a copy, or in FP8.
+  bool needs_cublaslt() const;
   int num_rows() const { return head_rows > 0 ? head_rows : vocab_size; }  // of the head: a position's logits
   int window(int layer) const;
   std::string rope(int layer) const;
@@ -110,9 +115,9 @@ std::vector<std::string> hidden_norms(const DecoderConfig& config);
 // Rows of a quantised weight that are dequantised at once for prefill.
 int dequantised_rows(int rows, int cols);
 
-// config.max_packed_tokens on a GPU with an L2 cache of so many bytes. The two ways sum in another order, so that with
-// row_invariant it is one of them for all.
-int max_packed_tokens(const DecoderConfig& config, int l2_bytes);
+// config.max_packed_tokens on a GPU with an L2 cache of so many bytes, with cuBLASLt or without. The two ways sum in
+// another order, so that with row_invariant it is one of them for all.
+int max_packed_tokens(const DecoderConfig& config, int l2_bytes, bool has_cublaslt);
 
 // What TokenLoop uses: inputs, residual stream of `num_tokens`, `num_rows` rows of logits, and what sampling reads.
 void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows);
