@@ -125,7 +125,7 @@ class Run:
     interleaved: bool = False  # rounds of the engine and of the executor alone in turns, with two copies loaded
     resident_bytes: int = 0  # of the process with one copy, all contexts computed once
     peak_bytes: int = 0
-    device_bytes: int | None = None  # taken from the GPU; None on a CPU
+    device_bytes: int | None = None  # what the GPU has less free; None on a CPU, and where it has more
     read: ReadBandwidth | None = None
     prefill: list[Prefill] = field(default_factory=list)
     decode: list[Decode] = field(default_factory=list)

@@ -97,7 +97,8 @@ class Benchmark:
             engine_path.cache_prompts(llm, self._prompts(run.batch).tolist(), self._plan.sampling)
             run.resident_bytes, run.peak_bytes = resident_bytes()
             if run.info.on_gpu and free is not None:
-                run.device_bytes = free - (free_device_bytes() or 0)
+                taken = free - (free_device_bytes() or 0)
+                run.device_bytes = taken if taken > 0 else None  # another process gave back more meanwhile
             if read is None:
                 progress("read bandwidth of the memory")
                 read = measure_read_bandwidth(run.info.name, config.num_threads)

@@ -43,6 +43,7 @@ def test_a_shape_with_random_weights_is_measured(capsys: pytest.CaptureFixture[s
     assert prefill["executor"]["tflop_per_s"] > 0 and prefill["engine"]["tokens_per_s"] > 0
 
 
+@pytest.mark.alone
 def test_a_bundle_is_measured_with_both_executors(
     gpu_bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
