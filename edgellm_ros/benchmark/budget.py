@@ -26,7 +26,7 @@ STAGE_US, STAGE_US_PLAIN = 1.5, 3.0
 STAGES_PER_LAYER, STAGES_PER_STEP = 5, 3
 
 _MIB = 1 << 20
-_DEQUANTISED_BYTES = 64 * _MIB  # decoder_config.cpp: kDequantisedBytes, kStagingBytes, kSmallL2Bytes
+_COPIED_BYTES_OF_HBM, _MOST_CACHED_BYTES = 128 * _MIB, 64 * _MIB  # as decoder_config.cpp has them
 _STAGING_BYTES = 32 * _MIB
 _SMALL_L2_BYTES = 16 * _MIB
 _CUBLAS_BYTES = 32 * _MIB
@@ -72,10 +72,10 @@ def estimate_parts(
 ) -> dict[str, int]:
     """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors.
 
-    l2_bytes: of the GPU's L2 cache; None where that is not known, and memory for a copy of int4 weights is counted.
+    l2_bytes: of the L2 cache of a GPU whose memory is not HBM; None for what any GPU may need.
     """
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
-    hidden, width, rows = model.hidden_size, model.intermediate_size, model.num_rows
+    hidden, width, vocab = model.hidden_size, model.intermediate_size, model.num_rows
     q_width = model.num_heads * model.head_dim
     qkv = q_width + 2 * model.num_kv_heads * model.head_dim
     formats = native_formats(model, quant)
@@ -88,30 +88,42 @@ def estimate_parts(
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6)
     layers = [form for stem, form in formats.items() if stem.startswith("layers.")]
     in_layers = {form.format for form in layers}
-    copied = in_layers - {"bf16"}
-    if l2_bytes is not None and l2_bytes < _SMALL_L2_BYTES:  # int4 is multiplied as it is stored
-        copied -= {"int4"}
+    copied, part = in_layers - {"bf16"}, _COPIED_BYTES_OF_HBM
+    if l2_bytes is not None:
+        part = min(l2_bytes // 2, _MOST_CACHED_BYTES)
+        if l2_bytes < _SMALL_L2_BYTES:  # int4 is multiplied as it is stored
+            copied, part = copied - {"int4"}, _STAGING_BYTES
     if in_layers - {"int4"} or copied:
         workspace += _CUBLAS_BYTES
     scratch = _STAGING_BYTES  # of weights on their way to the GPU, int4 as a whole
     for form in layers:
         if form.format == "int4":
             scratch = max(scratch, int(largest / 2 * (0.5 + 2 / form.group)))
-    workspace += max(scratch, min(_DEQUANTISED_BYTES, largest)) if copied else scratch
-    if copied - {"fp8"} and largest > _DEQUANTISED_BYTES:  # its parts take turns on two streams
-        workspace += _DEQUANTISED_BYTES + _CUBLAS_BYTES
+    shapes = ((qkv, hidden), (hidden, q_width), (2 * width, hidden), (hidden, width))
+    parts_of = [(min(_part_rows(rows, cols, part), rows), rows, cols) for rows, cols in shapes] if copied else []
+    workspace += max([scratch, *(count * cols * 2 for count, _, cols in parts_of)])
+    cut = [count * cols * 2 for count, rows, cols in parts_of if count < rows]
+    if cut and copied - {"fp8"}:  # parts take turns on two streams
+        workspace += max(cut) + _CUBLAS_BYTES
     if "fp8" in in_layers:
         workspace += tokens * max(hidden, q_width, width)
     parts = {
         "weights": weights,
         "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
         "workspace": workspace,
-        "logits": rows * 4 * (_LOGIT_ROWS + 2 * _BATCH) + rows * _BATCH * 4,
+        "logits": vocab * 4 * (_LOGIT_ROWS + 2 * _BATCH) + vocab * _BATCH * 4,
         "graphs": _GRAPH_BYTES,
     }
     if config.max_loras:
         parts["adapters"] = config.max_loras * adapter_bytes(model, config.max_lora_rank)
     return parts
+
+
+def _part_rows(rows: int, cols: int, size: int) -> int:
+    """Rows of a weight's copy that are made at once: parts of about the same size, in multiples of 128."""
+    most = max(1, size // (cols * 2 * 128)) * 128
+    even = -(-rows // -(-rows // most))
+    return -(-even // 128) * 128
 
 
 def adapter_bytes(model: ModelSpec, max_rank: int) -> int:

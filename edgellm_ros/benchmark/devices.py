@@ -1,8 +1,8 @@
 """The robots' computers that `edgellm plan` knows, with what their makers publish.
 
 Sources: NVIDIA's data sheets of Jetson Orin Nano, Orin NX, AGX Orin and Jetson Thor (memory size and bandwidth at the
-highest power mode), and its technical brief of AGX Orin, the largest of them (L2 cache). Nothing here was measured by
-this project.
+highest power mode), its technical brief of AGX Orin, the largest of them, and what CUDA says of a Thor (L2 cache).
+Nothing here was measured by this project.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Device:
         return self.compute_capability >= (9, 0)
 
     @property
-    def l2_bytes(self) -> int | None:
-        """Most that the GPU's L2 cache has, where that is published."""
-        return 4 << 20 if self.compute_capability == (8, 7) else None
+    def l2_bytes(self) -> int:
+        """Most that the GPU's L2 cache has."""
+        return 4 << 20 if self.compute_capability == (8, 7) else 32 << 20
 
 
 # A "GB" of a module's memory is 2^30 bytes.

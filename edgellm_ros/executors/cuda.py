@@ -48,6 +48,7 @@ _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to 
 # Norms read the residual in fp32 where weights are bf16; tests that compare bits with an engine's 16 turn it off.
 _WIDE_NORM_INPUTS = True
 _MAX_PACKED_TOKENS = -1  # DecoderConfig's: by the GPU; tests set others
+_COPIED_BYTES = 0
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -63,7 +64,7 @@ def unsupported_reason(bundle: Bundle) -> str:
 def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = None) -> dict[str, int]:
     """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
 
-    l2_bytes: of the GPU's L2 cache, where that is known; otherwise what a GPU of any kind may need.
+    l2_bytes: of the L2 cache of a GPU whose memory is not HBM, as no Jetson's is; None for what any GPU may need.
 
     Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
     settings that the bundle cannot have.
@@ -71,7 +72,7 @@ def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = Non
     settings = _settings(bundle, config)
     module, _ = native.import_module()
     if l2_bytes is not None:
-        settings.max_packed_tokens = module.max_packed_tokens(settings, l2_bytes, True)
+        settings = module.decide(settings, l2_bytes, bus_bits=0)
     plan: dict[str, int] = module.plan_memory(settings)
     return plan
 
@@ -89,8 +90,7 @@ class CudaExecutor(NativeExecutor):
         vocab_map = bundle.vocab_map()
         settings = _settings(bundle, config)
         info: dict[str, Any] = module.device_info()
-        has_products = not native.products_reason(module)
-        settings.max_packed_tokens = module.max_packed_tokens(settings, info["l2_bytes"], has_products)
+        settings = module.decide(settings, info["l2_bytes"], info["bus_bits"], not native.products_reason(module))
         plan: dict[str, int] = module.plan_memory(settings)
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         free = free_device_memory(info)
@@ -199,6 +199,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.fp8_prefill = config.fp8_prefill
     settings.wide_norm_inputs = _WIDE_NORM_INPUTS
     settings.max_packed_tokens = _MAX_PACKED_TOKENS
+    settings.copied_bytes = _COPIED_BYTES
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

@@ -92,6 +92,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("wide_norm_inputs", &DecoderConfig::wide_norm_inputs)
       .def_readwrite("row_invariant", &DecoderConfig::row_invariant)
       .def_readwrite("max_packed_tokens", &DecoderConfig::max_packed_tokens)
+      .def_readwrite("copied_bytes", &DecoderConfig::copied_bytes)
       .def_readwrite("fp8_prefill", &DecoderConfig::fp8_prefill)
       .def_readwrite("max_adapters", &DecoderConfig::max_adapters)
       .def_readwrite("max_lora_rank", &DecoderConfig::max_lora_rank)
@@ -107,8 +108,13 @@ void bind_decoder(py::module_& module) {
   module.def(
       "plan_memory", [](const DecoderConfig& config) { return plan_to_dict(plan_memory(config)); }, py::arg("config"),
       "Bytes of device memory by purpose, and their total; takes none.");
-  module.def("max_packed_tokens", &max_packed_tokens, py::arg("config"), py::arg("l2_bytes"), py::arg("has_cublaslt"),
-             "Most tokens whose products are with int4 weights as they are stored, on such a GPU; needs none.");
+  module.def(
+      "decide",
+      [](const DecoderConfig& config, int l2_bytes, int bus_bits, bool has_cublaslt) {
+        return decide(config, {l2_bytes, bus_bits, has_cublaslt});
+      },
+      py::arg("config"), py::arg("l2_bytes"), py::arg("bus_bits"), py::arg("has_cublaslt") = true,
+      "A copy of config with what it leaves to the GPU, max_packed_tokens and copied_bytes; needs none.");
   module.def(
       "cut_prompt",
       [](int length, int num_logits, int max_tokens, bool products) {

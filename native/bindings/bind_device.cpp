@@ -54,6 +54,7 @@ py::dict device_info() {
   info["num_sms"] = properties.multiProcessorCount;
   info["tiles_version"] = kernels::kGemvTilesVersion;  // of the numbers that `edgellm tune` keeps
   info["l2_bytes"] = properties.l2CacheSize;
+  info["bus_bits"] = properties.memoryBusWidth;
   info["free_bytes"] = memory.free;
   info["total_bytes"] = memory.total;
   info["driver_cuda_version"] = driver;

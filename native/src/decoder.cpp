@@ -19,16 +19,18 @@ using kernels::Epilogue;
 using kernels::GemvArgs;
 
 // With what it leaves to the GPU.
-DecoderConfig decided_here(DecoderConfig config) {
-  const bool has_cublaslt = MatrixProducts::unavailable_reason().empty();
-  config.max_packed_tokens = max_packed_tokens(config, device_attribute(cudaDevAttrL2CacheSize), has_cublaslt);
-  return config;
+DecoderConfig decide_here(const DecoderConfig& config) {
+  GpuTraits gpu;
+  gpu.l2_bytes = device_attribute(cudaDevAttrL2CacheSize);
+  gpu.bus_bits = device_attribute(cudaDevAttrGlobalMemoryBusWidth);
+  gpu.has_cublaslt = MatrixProducts::unavailable_reason().empty();
+  return decide(config, gpu);
 }
 
 }  // namespace
 
 Decoder::Decoder(const DecoderConfig& config)
-    : TokenLoop(decided_here(config), plan_memory(decided_here(config))),
+    : TokenLoop(decide_here(config), plan_memory(decide_here(config))),
       num_sms_(device_attribute(cudaDevAttrMultiProcessorCount)),
       most_splits_(kernels::decode_attention_most_splits(config_.num_kv_heads, num_sms_)),
       weights_(arena_, config_),

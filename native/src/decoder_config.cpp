@@ -18,12 +18,16 @@ namespace {
 
 using kernels::WeightFormat;
 
-// Dequantising and multiplying in parts of this size keeps most of a part in the L2 cache of a large GPU.
-constexpr std::size_t kDequantisedBytes = std::size_t{64} << 20;
 constexpr std::size_t kStagingBytes = std::size_t{32} << 20;  // weights on their way to another format
 
-// A copy of a weight that leaves so small an L2 cache again is written to memory and read from there, eight times the
-// bytes of the weight in int4: Orin has 4 MB, RTX 30 and A10 have 6.
+// A prompt's weights are copied and multiplied in parts. HBM is fast enough that the number of parts matters more than
+// where they are (an H200). Elsewhere the part that is made and the one that is multiplied should stay in the L2 cache.
+constexpr int kHbmBits = 2048;
+constexpr std::size_t kCopiedBytesOfHbm = std::size_t{128} << 20;
+constexpr std::size_t kMostCachedBytes = std::size_t{64} << 20;
+
+// So small an L2 cache they leave again, to be read from memory: eight times the bytes of a weight in int4 in all. Orin
+// has 4 MB, RTX 30 and A10 have 6.
 constexpr int kSmallL2Bytes = 16 << 20;
 constexpr int kMaxPackedTokens = 128;  // elsewhere: more took longer on an H200
 
@@ -83,8 +87,8 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
       bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
     }
     if (config.copies(format)) {
-      bytes =
-          std::max(bytes, static_cast<std::size_t>(dequantised_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
+      bytes = std::max(bytes,
+                       static_cast<std::size_t>(config.copied_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
     }
   };
   for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -103,7 +107,7 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = 0;
   bool needed = false;
   for (const LinearShape& linear : layer_linears(config)) {
-    const int part = dequantised_rows(linear.rows, linear.cols);
+    const int part = config.copied_rows(linear.rows, linear.cols);
     if (part == linear.rows) continue;
     for (int layer = 0; layer < config.num_layers; ++layer) {
       const WeightFormat format = config.format_of(layer, linear.stem).first;
@@ -149,6 +153,14 @@ bool DecoderConfig::has_fp8_layers() const {
 bool DecoderConfig::copies(WeightFormat format) const {
   if (format != WeightFormat::int4) return format != WeightFormat::bf16;
   return max_packed_tokens <= 0 || (!row_invariant && max_packed_tokens < max_tokens);
+}
+
+int DecoderConfig::copied_rows(int rows, int cols) const {
+  const std::size_t bytes = copied_bytes > 0 ? copied_bytes : kCopiedBytesOfHbm;
+  const int most = std::max(1, static_cast<int>(bytes / (static_cast<std::size_t>(cols) * 2 * 128))) * 128;
+  const int parts = (rows + most - 1) / most;
+  const int even = (rows + parts - 1) / parts;  // parts of about the same size
+  return std::min((even + 127) / 128 * 128, rows);
 }
 
 bool DecoderConfig::needs_cublaslt() const {
@@ -264,20 +276,20 @@ std::vector<std::string> hidden_norms(const DecoderConfig& config) {
   return norms;
 }
 
-int dequantised_rows(int rows, int cols) {
-  const int most = static_cast<int>(kDequantisedBytes / (static_cast<std::size_t>(cols) * 2)) / 128 * 128;
-  const int parts = (rows + most - 1) / most;
-  const int even = (rows + parts - 1) / parts;  // parts of about the same size
-  return std::min((even + 127) / 128 * 128, rows);
-}
-
-int max_packed_tokens(const DecoderConfig& config, int l2_bytes, bool has_cublaslt) {
-  int most = config.max_packed_tokens;
-  if (most < 0) {
-    const bool for_all = !has_cublaslt || l2_bytes < kSmallL2Bytes;
-    most = for_all ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
+DecoderConfig decide(DecoderConfig config, const GpuTraits& gpu) {
+  if (config.max_packed_tokens < 0) {
+    const bool for_all = !gpu.has_cublaslt || gpu.l2_bytes < kSmallL2Bytes;
+    config.max_packed_tokens = for_all ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
   }
-  return most > 0 && config.row_invariant ? config.max_tokens : most;
+  // The two ways sum in another order, so that with row_invariant it is one of them for all.
+  if (config.max_packed_tokens > 0 && config.row_invariant) config.max_packed_tokens = config.max_tokens;
+  if (config.copied_bytes == 0) {
+    const bool is_cached = gpu.l2_bytes >= kSmallL2Bytes;
+    config.copied_bytes = gpu.bus_bits >= kHbmBits ? kCopiedBytesOfHbm
+                          : is_cached ? std::min(static_cast<std::size_t>(gpu.l2_bytes) / 2, kMostCachedBytes)
+                                      : kStagingBytes;  // which is there for loading
+  }
+  return config;
 }
 
 void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows) {

@@ -64,7 +64,7 @@ void Decoder::prepare_products() {
     return products_->prepare(type, rows, weight.cols, trial, stream_.get());
   };
   const auto prepare_bf16 = [&](const Product& product, const kernels::WeightView& weight) {
-    const int most = weight.format == WeightFormat::bf16 ? weight.rows : dequantised_rows(weight.rows, weight.cols);
+    const int most = weight.format == WeightFormat::bf16 ? weight.rows : config_.copied_rows(weight.rows, weight.cols);
     for (const int rows : {most, weight.rows % most}) {
       if (rows == 0 || prepare(product, ProductType::bf16, weight, rows)) continue;
       throw CudaError(cudaErrorNotSupported, "cuBLASLt has no algorithm for a weight of " + std::to_string(rows) +
@@ -141,7 +141,7 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
     kernels::gemm_int4_async(args, stream, pdl_);
     return pdl_;
   }
-  const int part = dequantised_rows(weight.rows, weight.cols);
+  const int part = config_.copied_rows(weight.rows, weight.cols);
   const bool forks = part < weight.rows && arena_.plan().contains("side_scratch");
   auto* wide = arena_.get<__nv_bfloat16>("scratch");
   auto* side_wide = forks ? arena_.get<__nv_bfloat16>("side_scratch") : nullptr;

@@ -131,14 +131,16 @@ def test_the_last_layer_leaves_out_what_no_logits_need(
         assert np.array_equal(executor.step([step(3, ids[cut:], cut, 20)]), every[-20:]), cut
 
 
+@pytest.mark.parametrize("size", [64, 16])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decoding_gives(
-    weights: str, monkeypatch: pytest.MonkeyPatch
+    weights: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two layers as wide as an 8B model's: gate_up goes in four parts, down in two."""
+    """Two layers as wide as an 8B model's: gate_up goes in 4 or 14 parts, down in 2 or 7."""
     wide = dataclasses.replace(random_bundle.SHAPES["llama-8b"], num_layers=2, vocab_size=4096, max_context=256)
     monkeypatch.setitem(random_bundle.SHAPES, "wide", wide)
     monkeypatch.setattr(cuda, "_MAX_PACKED_TOKENS", 0)
+    monkeypatch.setattr(cuda, "_COPIED_BYTES", size << 20)
     executor = CudaExecutor(random_bundle.RandomBundle("wide", weights), EngineConfig(max_slots=2, max_context=128))
     ids = RNG.integers(5, 4000, 40).astype(np.int32)
     together = executor.step([step(0, ids, 0, 40)]).copy()

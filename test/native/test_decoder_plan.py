@@ -134,6 +134,7 @@ def test_a_prompts_second_buffer_holds_the_parts_of_every_format_that_is_dequant
     model = {**LLAMA_8B, "intermediate_size": 11008}  # parts of gate_up are larger than those of down
     fp8, mixed = (settings(model, layer_format=forms.fp8) for _ in range(2))
     mixed.formats = {"layers.3.mlp.down": (forms.int8, 64)}
+    fp8.copied_bytes = mixed.copied_bytes = 64 << 20
     more = NATIVE.plan_memory(mixed)["workspace"] - NATIVE.plan_memory(fp8)["workspace"]
     assert more == 7424 * 4096 * 2 + (32 << 20)
 
@@ -191,21 +192,47 @@ def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     assert whole["logits"] - cut["logits"] >= rows * 4 * (16 + 8 + 8)
 
 
-def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored() -> None:
+ORIN, THOR, RTX_4090, H200 = (4 << 20, 128), (32 << 20, 256), (72 << 20, 384), (60 << 20, 6144)  # L2, bus
+
+
+@pytest.mark.parametrize(
+    ("gpu", "exact", "fast"),
+    [(ORIN, 512, 512), (THOR, 0, 128), (H200, 0, 128), ((*H200, False), 512, 512)],
+)
+def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored(
+    gpu: tuple[Any, ...], exact: int, fast: int
+) -> None:
     """With a small L2 cache always, else for few tokens, unless bits must not depend on how many there are."""
-    orin, h200 = 4 << 20, 60 << 20
-    for gpu, exact, fast in (((orin, True), 512, 512), ((h200, True), 0, 128), ((h200, False), 512, 512)):
-        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True), *gpu) == exact
-        assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False), *gpu) == fast
-        for wanted, exact in ((0, 0), (40, 512)):
-            chosen = {"max_packed_tokens": wanted}
-            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=True, **chosen), *gpu) == exact
-            assert NATIVE.max_packed_tokens(settings(LLAMA_8B, row_invariant=False, **chosen), *gpu) == wanted
+
+    def decided(row_invariant: bool, **chosen: int) -> int:
+        return int(NATIVE.decide(settings(LLAMA_8B, row_invariant=row_invariant, **chosen), *gpu).max_packed_tokens)
+
+    assert (decided(True), decided(False)) == (exact, fast)
+    for wanted, all_or_none in ((0, 0), (40, 512)):
+        assert decided(True, max_packed_tokens=wanted) == all_or_none
+        assert decided(False, max_packed_tokens=wanted) == wanted
+
+
+@pytest.mark.parametrize(
+    ("gpu", "size", "part"), [(ORIN, 32, 4096), (THOR, 16, 2048), (RTX_4090, 36, 4096), (H200, 128, 14336)]
+)
+def test_copies_are_made_in_parts_that_stay_in_the_cache_where_memory_is_slow(
+    gpu: tuple[int, int], size: int, part: int
+) -> None:
+    """part: rows of gate_up, whose parts are the largest. Two of them are under way, and loading takes 32 MB anyway."""
+    config = NATIVE.decide(settings(LLAMA_8B), *gpu)
+    assert config.copied_bytes == size << 20
+    assert NATIVE.decide(config, *H200).copied_bytes == size << 20, "what is decided stays"
+    eight = settings(LLAMA_8B, layer_format=NATIVE.WeightFormat.int8, group_size=64)
+    copies = NATIVE.plan_memory(NATIVE.decide(eight, *gpu))["workspace"]
+    none = NATIVE.plan_memory(settings(LLAMA_8B))["workspace"]
+    staged, cublaslt = 32 << 20, 32 << 20
+    assert copies - none == max(part * 4096 * 2, staged) - staged + part * 4096 * 2 + cublaslt
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None:
-    """gate_up of 8B goes in parts of 64 MB on two streams, each with 32 MB for cuBLASLt; what loading takes stays."""
+    """gate_up of 8B goes in two parts on two streams, each with 32 MB for cuBLASLt; what loading takes stays."""
     forms = NATIVE.WeightFormat
 
     def workspace(model: dict[str, Any], most: int, **formats: Any) -> int:
@@ -217,7 +244,7 @@ def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None
 
     gate_up = 2 * 14336 * 4096
     staged = gate_up // 2 + gate_up // 64 * 2 + 512
-    part = 7168 * 4096 * 2
+    part = 14336 * 4096 * 2
     cublaslt = 32 << 20
     copies = workspace(LLAMA_8B, 0)
     assert copies == workspace(LLAMA_8B, -1), "by the GPU, which is not known"

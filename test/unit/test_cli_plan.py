@@ -36,7 +36,7 @@ def test_the_formula_is_within_five_percent_of_the_native_plan(shape: str, schem
 
     bundle = RandomBundle(shape, scheme)
     other = EngineConfig(max_slots=1, max_context=16384, prefill_chunk=2048, kv_cache="fp8")
-    for config, l2_bytes in itertools.product((EngineConfig(), other), (None, 4 << 20, 60 << 20)):
+    for config, l2_bytes in itertools.product((EngineConfig(), other), (None, 4 << 20, 32 << 20, 72 << 20)):
         plan = plan_memory(bundle, config, l2_bytes)
         parts = estimate_parts(SHAPES[shape], SCHEMES[scheme], config, l2_bytes)
         assert parts["workspace"] == pytest.approx(plan["workspace"], rel=0.15)
@@ -119,8 +119,8 @@ def test_orins_small_cache_saves_the_memory_of_a_copy_of_int4_weights(
 ) -> None:
     devices = ["--device", "agx-orin", "thor", "--json", *formula]
     orin, thor = json.loads(run(capsys, "--shape", "llama-8b", "--weights", "int4", *devices)[1])
-    # Two parts in bf16 and cuBLASLt's memory for each of them, less what loading takes of the first.
-    assert thor["needed_bytes"] - orin["needed_bytes"] == pytest.approx(133e6, rel=0.06)
+    # The second of two parts in bf16 at a time, 16 MiB each, and cuBLASLt's memory for both; loading takes the first.
+    assert thor["needed_bytes"] - orin["needed_bytes"] == pytest.approx(83.9e6, rel=0.02)
     assert {name: size for name, size in orin["parts"].items() if size != thor["parts"][name]}.keys() == {"workspace"}
     orin, thor = json.loads(run(capsys, "--shape", "llama-8b", "--weights", "bf16", *devices)[1])
     assert thor["needed_bytes"] == orin["needed_bytes"]

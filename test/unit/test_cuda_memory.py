@@ -25,18 +25,20 @@ def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, avai
     def take(settings: Any) -> None:
         raise Taken
 
+    def decide(settings: Any, *gpu: Any) -> Any:
+        return SimpleNamespace(**vars(settings) | {"decided": gpu})
+
     def plan(settings: Any) -> dict[str, int]:
-        assert settings.max_packed_tokens == 77, "what the GPU decides is decided before"
+        assert settings.decided == (4 << 20, 128, True), "what is left to the GPU is decided before"
         return PLAN
 
     module = SimpleNamespace(
-        device_info=lambda: {"free_bytes": free, "integrated": integrated, "l2_bytes": 4 << 20}, Decoder=take,
-        max_packed_tokens=lambda settings, l2_bytes, has_cublaslt: 77 if l2_bytes == 4 << 20 and has_cublaslt else 0,
-        plan_memory=plan,
+        device_info=lambda: {"free_bytes": free, "integrated": integrated, "l2_bytes": 4 << 20, "bus_bits": 128},
+        Decoder=take, decide=decide, plan_memory=plan,
     )  # fmt: skip
     settings = SimpleNamespace(
         num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
-        kv_format=SimpleNamespace(name="bf16"), max_packed_tokens=-1,
+        kv_format=SimpleNamespace(name="bf16"),
     )  # fmt: skip
     quantization: Any = SimpleNamespace(quantization=None, model=None)
     bundle: Any = SimpleNamespace(manifest=quantization, vocab_map=lambda: None)

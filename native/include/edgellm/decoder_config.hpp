@@ -66,6 +66,8 @@ struct DecoderConfig {
   // A prompt's products of so many tokens at most are with int4 weights as they are stored, others with a copy in bf16;
   // -1: by the GPU. With row_invariant any number but 0 stands for all.
   int max_packed_tokens = -1;
+  // Most bytes of a weight's copy in bf16 that are made, and multiplied, at once; 0: by the GPU, 128 MiB at most.
+  std::size_t copied_bytes = 0;
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
   int max_adapters = 0;   // LoRA adapters that may be loaded; 0 takes no memory
@@ -82,6 +84,7 @@ struct DecoderConfig {
   // Whether prompts have products with a copy of such weights in bf16. Of int4 that is not known, and so planned for,
   // while max_packed_tokens is -1.
   bool copies(kernels::WeightFormat format) const;
+  int copied_rows(int rows, int cols) const;  // of such a weight, that are copied at once
   // Whether prompts have products through cuBLASLt: with weights in bf16, with such a copy, or in FP8.
   bool needs_cublaslt() const;
   int num_rows() const { return head_rows > 0 ? head_rows : vocab_size; }  // of the head: a position's logits
@@ -112,12 +115,15 @@ bool follows_norm(const std::string& stem);
 // Stems, without the layer, of a layer's norms that are as wide as the residual.
 std::vector<std::string> hidden_norms(const DecoderConfig& config);
 
-// Rows of a quantised weight that are dequantised at once for prefill.
-int dequantised_rows(int rows, int cols);
+// What decide() asks about a GPU.
+struct GpuTraits {
+  int l2_bytes = 0;
+  int bus_bits = 0;  // of its memory: thousands where that is HBM
+  bool has_cublaslt = true;
+};
 
-// config.max_packed_tokens on a GPU with an L2 cache of so many bytes, with cuBLASLt or without. The two ways sum in
-// another order, so that with row_invariant it is one of them for all.
-int max_packed_tokens(const DecoderConfig& config, int l2_bytes, bool has_cublaslt);
+// config with what it leaves to the GPU, max_packed_tokens and copied_bytes, as it is on such a GPU.
+DecoderConfig decide(DecoderConfig config, const GpuTraits& gpu);
 
 // What TokenLoop uses: inputs, residual stream of `num_tokens`, `num_rows` rows of logits, and what sampling reads.
 void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t num_tokens, std::size_t num_rows);
