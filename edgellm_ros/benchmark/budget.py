@@ -26,7 +26,7 @@ STAGE_US, STAGE_US_PLAIN = 1.5, 3.0
 STAGES_PER_LAYER, STAGES_PER_STEP = 5, 3
 
 _MIB = 1 << 20
-_COPIED_BYTES_OF_HBM, _MOST_CACHED_BYTES = 128 * _MIB, 64 * _MIB  # as decoder_config.cpp has them
+_COPIED_BYTES_OF_HBM, _MOST_CACHED_BYTES = 256 * _MIB, 64 * _MIB  # as decoder_config.cpp has them
 _STAGING_BYTES = 32 * _MIB
 _SMALL_L2_BYTES = 16 * _MIB
 _CUBLAS_BYTES = 32 * _MIB
@@ -72,7 +72,7 @@ def estimate_parts(
 ) -> dict[str, int]:
     """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors.
 
-    l2_bytes: of the L2 cache of a GPU whose memory is not HBM; None for what any GPU may need.
+    l2_bytes: of the L2 cache of a GPU whose memory is not HBM; None for one with HBM.
     """
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
     hidden, width, vocab = model.hidden_size, model.intermediate_size, model.num_rows

@@ -64,7 +64,7 @@ def unsupported_reason(bundle: Bundle) -> str:
 def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = None) -> dict[str, int]:
     """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
 
-    l2_bytes: of the L2 cache of a GPU whose memory is not HBM, as no Jetson's is; None for what any GPU may need.
+    l2_bytes: of the L2 cache of a GPU whose memory is not HBM, as no Jetson's is; None for one with HBM.
 
     Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
     settings that the bundle cannot have.

@@ -23,7 +23,7 @@ constexpr std::size_t kStagingBytes = std::size_t{32} << 20;  // weights on thei
 // A prompt's weights are copied and multiplied in parts. HBM is fast enough that the number of parts matters more than
 // where they are (an H200). Elsewhere the part that is made and the one that is multiplied should stay in the L2 cache.
 constexpr int kHbmBits = 2048;
-constexpr std::size_t kCopiedBytesOfHbm = std::size_t{128} << 20;
+constexpr std::size_t kCopiedBytesOfHbm = std::size_t{256} << 20;
 constexpr std::size_t kMostCachedBytes = std::size_t{64} << 20;
 
 // So small an L2 cache they leave again, to be read from memory: eight times the bytes of a weight in int4 in all. Orin

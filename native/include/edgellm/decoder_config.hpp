@@ -66,7 +66,7 @@ struct DecoderConfig {
   // A prompt's products of so many tokens at most are with int4 weights as they are stored, others with a copy in bf16;
   // -1: by the GPU. With row_invariant any number but 0 stands for all.
   int max_packed_tokens = -1;
-  // Most bytes of a weight's copy in bf16 that are made, and multiplied, at once; 0: by the GPU, 128 MiB at most.
+  // Most bytes of a weight's copy in bf16 that are made, and multiplied, at once; 0: by the GPU, planned as with HBM.
   std::size_t copied_bytes = 0;
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
