@@ -26,7 +26,7 @@ STAGE_US, STAGE_US_PLAIN = 1.5, 3.0
 STAGES_PER_LAYER, STAGES_PER_STEP = 5, 3
 
 _MIB = 1 << 20
-_COPIED_BYTES_OF_HBM, _MOST_CACHED_BYTES = 256 * _MIB, 64 * _MIB  # as decoder_config.cpp has them
+_COPIED_BYTES_OF_HBM, _UNCACHED_BYTES = 256 * _MIB, 64 * _MIB  # as decoder_config.cpp has them
 _STAGING_BYTES = 32 * _MIB
 _SMALL_L2_BYTES = 16 * _MIB
 _CUBLAS_BYTES = 32 * _MIB
@@ -72,7 +72,7 @@ def estimate_parts(
 ) -> dict[str, int]:
     """The cuda executor's memory by purpose, as native/src/decoder_config.cpp plans it but for small tensors.
 
-    l2_bytes: of the L2 cache of a GPU whose memory is not HBM; None for one with HBM.
+    l2_bytes: of the GPU's L2 cache, whose memory is not HBM; None: its memory is HBM.
     """
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
     hidden, width, vocab = model.hidden_size, model.intermediate_size, model.num_rows
@@ -88,24 +88,27 @@ def estimate_parts(
     workspace = tokens * (hidden * 10 + qkv * 2 + q_width * 4 + width * 6)
     layers = [form for stem, form in formats.items() if stem.startswith("layers.")]
     in_layers = {form.format for form in layers}
-    copied, part = in_layers - {"bf16"}, _COPIED_BYTES_OF_HBM
+    copied, size = in_layers - {"bf16"}, _COPIED_BYTES_OF_HBM
     if l2_bytes is not None:
-        part = min(l2_bytes // 2, _MOST_CACHED_BYTES)
+        size = l2_bytes
         if l2_bytes < _SMALL_L2_BYTES:  # int4 is multiplied as it is stored
-            copied, part = copied - {"int4"}, _STAGING_BYTES
+            copied, size = copied - {"int4"}, _UNCACHED_BYTES
+    often = copied - ({"fp8"} if config.fp8_prefill else set())  # not only with an adapter
+    if not often:
+        size = min(size, _UNCACHED_BYTES)
     if in_layers - {"int4"} or copied:
         workspace += _CUBLAS_BYTES
     scratch = _STAGING_BYTES  # of weights on their way to the GPU, int4 as a whole
     for form in layers:
         if form.format == "int4":
             scratch = max(scratch, int(largest / 2 * (0.5 + 2 / form.group)))
-    shapes = ((qkv, hidden), (hidden, q_width), (2 * width, hidden), (hidden, width))
-    parts_of = [(min(_part_rows(rows, cols, part), rows), rows, cols) for rows, cols in shapes] if copied else []
+    shapes = ((qkv, hidden), (hidden, q_width), (2 * width, hidden), (hidden, width)) if copied else ()
+    parts_of = [(_part_rows(rows, cols, size), rows, cols) for rows, cols in shapes]
     workspace += max([scratch, *(count * cols * 2 for count, _, cols in parts_of)])
     cut = [count * cols * 2 for count, rows, cols in parts_of if count < rows]
-    if cut and copied - {"fp8"}:  # parts take turns on two streams
+    if cut and often:  # parts take turns on two streams
         workspace += max(cut) + _CUBLAS_BYTES
-    if "fp8" in in_layers:
+    if "fp8" in in_layers and config.fp8_prefill:
         workspace += tokens * max(hidden, q_width, width)
     parts = {
         "weights": weights,
@@ -120,10 +123,12 @@ def estimate_parts(
 
 
 def _part_rows(rows: int, cols: int, size: int) -> int:
-    """Rows of a weight's copy that are made at once: parts of about the same size, in multiples of 128."""
-    most = max(1, size // (cols * 2 * 128)) * 128
+    """Rows of a weight's copy that are made at once: all, or parts of about the same size, in multiples of 128."""
+    if rows * cols * 2 <= size:
+        return rows
+    most = max(1, size // 2 // (cols * 2 * 128)) * 128
     even = -(-rows // -(-rows // most))
-    return -(-even // 128) * 128
+    return min(-(-even // 128) * 128, rows)
 
 
 def adapter_bytes(model: ModelSpec, max_rank: int) -> int:

@@ -1,8 +1,8 @@
 """The robots' computers that `edgellm plan` knows, with what their makers publish.
 
 Sources: NVIDIA's data sheets of Jetson Orin Nano, Orin NX, AGX Orin and Jetson Thor (memory size and bandwidth at the
-highest power mode), its technical brief of AGX Orin, the largest of them, and what CUDA says of a Thor (L2 cache).
-Nothing here was measured by this project.
+highest power mode), its technical brief of AGX Orin, the largest of them (L2 cache), and, for Thor's L2 cache, TVM's
+target nvidia/jetson-agx-thor. Nothing here was measured by this project.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Device:
 
     @property
     def l2_bytes(self) -> int:
-        """Most that the GPU's L2 cache has."""
+        """Bytes of the GPU's L2 cache; of an Orin the largest one's."""
         return 4 << 20 if self.compute_capability == (8, 7) else 32 << 20
 
 

@@ -160,7 +160,7 @@ def _check_products(module: Any) -> Check:
     reason = native.products_reason(module)
     if not reason:
         return Check("GPU", "cuBLASLt", State.OK, "found; prompts are read with its matrix products")
-    remedy = f"only for reading prompts fast, where not all layers are int4: {native.products_remedy(module, reason)}"
+    remedy = f"only for reading prompts fast (in int4 long ones): {native.products_remedy(module, reason)}"
     return Check("GPU", "cuBLASLt", State.MISSING, reason, remedy)
 
 

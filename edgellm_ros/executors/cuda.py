@@ -47,8 +47,8 @@ _ROUNDING = 3e-2  # relative error of logits that bf16 activations add: 1.0 to 2
 _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to E4M3, which keeps three bits
 # Norms read the residual in fp32 where weights are bf16; tests that compare bits with an engine's 16 turn it off.
 _WIDE_NORM_INPUTS = True
-_MAX_PACKED_TOKENS = -1  # DecoderConfig's: by the GPU; tests set others
-_COPIED_BYTES = 0
+_MAX_PACKED_TOKENS = -1  # DecoderConfig's, by the GPU; tests set others
+_COPIED_BYTES = 0  # the same
 _FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
 
 
@@ -64,7 +64,7 @@ def unsupported_reason(bundle: Bundle) -> str:
 def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = None) -> dict[str, int]:
     """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
 
-    l2_bytes: of the L2 cache of a GPU whose memory is not HBM, as no Jetson's is; None for one with HBM.
+    l2_bytes: of the GPU's L2 cache, whose memory is not HBM (no Jetson has that); None: its memory is HBM.
 
     Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
     settings that the bundle cannot have.
@@ -90,7 +90,9 @@ class CudaExecutor(NativeExecutor):
         vocab_map = bundle.vocab_map()
         settings = _settings(bundle, config)
         info: dict[str, Any] = module.device_info()
-        settings = module.decide(settings, info["l2_bytes"], info["bus_bits"], not native.products_reason(module))
+        missing = native.products_reason(module)
+        with_products = module.decide(settings, info["l2_bytes"], info["bus_bits"])
+        settings = module.decide(settings, info["l2_bytes"], info["bus_bits"], not missing)
         plan: dict[str, int] = module.plan_memory(settings)
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         free = free_device_memory(info)
@@ -99,9 +101,10 @@ class CudaExecutor(NativeExecutor):
             _log.info("weights without kernels are widened: %s", line)
         _check_memory(plan, free, settings)
         self._decoder: Any = module.Decoder(settings)
-        if reason := self._decoder.products_reason:
-            remedy = native.products_remedy(module, reason)
-            _log.warning("prompts are read slowly: no cuBLASLt (%s); %s", reason, remedy)
+        if missing and with_products.needs_cublaslt:
+            how = "slowly" if settings.needs_cublaslt else "more slowly where they are long"
+            remedy = native.products_remedy(module, missing)
+            _log.warning("prompts are read %s: no cuBLASLt (%s); %s", how, missing, remedy)
         _upload(self._decoder, bundle)
         apply_tiles(self._decoder, bundle, info, settings.batch_invariant)
         self._decoder.finish_load()

@@ -93,11 +93,13 @@ void bind_config(py::module_& module) {
       .def_readwrite("row_invariant", &DecoderConfig::row_invariant)
       .def_readwrite("max_packed_tokens", &DecoderConfig::max_packed_tokens)
       .def_readwrite("copied_bytes", &DecoderConfig::copied_bytes)
+      .def_readonly("has_cublaslt", &DecoderConfig::has_cublaslt)
       .def_readwrite("fp8_prefill", &DecoderConfig::fp8_prefill)
       .def_readwrite("max_adapters", &DecoderConfig::max_adapters)
       .def_readwrite("max_lora_rank", &DecoderConfig::max_lora_rank)
       .def_readwrite("pdl", &DecoderConfig::pdl)
       .def_property_readonly("kv_bytes_per_token", &DecoderConfig::kv_bytes_per_token)
+      .def_property_readonly("needs_cublaslt", &DecoderConfig::needs_cublaslt)
       .def("check", &DecoderConfig::check, "ValueError that names what the kernels cannot do.");
 }
 
@@ -114,7 +116,7 @@ void bind_decoder(py::module_& module) {
         return decide(config, {l2_bytes, bus_bits, has_cublaslt});
       },
       py::arg("config"), py::arg("l2_bytes"), py::arg("bus_bits"), py::arg("has_cublaslt") = true,
-      "A copy of config with what it leaves to the GPU, max_packed_tokens and copied_bytes; needs none.");
+      "A copy of config with what it leaves to the GPU: max_packed_tokens, copied_bytes, has_cublaslt. Needs none.");
   module.def(
       "cut_prompt",
       [](int length, int num_logits, int max_tokens, bool products) {

@@ -27,6 +27,7 @@ DecoderConfig weights_only(DecoderConfig config) {
   config.max_tokens = kernels::kMaxGemvTokens;
   config.max_verify_tokens = 0;
   config.fp8_prefill = false;
+  config.has_cublaslt = false;
   return config;
 }
 

@@ -20,16 +20,17 @@ using kernels::WeightFormat;
 
 constexpr std::size_t kStagingBytes = std::size_t{32} << 20;  // weights on their way to another format
 
-// A prompt's weights are copied and multiplied in parts. HBM is fast enough that the number of parts matters more than
-// where they are (an H200). Elsewhere the part that is made and the one that is multiplied should stay in the L2 cache.
+// Copies are made of a prompt's weights, and multiplied. HBM is fast enough that how many they are matters more than
+// where they are (an H200); elsewhere they should stay in the L2 cache.
 constexpr int kHbmBits = 2048;
 constexpr std::size_t kCopiedBytesOfHbm = std::size_t{256} << 20;
-constexpr std::size_t kMostCachedBytes = std::size_t{64} << 20;
 
-// So small an L2 cache they leave again, to be read from memory: eight times the bytes of a weight in int4 in all. Orin
-// has 4 MB, RTX 30 and A10 have 6.
+// With so small an L2 cache copies are read from memory whatever their size, eight times the bytes of a weight in int4
+// in all. Orin has 4 MB, RTX 30 and A10 have 6.
 constexpr int kSmallL2Bytes = 16 << 20;
-constexpr int kMaxPackedTokens = 128;  // elsewhere: more took longer on an H200
+constexpr std::size_t kUncachedBytes = std::size_t{64} << 20;
+
+constexpr int kMaxPackedTokens = 128;  // elsewhere: with more, a copy in parts of 64 MB was faster on an H200
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -87,8 +88,8 @@ std::size_t scratch_bytes(const DecoderConfig& config) {
       bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
     }
     if (config.copies(format)) {
-      bytes = std::max(bytes,
-                       static_cast<std::size_t>(config.copied_rows(rows, cols)) * static_cast<std::size_t>(cols) * 2);
+      bytes = std::max(
+          bytes, static_cast<std::size_t>(config.copied_rows(format, rows, cols)) * static_cast<std::size_t>(cols) * 2);
     }
   };
   for (int layer = 0; layer < config.num_layers; ++layer) {
@@ -107,11 +108,10 @@ std::size_t side_scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = 0;
   bool needed = false;
   for (const LinearShape& linear : layer_linears(config)) {
-    const int part = config.copied_rows(linear.rows, linear.cols);
-    if (part == linear.rows) continue;
     for (int layer = 0; layer < config.num_layers; ++layer) {
       const WeightFormat format = config.format_of(layer, linear.stem).first;
-      if (!config.copies(format)) continue;
+      const int part = config.copied_rows(format, linear.rows, linear.cols);
+      if (!config.copies(format) || part == linear.rows) continue;
       needed = needed || format != WeightFormat::fp8 || !config.fp8_prefill;
       bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
     }
@@ -151,23 +151,30 @@ bool DecoderConfig::has_fp8_layers() const {
 }
 
 bool DecoderConfig::copies(WeightFormat format) const {
-  if (format != WeightFormat::int4) return format != WeightFormat::bf16;
-  return max_packed_tokens <= 0 || (!row_invariant && max_packed_tokens < max_tokens);
+  if (!has_cublaslt || format == WeightFormat::bf16) return false;
+  return format != WeightFormat::int4 || !packs_all();
 }
 
-int DecoderConfig::copied_rows(int rows, int cols) const {
-  const std::size_t bytes = copied_bytes > 0 ? copied_bytes : kCopiedBytesOfHbm;
-  const int most = std::max(1, static_cast<int>(bytes / (static_cast<std::size_t>(cols) * 2 * 128))) * 128;
+bool DecoderConfig::packs_all() const {
+  return max_packed_tokens > 0 && (row_invariant || max_packed_tokens >= max_tokens);
+}
+
+int DecoderConfig::copied_rows(WeightFormat format, int rows, int cols) const {
+  std::size_t bytes = copied_bytes > 0 ? copied_bytes : kCopiedBytesOfHbm;
+  // Seldom: a prompt without an adapter is multiplied in FP8.
+  if (format == WeightFormat::fp8 && fp8_prefill) bytes = std::min(bytes, kUncachedBytes);
+  const std::size_t row_bytes = static_cast<std::size_t>(cols) * 2;
+  if (static_cast<std::size_t>(rows) * row_bytes <= bytes) return rows;
+  const int most = std::max(1, static_cast<int>(bytes / 2 / (row_bytes * 128))) * 128;
   const int parts = (rows + most - 1) / most;
   const int even = (rows + parts - 1) / parts;  // parts of about the same size
   return std::min((even + 127) / 128 * 128, rows);
 }
 
 bool DecoderConfig::needs_cublaslt() const {
-  if (copies(WeightFormat::int4)) return true;
   for (int layer = 0; layer < num_layers; ++layer) {
     for (const LinearShape& linear : layer_linears(*this)) {
-      if (format_of(layer, linear.stem).first != WeightFormat::int4) return true;
+      if (format_of(layer, linear.stem).first != WeightFormat::int4 || !packs_all()) return true;
     }
   }
   return false;
@@ -277,17 +284,19 @@ std::vector<std::string> hidden_norms(const DecoderConfig& config) {
 }
 
 DecoderConfig decide(DecoderConfig config, const GpuTraits& gpu) {
+  config.check();
+  config.has_cublaslt = gpu.has_cublaslt;
+  const bool has_small_cache = gpu.l2_bytes < kSmallL2Bytes;
   if (config.max_packed_tokens < 0) {
-    const bool for_all = !gpu.has_cublaslt || gpu.l2_bytes < kSmallL2Bytes;
+    const bool for_all = has_small_cache || !gpu.has_cublaslt;
     config.max_packed_tokens = for_all ? config.max_tokens : config.row_invariant ? 0 : kMaxPackedTokens;
   }
   // The two ways sum in another order, so that with row_invariant it is one of them for all.
   if (config.max_packed_tokens > 0 && config.row_invariant) config.max_packed_tokens = config.max_tokens;
   if (config.copied_bytes == 0) {
-    const bool is_cached = gpu.l2_bytes >= kSmallL2Bytes;
     config.copied_bytes = gpu.bus_bits >= kHbmBits ? kCopiedBytesOfHbm
-                          : is_cached ? std::min(static_cast<std::size_t>(gpu.l2_bytes) / 2, kMostCachedBytes)
-                                      : kStagingBytes;  // which is there for loading
+                          : has_small_cache        ? kUncachedBytes
+                                                   : static_cast<std::size_t>(gpu.l2_bytes);
   }
   return config;
 }
@@ -377,7 +386,9 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
     plan.add("workspace", "side_scratch", side);
     plan.add("workspace", "side_cublaslt", MatrixProducts::kWorkspaceBytes);
   }
-  if (config.needs_cublaslt()) plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
+  if (config.has_cublaslt && config.needs_cublaslt()) {
+    plan.add("workspace", "cublaslt", MatrixProducts::kDeviceBytes);
+  }
   if (config.has_fp8_layers() && config.fp8_prefill) {
     plan.add("workspace", "x_fp8", tokens * std::max({hidden, q, intermediate}));
     plan.add("workspace", "x_scales", tokens * sizeof(float));

@@ -1,4 +1,5 @@
-// Prefill's matrix products: in bf16, after dequantisation in parts, or in FP8 with activations rounded to it.
+// Prefill's matrix products: with weights in bf16 or copied to it, with int4 weights as they are stored, or in FP8 with
+// activations rounded to it.
 #include <algorithm>
 #include <set>
 #include <string>
@@ -57,14 +58,15 @@ void Decoder::prepare_products() {
     trial.x = arena_.get<std::byte>(type == ProductType::fp8 ? "x_fp8" : product.x);
     trial.y = arena_.get<std::byte>(product.y);
     if (type == ProductType::bf16 && weight.format != WeightFormat::bf16) {
-      trial.weight = arena_.get<std::byte>("scratch");  // from where it is multiplied while in the L2 cache
+      trial.weight = arena_.get<std::byte>("scratch");  // where its copy is made just before
     } else {
       trial.evictions = {arena_.get<std::byte>("kv"), std::min(arena_.plan().size("kv"), kEvictedBytes)};
     }
     return products_->prepare(type, rows, weight.cols, trial, stream_.get());
   };
   const auto prepare_bf16 = [&](const Product& product, const kernels::WeightView& weight) {
-    const int most = weight.format == WeightFormat::bf16 ? weight.rows : config_.copied_rows(weight.rows, weight.cols);
+    const int most = weight.format == WeightFormat::bf16 ? weight.rows
+                                                         : config_.copied_rows(weight.format, weight.rows, weight.cols);
     for (const int rows : {most, weight.rows % most}) {
       if (rows == 0 || prepare(product, ProductType::bf16, weight, rows)) continue;
       throw CudaError(cudaErrorNotSupported, "cuBLASLt has no algorithm for a weight of " + std::to_string(rows) +
@@ -120,9 +122,8 @@ bool Decoder::multiplies_fp8(const LinearView& linear, bool products, int adapte
   return products && fp8_products_ && adapter == 0 && linear.weight.format == WeightFormat::fp8 && !linear.maps_input();
 }
 
-// y = x W^T. An int4 weight is multiplied as it is, or as every other format: it is dequantised in parts, each
-// multiplied while it is still in the L2 cache. Parts go to two streams in turn: one is dequantised, or multiplied by
-// few blocks, beside the product of the other.
+// y = x W^T. An int4 weight is multiplied as it is, or as every other format: copied to bf16, as a whole or in parts.
+// Parts go to two streams in turn: one is copied, or multiplied by few blocks, beside the product of the other.
 bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y,
                             int count) {
   const kernels::WeightView& weight = linear.weight;
@@ -141,7 +142,7 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
     kernels::gemm_int4_async(args, stream, pdl_);
     return pdl_;
   }
-  const int part = config_.copied_rows(weight.rows, weight.cols);
+  const int part = config_.copied_rows(weight.format, weight.rows, weight.cols);
   const bool forks = part < weight.rows && arena_.plan().contains("side_scratch");
   auto* wide = arena_.get<__nv_bfloat16>("scratch");
   auto* side_wide = forks ? arena_.get<__nv_bfloat16>("side_scratch") : nullptr;

@@ -134,9 +134,9 @@ def test_a_prompts_second_buffer_holds_the_parts_of_every_format_that_is_dequant
     model = {**LLAMA_8B, "intermediate_size": 11008}  # parts of gate_up are larger than those of down
     fp8, mixed = (settings(model, layer_format=forms.fp8) for _ in range(2))
     mixed.formats = {"layers.3.mlp.down": (forms.int8, 64)}
-    fp8.copied_bytes = mixed.copied_bytes = 64 << 20
+    fp8.copied_bytes = mixed.copied_bytes = 48 << 20
     more = NATIVE.plan_memory(mixed)["workspace"] - NATIVE.plan_memory(fp8)["workspace"]
-    assert more == 7424 * 4096 * 2 + (32 << 20)
+    assert more == 2816 * 4096 * 2 + (32 << 20)
 
 
 def test_the_order_and_factor_of_a_layers_input_are_planned_and_checked() -> None:
@@ -192,17 +192,21 @@ def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     assert whole["logits"] - cut["logits"] >= rows * 4 * (16 + 8 + 8)
 
 
-ORIN, THOR, RTX_4090, H200 = (4 << 20, 128), (32 << 20, 256), (72 << 20, 384), (60 << 20, 6144)  # L2, bus
+# L2 cache and width of the memory's bus.
+ORIN, THOR, RTX_4090, H200 = (4 << 20, 128), (32 << 20, 256), (72 << 20, 384), (60 << 20, 6016)
 
 
 @pytest.mark.parametrize(
     ("gpu", "exact", "fast"),
-    [(ORIN, 512, 512), (THOR, 0, 128), (H200, 0, 128), ((*H200, False), 512, 512)],
-)
+    [
+        (ORIN, 512, 512), (((16 << 20) - 1, 128), 512, 512), ((16 << 20, 128), 0, 128), (THOR, 0, 128), (H200, 0, 128),
+        ((*H200, False), 512, 512),
+    ],
+)  # fmt: skip
 def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored(
     gpu: tuple[Any, ...], exact: int, fast: int
 ) -> None:
-    """With a small L2 cache always, else for few tokens, unless bits must not depend on how many there are."""
+    """With a small L2 cache or no cuBLASLt always, else for few tokens, unless bits must not depend on how many."""
 
     def decided(row_invariant: bool, **chosen: int) -> int:
         return int(NATIVE.decide(settings(LLAMA_8B, row_invariant=row_invariant, **chosen), *gpu).max_packed_tokens)
@@ -211,16 +215,20 @@ def test_where_a_prompts_products_are_with_int4_weights_as_they_are_stored(
     for wanted, all_or_none in ((0, 0), (40, 512)):
         assert decided(True, max_packed_tokens=wanted) == all_or_none
         assert decided(False, max_packed_tokens=wanted) == wanted
+    with pytest.raises(ValueError, match="max_packed_tokens is -2"):
+        decided(True, max_packed_tokens=-2)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "size", "part"), [(ORIN, 32, 4096), (THOR, 16, 2048), (RTX_4090, 36, 4096), (H200, 256, 28672)]
-)
-def test_copies_are_made_in_parts_that_stay_in_the_cache_where_memory_is_slow(
-    gpu: tuple[int, int], size: int, part: int
+    ("gpu", "size", "part", "scratch"),
+    [(ORIN, 64, 4096, 6144 * 8192), (THOR, 32, 2048, 4096 * 8192), (RTX_4090, 72, 4096, 6144 * 8192),
+     (H200, 256, 28672, 28672 * 8192)],
+)  # fmt: skip
+def test_copies_stay_in_the_cache_where_memory_is_slow(
+    gpu: tuple[int, int], size: int, part: int, scratch: int
 ) -> None:
-    """part: rows of gate_up, whose parts are the largest. Two of them are under way, or all of it is one; loading takes
-    32 MB anyway."""
+    """part: rows of gate_up, whose parts are the largest; two are there at a time, or all of it is one. scratch: bytes
+    of the largest part or whole weight, or what loading takes."""
     config = NATIVE.decide(settings(LLAMA_8B), *gpu)
     assert config.copied_bytes == size << 20
     assert NATIVE.decide(config, *H200).copied_bytes == size << 20, "what is decided stays"
@@ -228,8 +236,21 @@ def test_copies_are_made_in_parts_that_stay_in_the_cache_where_memory_is_slow(
     copies = NATIVE.plan_memory(NATIVE.decide(eight, *gpu))["workspace"]
     none = NATIVE.plan_memory(settings(LLAMA_8B))["workspace"]
     staged, cublaslt = 32 << 20, 32 << 20
-    second = part * 4096 * 2 + cublaslt if part < 28672 else 0
-    assert copies - none == max(part * 4096 * 2, staged) - staged + second
+    assert copies - none == scratch - staged + (part * 8192 + cublaslt if part < 28672 else 0)
+    lacks = NATIVE.plan_memory(NATIVE.decide(eight, *gpu, has_cublaslt=False))["workspace"]
+    assert lacks - none == -(cublaslt + 256), "nothing of it where there is no cuBLASLt to multiply them"
+    eight.copied_bytes = 1  # parts of 128 rows all the same
+    small = NATIVE.plan_memory(NATIVE.decide(eight, *gpu))["workspace"]
+    assert small - none == 128 * 14336 * 2 + cublaslt
+
+
+@pytest.mark.parametrize(("fp8_prefill", "largest"), [(True, 48 << 20), (False, 256 << 20)])
+def test_copies_that_only_prompts_with_an_adapter_make_are_small(fp8_prefill: bool, largest: int) -> None:
+    """QKV as a whole, or gate_up, on HBM: weights in FP8 are multiplied as they are, x in a buffer of its own."""
+    model = {**LLAMA_8B, "fp8_prefill": fp8_prefill, "intermediate_size": 16384}
+    fp8 = NATIVE.plan_memory(NATIVE.decide(settings(model, layer_format=NATIVE.WeightFormat.fp8), *H200))
+    x_fp8 = 512 * (16384 + 4) if fp8_prefill else 0
+    assert fp8["workspace"] - NATIVE.plan_memory(settings(model))["workspace"] - x_fp8 == largest - (32 << 20)
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -21,7 +21,11 @@ class Taken(Exception):
     """The decoder is made: memory would be taken."""
 
 
-def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int) -> None:
+def open_with(
+    monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int, lacks: str = "", **others: Any
+) -> None:
+    """others: what the module has in place of what takes memory, or decides."""
+
     def take(settings: Any) -> None:
         raise Taken
 
@@ -29,12 +33,12 @@ def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, avai
         return SimpleNamespace(**vars(settings) | {"decided": gpu})
 
     def plan(settings: Any) -> dict[str, int]:
-        assert settings.decided == (4 << 20, 128, True), "what is left to the GPU is decided before"
+        assert settings.decided == (4 << 20, 128, not lacks), "what is left to the GPU is decided before"
         return PLAN
 
     module = SimpleNamespace(
         device_info=lambda: {"free_bytes": free, "integrated": integrated, "l2_bytes": 4 << 20, "bus_bits": 128},
-        Decoder=take, decide=decide, plan_memory=plan,
+        CUDA_MAJOR=13, plan_memory=plan, **{"Decoder": take, "decide": decide} | others,
     )  # fmt: skip
     settings = SimpleNamespace(
         num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
@@ -44,7 +48,7 @@ def open_with(monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, avai
     bundle: Any = SimpleNamespace(manifest=quantization, vocab_map=lambda: None)
     monkeypatch.setattr(cuda.native, "load", lambda: module)
     monkeypatch.setattr(cuda, "_settings", lambda *arguments: settings)
-    monkeypatch.setattr(cuda.native, "products_reason", lambda module: "")
+    monkeypatch.setattr(cuda.native, "products_reason", lambda module: lacks)
     monkeypatch.setattr(cuda, "widenings", lambda *arguments: [])
     monkeypatch.setattr(memory, "available_memory", lambda: available)
     cuda.CudaExecutor(bundle, EngineConfig())
@@ -73,6 +77,32 @@ def test_weights_that_fit_with_no_settings_are_said_to_be_too_large(monkeypatch:
     assert "lower" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "with_it", "without", "told"),
+    [
+        ("", True, True, ""),
+        ("no such file", True, True, "prompts are read slowly: no cuBLASLt (no such file); install the CUDA toolkit"),
+        ("no such file", True, False, "prompts are read more slowly where they are long: no cuBLASLt (no such file); "),
+        ("no such file", False, False, ""),
+    ],
+)
+def test_a_library_that_is_missing_is_missed_only_where_prompts_would_use_it(
+    lacks: str, with_it: bool, without: bool, told: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def decide(settings: Any, *gpu: Any) -> Any:
+        has = gpu[2:] in ((), (True,))
+        return SimpleNamespace(**vars(settings) | {"decided": gpu, "needs_cublaslt": with_it if has else without})
+
+    def upload(*arguments: Any) -> None:
+        raise Taken
+
+    monkeypatch.setattr(cuda, "_upload", upload)
+    with caplog.at_level("WARNING"), pytest.raises(Taken):
+        open_with(monkeypatch, 9_000_000_000, False, 0, lacks, decide=decide, Decoder=lambda settings: None)
+    assert told in caplog.text and (caplog.text == "") == (told == "")
+
+
 @pytest.mark.parametrize(("integrated", "told"), [(False, 100), (True, 1000)])
 def test_a_jetsons_reading_is_timed_over_what_linux_can_give(
     integrated: bool, told: int, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +125,7 @@ def test_a_plan_that_fits_is_told_and_then_taken(
     free: int, integrated: bool, available: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"), pytest.raises(Taken):
-        open_with(monkeypatch, free, integrated, available)
+        open_with(monkeypatch, free, integrated, available, lacks="" if integrated else "no such file")
     assert "GPU memory planned: weights 1500 MB, kv_cache 400 MB, workspace 100 MB, total 2000 MB" in caplog.text
     assert f"{(available if integrated else free) // 10**6} MB are free" in caplog.text
 

@@ -66,8 +66,10 @@ struct DecoderConfig {
   // A prompt's products of so many tokens at most are with int4 weights as they are stored, others with a copy in bf16;
   // -1: by the GPU. With row_invariant any number but 0 stands for all.
   int max_packed_tokens = -1;
-  // Most bytes of a weight's copy in bf16 that are made, and multiplied, at once; 0: by the GPU, planned as with HBM.
+  // Most bytes of copies in bf16 that are there at a time: larger weights go in parts, of which one is made while
+  // another is multiplied. 0: by the GPU, planned as with HBM.
   std::size_t copied_bytes = 0;
+  bool has_cublaslt = true;  // by the GPU's machine
   // Prompts through FP8 products where layers are fp8 and the GPU has them: activations are rounded to E4M3 too.
   bool fp8_prefill = true;
   int max_adapters = 0;   // LoRA adapters that may be loaded; 0 takes no memory
@@ -84,8 +86,9 @@ struct DecoderConfig {
   // Whether prompts have products with a copy of such weights in bf16. Of int4 that is not known, and so planned for,
   // while max_packed_tokens is -1.
   bool copies(kernels::WeightFormat format) const;
-  int copied_rows(int rows, int cols) const;  // of such a weight, that are copied at once
-  // Whether prompts have products through cuBLASLt: with weights in bf16, with such a copy, or in FP8.
+  bool packs_all() const;  // all prompts' products with int4 weights are with them as they are stored
+  int copied_rows(kernels::WeightFormat format, int rows, int cols) const;  // of such a weight, in a part
+  // Whether any product of a prompt is cuBLASLt's, if there is one: all but those with int4 weights as they are stored.
   bool needs_cublaslt() const;
   int num_rows() const { return head_rows > 0 ? head_rows : vocab_size; }  // of the head: a position's logits
   int window(int layer) const;
@@ -122,7 +125,8 @@ struct GpuTraits {
   bool has_cublaslt = true;
 };
 
-// config with what it leaves to the GPU, max_packed_tokens and copied_bytes, as it is on such a GPU.
+// config with what it leaves to the GPU, max_packed_tokens, copied_bytes and has_cublaslt, as it is on such a GPU.
+// Throws std::invalid_argument as check() does.
 DecoderConfig decide(DecoderConfig config, const GpuTraits& gpu);
 
 // What TokenLoop uses: inputs, residual stream of `num_tokens`, `num_rows` rows of logits, and what sampling reads.
