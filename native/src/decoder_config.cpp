@@ -77,28 +77,26 @@ void plan_input_map(MemoryPlan& plan, const DecoderConfig& config, const std::st
   if (config.factored.contains(stem)) plan.add("weights", stem + ".input_factor", count * sizeof(float));
 }
 
-// Scratch that loading and prefill share: a quantised weight as the file has it, or its dequantised part.
+// Scratch that loading and prefill share: a quantised weight as the file has it, or a layer's as it is copied.
 std::size_t scratch_bytes(const DecoderConfig& config) {
   std::size_t bytes = kStagingBytes;
-  auto consider = [&](int rows, int cols, const FormatAndGroup& stored) {
+  const auto stage = [&](int rows, int cols, const FormatAndGroup& stored) {
     const auto& [format, group] = stored;
+    if (format != WeightFormat::int4) return;
     const std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols);
-    if (format == WeightFormat::int4) {
-      const std::size_t scales = count / static_cast<std::size_t>(group) * 2;
-      bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
-    }
-    if (config.copies(format)) {
-      bytes = std::max(
-          bytes, static_cast<std::size_t>(config.copied_rows(format, rows, cols)) * static_cast<std::size_t>(cols) * 2);
-    }
+    const std::size_t scales = count / static_cast<std::size_t>(group) * 2;
+    bytes = std::max(bytes, count / 2 + scales + 2 * MemoryPlan::kAlignment);
   };
   for (int layer = 0; layer < config.num_layers; ++layer) {
     for (const LinearShape& linear : layer_linears(config)) {
-      consider(linear.rows, linear.cols, config.format_of(layer, linear.stem));
+      const FormatAndGroup stored = config.format_of(layer, linear.stem);
+      stage(linear.rows, linear.cols, stored);
+      if (!config.copies(stored.first)) continue;
+      const int part = config.copied_rows(stored.first, linear.rows, linear.cols);
+      bytes = std::max(bytes, static_cast<std::size_t>(part) * static_cast<std::size_t>(linear.cols) * 2);
     }
   }
-  const FormatAndGroup head = config.format_of("head");
-  if (head.first == WeightFormat::int4) consider(config.num_rows(), config.hidden_size, head);
+  stage(config.num_rows(), config.hidden_size, config.format_of("head"));
   return bytes;
 }
 

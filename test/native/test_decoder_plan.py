@@ -279,3 +279,13 @@ def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None
     eight = {"layers_3_attn_o": (forms.int8, 64)}
     assert workspace(LLAMA_8B, 512, **eight) - workspace(LLAMA_8B, 512) == cublaslt + 256
     assert workspace(LLAMA_1B, 0) - workspace(LLAMA_1B, 512) == 16384 * 2048 * 2 - (32 << 20) + cublaslt + 256
+
+
+@pytest.mark.parametrize("vocab", [128_256, 32_000])
+def test_a_head_is_staged_and_never_copied(vocab: int) -> None:
+    """A prompt's few logits are the decode kernels'; loading has the int4 weight as the file has it."""
+    forms, model = NATIVE.WeightFormat, {**LLAMA_1B, "tied_head": False, "vocab_size": vocab}
+    bf16, int4 = (settings(model, head_format=form, group_size=64) for form in (forms.bf16, forms.int4))
+    count = vocab * LLAMA_1B["hidden_size"]
+    more = NATIVE.plan_memory(int4)["workspace"] - NATIVE.plan_memory(bf16)["workspace"]
+    assert more == count // 2 + count // 64 * 2 + 512 - (32 << 20)
