@@ -6,6 +6,7 @@ on that thread: rclpy loses a response that arrives before the sender has noted 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import queue
@@ -191,7 +192,10 @@ class ChatStream:
 
 
 class LLMClient:
-    """Talks to one llm node. Close it, or use it in a `with`; all methods are thread-safe."""
+    """Talks to one llm node. All methods are thread-safe.
+
+    Close it, or use it in a `with`; otherwise it is closed when Python ends.
+    """
 
     def __init__(self, node_name: str = "llm", *, node: Node | None = None, timeout_s: float = 30.0) -> None:
         """Connect to the node `node_name`, with namespace if it has one; waits for it up to `timeout_s`.
@@ -218,6 +222,8 @@ class LLMClient:
         self._thread = threading.Thread(target=self._spin, name="llm-client", daemon=True)
         self._thread.start()
         self._streams: list[ChatStream] = []
+        # Python ends threads that still run inside ROS in a way that aborts the process.
+        atexit.register(self.close)
         if not self._chat.wait_for_server(timeout_s):
             self.close()
             raise UnavailableError(f"no node {node_name!r} with an action chat appeared within {timeout_s} s")
@@ -264,6 +270,7 @@ class LLMClient:
 
     def close(self) -> None:
         """Cancel what runs and disconnect."""
+        atexit.unregister(self.close)
         self.cancel()
         deadline = time.monotonic() + 1.0
         while any(not stream.done for stream in self._streams) and time.monotonic() < deadline:

@@ -30,6 +30,11 @@ def test_an_abandoned_goal_is_cancelled_and_a_crashed_client_harms_nobody(bundle
         with LLMClient("llm") as llm:
             assert llm.generate("Hi", max_tokens=5, ignore_eos=True).usage.completion_tokens == 5
         probe.wait_for(lambda: diagnostics()["active requests"] == "0", 60)
+        # A script that just ends has cancelled its goal, and has no thread left that Python would end inside ROS.
+        leaver = run_client(PROMPT, "1900", "leave")
+        said, _ = leaver.communicate(timeout=20)
+        assert (said, leaver.returncode) == ("[]\n", 0)
+        probe.wait_for(lambda: diagnostics()["active requests"] == "0", 2)
 
 
 def test_lifecycle_goals_are_refused_while_inactive_and_cancelled_by_deactivate(bundle_path):
