@@ -75,7 +75,7 @@ def estimate_parts(
     l2_bytes: of the GPU's L2 cache, whose memory is not HBM; None: its memory is HBM.
     """
     tokens = max(config.prefill_chunk, config.prefill_chunk_busy)
-    hidden, width, vocab = model.hidden_size, model.intermediate_size, model.num_rows
+    hidden, width, rows = model.hidden_size, model.intermediate_size, model.num_rows
     q_width = model.num_heads * model.head_dim
     qkv = q_width + 2 * model.num_kv_heads * model.head_dim
     formats = native_formats(model, quant)
@@ -103,9 +103,9 @@ def estimate_parts(
         if form.format == "int4":
             scratch = max(scratch, int(largest / 2 * (0.5 + 2 / form.group)))
     shapes = ((qkv, hidden), (hidden, q_width), (2 * width, hidden), (hidden, width)) if copied else ()
-    parts_of = [(_part_rows(rows, cols, size), rows, cols) for rows, cols in shapes]
-    workspace += max([scratch, *(count * cols * 2 for count, _, cols in parts_of)])
-    cut = [count * cols * 2 for count, rows, cols in parts_of if count < rows]
+    parts_of = [(_part_rows(out, cols, size) * cols * 2, out * cols * 2) for out, cols in shapes]
+    workspace += max([scratch, *(part for part, _ in parts_of)])
+    cut = [part for part, whole in parts_of if part < whole]
     if cut and often:  # parts take turns on two streams
         workspace += max(cut) + _CUBLAS_BYTES
     if "fp8" in in_layers and config.fp8_prefill:
@@ -114,7 +114,7 @@ def estimate_parts(
         "weights": weights,
         "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
         "workspace": workspace,
-        "logits": vocab * 4 * (_LOGIT_ROWS + 2 * _BATCH) + vocab * _BATCH * 4,
+        "logits": rows * 4 * (_LOGIT_ROWS + 2 * _BATCH) + rows * _BATCH * 4,
         "graphs": _GRAPH_BYTES,
     }
     if config.max_loras:

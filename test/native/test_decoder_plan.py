@@ -258,11 +258,11 @@ def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None
     """gate_up of 8B in bf16, as with HBM, and 32 MB for cuBLASLt; what loading takes of int4 stays."""
     forms = NATIVE.WeightFormat
 
-    def workspace(model: dict[str, Any], most: int, **formats: Any) -> int:
+    def workspace(model: dict[str, Any], most: int, formats: dict[str, Any] | None = None) -> int:
         config = settings(
             model, layer_format=forms.int4, group_size=64, row_invariant=exact, max_packed_tokens=most
         )  # fmt: skip
-        config.formats = {name.replace("_", "."): form for name, form in formats.items()}
+        config.formats = formats or {}
         return int(NATIVE.plan_memory(config)["workspace"])
 
     gate_up = 2 * 14336 * 4096
@@ -274,10 +274,9 @@ def test_nothing_is_planned_for_copies_that_no_prompt_makes(exact: bool) -> None
     assert (copies == workspace(LLAMA_8B, 511)) != exact
     assert copies - workspace(LLAMA_8B, 512) == copy - staged + cublaslt + 256
     # A layer in another format, and its copies, are multiplied through cuBLASLt.
-    wide = {"layers_3_attn_o": (forms.bf16, 0)}
-    assert workspace(LLAMA_8B, 512, **wide) - workspace(LLAMA_8B, 512) == cublaslt + 256
-    eight = {"layers_3_attn_o": (forms.int8, 64)}
-    assert workspace(LLAMA_8B, 512, **eight) - workspace(LLAMA_8B, 512) == cublaslt + 256
+    for other in ((forms.bf16, 0), (forms.int8, 64)):
+        mixed = workspace(LLAMA_8B, 512, {"layers.3.attn.o": other})
+        assert mixed - workspace(LLAMA_8B, 512) == cublaslt + 256
     assert workspace(LLAMA_1B, 0) - workspace(LLAMA_1B, 512) == 16384 * 2048 * 2 - (32 << 20) + cublaslt + 256
 
 
