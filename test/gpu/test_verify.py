@@ -164,25 +164,6 @@ def test_verifying_takes_no_memory(open_cuda: OpenCuda) -> None:
     assert module.device_info()["free_bytes"] == free
 
 
-def native_settings(executor: CudaExecutor, max_verify_tokens: int) -> object:
-    """The decoder's settings with another max_verify_tokens."""
-    module, source = native.load(), executor._decoder.config
-    settings = module.DecoderConfig()
-    for name in (n for n in dir(settings) if not n.startswith("_") and n not in ("check", "kv_bytes_per_token")):
-        setattr(settings, name, getattr(source, name))
-    settings.max_verify_tokens = max_verify_tokens
-    return settings
-
-
-def test_nothing_is_planned_for_it_when_it_is_off(open_cuda: OpenCuda) -> None:
-    module, executor = native.load(), open_cuda("gpu_qwen3", "fp16")
-    plans = [module.plan_memory(native_settings(executor, count)) for count in (0, 16, 64)]
-    assert plans[0]["workspace"] < plans[1]["workspace"] < plans[2]["workspace"]
-    assert plans[0]["logits"] == plans[1]["logits"] < plans[2]["logits"]
-    with pytest.raises(ValueError, match=r"max_verify_tokens is 65; it must be 0 \(off\) or 2 to 64"):
-        module.plan_memory(native_settings(executor, 65))
-
-
 @pytest.mark.parametrize("count", [17, 33, 64])
 def test_a_tree_of_up_to_64_nodes_is_cut_into_products(
     count: int, open_cuda: OpenCuda, monkeypatch: pytest.MonkeyPatch

@@ -180,6 +180,14 @@ def test_norms_on_outputs_are_planned_with_the_sums_that_they_read() -> None:
     assert off[1]["workspace"] - off[0]["workspace"] == 8 * 1152 * 4
 
 
+def test_what_drafts_need_is_planned_with_their_length_only() -> None:
+    plans = [NATIVE.plan_memory(settings(QWEN3_4B, max_verify_tokens=count)) for count in (0, 16, 64)]
+    assert plans[0]["workspace"] < plans[1]["workspace"] < plans[2]["workspace"]
+    assert plans[0]["logits"] == plans[1]["logits"] < plans[2]["logits"]
+    with pytest.raises(ValueError, match=r"max_verify_tokens is 65; it must be 0 \(off\) or 2 to 64"):
+        NATIVE.plan_memory(settings(QWEN3_4B, max_verify_tokens=65))
+
+
 def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     plan = NATIVE.plan_memory(settings(LLAMA_1B))
     ropes = ["rope", "rope.none"] * 8
