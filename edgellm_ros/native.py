@@ -8,6 +8,7 @@ import importlib
 import importlib.machinery
 import logging
 import os
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def tensorrt_candidates(module: Any) -> list[str]:
     for part in ("", "_dispatch", "_lean"):
         name = f"libnvinfer{part}.so.{major}"
         candidates.append(name)
-        for root in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):  # NVIDIA's Python wheels
+        for root in _package_roots():  # NVIDIA's Python wheels
             candidates += map(str, sorted(Path(root).glob(f"tensorrt{part}_libs/{name}")))
     return candidates
 
@@ -148,6 +149,12 @@ def find_tensorrt(module: Any) -> tuple[str, tuple[int, ...], str]:
     return path, tuple(version), reason
 
 
+def _package_roots() -> list[str]:
+    """Directories that packages are imported from: a user's own, and those beside a virtual environment, among them."""
+    roots = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path])
+    return [root for root in roots if root and Path(root).is_dir()]  # "" is wherever this was started
+
+
 @functools.cache
 def _preload_cublaslt(cuda_major: int) -> None:
     """Load cuBLASLt out of NVIDIA's Python wheels where the system has none: `_native` then finds it by its name."""
@@ -157,7 +164,7 @@ def _preload_cublaslt(cuda_major: int) -> None:
         return
     except OSError:
         pass
-    for root in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    for root in _package_roots():
         for path in sorted(Path(root).glob(f"nvidia/*/lib/{name}")):
             try:
                 ctypes.CDLL(str(path))

@@ -24,7 +24,7 @@ CHECK = ROOT / "build" / "native-check"
 
 
 def main() -> int:
-    """Build, unless nothing changed since the last time."""
+    """Build; with --check unless nothing changed since the last time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="every architecture, quickly, into build/native-check")
     check = parser.parse_args().check
@@ -40,25 +40,29 @@ def main() -> int:
         if check:
             build(nvcc, check)
         if not check or any((ROOT / "edgellm_ros").glob("_native*.so")):
-            build(nvcc, False)
+            build(nvcc, False, always=not check)
     except SetupError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def build(nvcc: Path, check: bool) -> None:
-    """Configure and compile with CMake, for this Python and with its pybind11."""
+def build(nvcc: Path, check: bool, always: bool = False) -> None:
+    """Configure and compile with CMake, for this Python and with its pybind11.
+
+    `always`: CMake decides what there is to do. Only it sees the headers of cuBLAS and TensorRT that came meanwhile.
+    """
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     archs = "all" if check else os.environ.get("EDGELLM_CUDA_ARCHS", "")
     output = CHECK if check else ROOT / "edgellm_ros"
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
-    tensorrt = [os.environ.get("TENSORRT_ROOT", ""), str(importlib.util.find_spec("kernel_lens"))]  # whose NvInfer.h
+    wheel = importlib.util.find_spec("kernel_lens")
+    tensorrt = [os.environ.get("TENSORRT_ROOT", ""), str(wheel.origin) if wheel else ""]  # whose NvInfer.h
     package = (ROOT / "edgellm_ros" / "__init__.py").read_text(encoding="utf-8")  # has the version
     inputs = [version, archs, suffix, *tensorrt, package, hash_tree(ROOT / "native")]
     title = f"native/ for {'every architecture, -Werror' if check else archs or 'the GPU here, or all'}"
     with Step("native-check" if check else "native", title, inputs) as step:
-        if step.done and (output / f"_native{suffix}").is_file():
+        if step.done and not always and (output / f"_native{suffix}").is_file():
             return
         cmake = shutil.which("cmake")
         if cmake is None:
@@ -66,6 +70,7 @@ def build(nvcc: Path, check: bool) -> None:
         directory = ROOT / "build" / ("native-check-objects" if check else "native")
         forget_other_tools(directory, [str(nvcc), sys.executable])
         configure: list[str | Path] = [cmake, "-S", ROOT / "native", "-B", directory]
+        configure += ["-UEDGELLM_NVINFER_*", "-UEDGELLM_CUBLASLT_INCLUDE_DIR"]  # looked for again, TENSORRT_ROOT first
         configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython3_EXECUTABLE={sys.executable}"]
         configure += [f"-DEDGELLM_CUDA_ARCHS={archs}", f"-DEDGELLM_OUTPUT_DIR={output}"]
         flag = "ON" if check else "OFF"

@@ -30,6 +30,13 @@ run() { # NAME SECONDS COMMAND...: run it, keep its output, note how it went
   return "$code"
 }
 
+for part in "${parts[@]}"; do
+  case $part in
+    build | test | sanitize | bench | kernels | figures | build-only) ;;
+    *) echo "unknown part $part; allowed are build, test, sanitize, bench, kernels, figures" >&2 && exit 2 ;;
+  esac
+done
+
 if [ "${1:-}" = build-only ]; then
   cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" \
     -DEDGELLM_NVINFER_DOUBLE=ON -DEDGELLM_TEST_DRIVERS=ON -DEDGELLM_LINEINFO="${EDGELLM_LINEINFO:-OFF}" \
@@ -64,10 +71,9 @@ for part in "${parts[@]}"; do
       run verify 90 "$python" bench/bench_verify.py --shape llama-1b llama-8b --weights bf16 int4
       run lora 90 "$python" bench/bench_lora.py --shape llama-1b llama-8b --weights bf16 int4 --rank 16 --batch 1 8
       ;;
-    *) echo "unknown part $part; allowed are build, test, sanitize, bench, kernels, figures" >&2 && exit 2 ;;
   esac || true
 done
 echo "---- summary"
 printf '%s\n' "${summary[@]}"
-[ -f "$out/bench.log" ] && grep -E "ms/token|read-only|tiles" "$out/bench.log"
+[[ " ${parts[*]} " == *" bench "* ]] && grep -E "ms/token|read-only|tiles" "$out/bench.log"
 exit $status

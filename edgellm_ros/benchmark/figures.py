@@ -131,6 +131,12 @@ class Run:
     decode: list[Decode] = field(default_factory=list)
     ratios: Ratios | None = None  # where the device feeds itself
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything was timed."""
+        prefill = any(figure.executor_ms or figure.first_token_ms for figure in self.prefill)
+        return prefill or any(figure.executor_ms or figure.engine_ms for figure in self.decode)
+
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
         info = self.info

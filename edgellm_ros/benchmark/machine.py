@@ -15,8 +15,8 @@ from edgellm_ros.memory import free_device_memory, meminfo, physical_cores
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers")
 
 
-def describe_machine() -> dict[str, Any]:
-    """CPU, cores, memory, load and, where the native module sees one, the GPU and its driver."""
+def describe_machine(gpu: bool = True) -> dict[str, Any]:
+    """CPU, cores, memory, load and, with `gpu` and where the native module sees one, the GPU and its driver."""
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "cpu": cpu_name(_read("/proc/cpuinfo")),
@@ -24,7 +24,7 @@ def describe_machine() -> dict[str, Any]:
         "logical_cores": len(os.sched_getaffinity(0)),
         "memory_bytes": meminfo(_read("/proc/meminfo")).get("MemTotal", 0),
         "load_average": round(os.getloadavg()[0], 2),  # programs that wanted to run, last minute; before measuring
-        "gpu": _gpu(),
+        "gpu": _gpu() if gpu else None,
     }
 
 
@@ -33,6 +33,15 @@ def cpu_name(cpuinfo: str) -> str:
     name = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     board = _read("/proc/device-tree/model").strip("\0\n ")
     return name.group(1).strip() if name else board or platform.processor() or platform.machine()
+
+
+def driver_version(text: str) -> str:
+    """The NVIDIA driver's version in the text of /proc/driver/nvidia/version; empty where there is none.
+
+    The open kernel modules, which a Jetson has, name the architecture before it: "Kernel Module for x86_64  565.57.01".
+    """
+    match = re.search(r"Kernel Module(?:\s+for\s+\S+)?\s+(\d[\d.]*)", text)
+    return match.group(1) if match else ""
 
 
 def describe_versions() -> dict[str, str]:
@@ -61,13 +70,12 @@ def _gpu() -> dict[str, Any] | None:
     if native.unavailable_reason():
         return None
     info = native.load().device_info()
-    kernel = re.search(r"Kernel Module\D*([\d.]+)", _read("/proc/driver/nvidia/version"))
     return {
         "name": info["name"],
         "compute_capability": ".".join(map(str, info["compute_capability"])),
         "num_sms": info["num_sms"],
         "memory_bytes": info["total_bytes"],
-        "driver": kernel.group(1) if kernel else "",
+        "driver": driver_version(_read("/proc/driver/nvidia/version")),
         "driver_cuda_version": info["driver_cuda_version"],
         "runtime_cuda_version": info["runtime_cuda_version"],
     }

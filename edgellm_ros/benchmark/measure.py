@@ -67,7 +67,7 @@ class Benchmark:
         """`source` is what is loaded: a path, whose files are then verified, or a bundle that has none."""
         self._bundle, self._source, self._plan = bundle, source, plan
         self._model = bundle.manifest.model
-        self._capacity = self._plan_capacity()
+        self.capacity = self._plan_capacity()  # tokens of a slot, in every run
         self.runs: list[Run] = []
 
     def measure(self, progress: Callable[[str], object]) -> None:
@@ -80,7 +80,7 @@ class Benchmark:
                     executor=executor,
                     max_slots=batch,
                     max_queue=batch,
-                    max_context=self._capacity,
+                    max_context=self.capacity,
                 )
                 read = self._measure_run(config, read, progress)
 
@@ -88,9 +88,11 @@ class Benchmark:
         self, config: EngineConfig, read: ReadBandwidth | None, progress: Callable[[str], object]
     ) -> ReadBandwidth:
         """One executor and batch size; `read` is None in an executor's first run, which measures it, and prompts."""
-        free = free_device_bytes()
+        # Asking a GPU makes a context, which is the process's memory and fails where the GPU is full.
+        free = free_device_bytes() if config.executor != "onnxruntime" else None
         progress(f"loading {self._model.name}")
         with LLM.open(self._source, config) as llm:
+            check_batches((config.max_slots,), llm.info.name)  # what auto has chosen
             run = self._begin_run(llm, config.max_slots, with_prefill=read is None)
             self.runs.append(run)
             # Touches all memory that will be used.
@@ -123,7 +125,8 @@ class Benchmark:
             run.prefill.append(Prefill(length, prefill_flops(model, length)))
         for context in plan.contexts:
             cache = batch * kv_bytes(model, info.kv_bytes_per_token, context + plan.new_tokens / 2)
-            run.decode.append(Decode(batch, context, plan.new_tokens, weights + cache))
+            read = weights * (1 if info.batches else batch)
+            run.decode.append(Decode(batch, context, plan.new_tokens, read + cache))
         return run
 
     def _measure_figures(

@@ -31,9 +31,10 @@ def begin_report(command: str, bundle: Bundle, plan: Plan) -> dict[str, Any]:
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "complete": False,
+        "stopped_by": "",  # where it is not complete: Ctrl-C, or an error's text
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        "machine": describe_machine(gpu=any(name != "onnxruntime" for name in plan.executors)),
         "versions": describe_versions(),
         "model": {
             "name": model.name,
@@ -103,7 +104,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for run in report["runs"]:
         _print_run(run, report, console)
     if not report["complete"]:
-        console.print("interrupted: this is what was measured so far", style="yellow")
+        by = "interrupted" if report["stopped_by"] == "Ctrl-C" else "stopped by an error"
+        console.print(f"{by}: this is what was measured so far", style="yellow")
 
 
 def _print_run(run: dict[str, Any], report: dict[str, Any], console: Console) -> None:

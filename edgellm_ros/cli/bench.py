@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +93,23 @@ def execute(args: argparse.Namespace) -> int:
     bundle, source = _open(args, executors)
     plan = _plan(args, executors, bundle)
     benchmark = Benchmark(bundle, source, plan)
+    if "tensorrt" in executors:
+        _require_engine(args, bundle, benchmark.capacity)
     report = begin_report(args.command, bundle, plan)
+    failure: Exception | None = None
     try:
         _measure(benchmark, plan)
         report["complete"] = True
     except KeyboardInterrupt:
         if not benchmark.runs:
             raise
+        report["stopped_by"] = "Ctrl-C"
+    except Exception as error:  # of a later run: what the earlier ones took minutes for is shown first
+        if isinstance(error, ConfigError) and "max_slots" in str(error):
+            error = ConfigError(f"{error}; --batch is max_slots here")
+        if not any(run.has_figures for run in benchmark.runs):
+            raise error from None
+        failure, report["stopped_by"] = error, str(error)
     report["runs"] = [run.to_dict() for run in benchmark.runs]
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     if args.json == "-":
@@ -108,6 +120,8 @@ def execute(args: argparse.Namespace) -> int:
             Path(args.json).write_text(text, encoding="utf-8")
     if args.plot is not None:
         write_plot(report, args.plot)
+    if failure is not None:
+        raise failure
     return 0 if report["complete"] else 130
 
 
@@ -135,6 +149,14 @@ def _check_target(option: str, path: Path) -> None:
         raise ConfigError(f"{option} {path} is a directory; name a file in it")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        else:
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
 
 
 def _check_counts(args: argparse.Namespace) -> None:
@@ -174,8 +196,6 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
     if args.bundle is not None:
         if reason:
             raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
-        if "tensorrt" in executors:
-            _require_engine(args, bundle)
         return bundle, args.bundle
     others = [name for name in executors if name != "cuda"]
     if others:
@@ -192,25 +212,23 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
     return random, random
 
 
-def _require_engine(args: argparse.Namespace, bundle: Bundle) -> None:
+def _require_engine(args: argparse.Namespace, bundle: Bundle, capacity: int) -> None:
     """Raise UnsupportedError now where no engine would be loaded, and not after another executor's minutes."""
     from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
 
-    config = settings_from(args, EngineConfig(max_slots=max(args.batch)))
+    config = replace(settings_from(args, EngineConfig()), max_slots=max(args.batch), max_context=capacity)
     engine, reasons = choose_engine(bundle, config, probe_machine())
     if engine is None:
         raise UnsupportedError(f"executor is 'tensorrt': {'; '.join(reasons)}; or use auto")
 
 
 def _plan(args: argparse.Namespace, executors: tuple[str, ...], bundle: Bundle) -> Plan:
-    from dataclasses import replace
-
     from edgellm_ros.benchmark.measure import Plan, check_batches, tokens_needed
 
     config = settings_from(args, EngineConfig())
     batches = tuple(sorted(set(args.batch)))
     for executor in executors:
-        check_batches(batches, executor)
+        check_batches(batches, _likely(executor, bundle))
     limit = config.max_context or bundle.manifest.model.max_context
     room = limit - tokens_needed(0, args.new_tokens, batches[-1])
     if room < 2:
@@ -222,7 +240,8 @@ def _plan(args: argparse.Namespace, executors: tuple[str, ...], bundle: Bundle) 
     if args.context:
         contexts = args.context
     elif args.plot is not None:
-        contexts = _doubling(room if config.max_context else min(room, _DEFAULT_LIMIT - (limit - room)))
+        shorter = _DEFAULT_LIMIT - (limit - room)
+        contexts = _doubling(room if config.max_context or shorter < 2 else min(room, shorter))
     else:
         contexts = prompts
     sampling = replace(settings_from(args, SamplingParams()), seed=0, ignore_eos=True)
@@ -230,6 +249,16 @@ def _plan(args: argparse.Namespace, executors: tuple[str, ...], bundle: Bundle) 
         executors, tuple(sorted(set(prompts))), tuple(sorted(set(contexts))), batches, args.new_tokens, args.rounds,
         config, sampling,
     )  # fmt: skip
+
+
+def _likely(executor: str, bundle: Bundle) -> str:
+    """The executor that auto will choose, as far as can be said before loading: of the GPU's two both are alike."""
+    from edgellm_ros import native
+    from edgellm_ros.executors.cuda import unsupported_reason
+
+    if executor != "auto" or native.unavailable_reason() or unsupported_reason(bundle):
+        return executor
+    return "cuda"
 
 
 def _doubling(longest: int) -> list[int]:

@@ -12,14 +12,18 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.engine_checks import check_engines, check_tensorrt
-from edgellm_ros.cli.gpu_checks import check_gpus
+from edgellm_ros.cli.gpu_checks import check_gpus, plan_on_gpu
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
-from edgellm_ros.memory import meminfo
+from edgellm_ros.memory import available_memory
+
+if TYPE_CHECKING:
+    from edgellm_ros.bundle import Bundle
 
 BASE = ("numpy", "tokenizers", "jinja2", "onnxruntime", "safetensors", "pyyaml", "rich")
 TOOLCHAIN = ("onnx", "gguf", "ml_dtypes", "threadpoolctl")
@@ -39,7 +43,7 @@ def all_checks(bundle: Path | None = None) -> Iterator[Check]:
     yield from check_gpus()
     yield from check_tensorrt()
     yield check_cpu(read_text(Path("/proc/cpuinfo")))
-    available = memory_available(read_text(Path("/proc/meminfo")))
+    available = _memory_available()
     yield Check("machine", "free memory", State.OK, human_bytes(available) if available else "unknown")
     if bundle is not None:
         yield from check_bundle(bundle, available)
@@ -95,7 +99,9 @@ def check_compiler() -> Iterator[Check]:
         "CUDA compiler": "install the CUDA toolkit (only for building the GPU executors)",
     }
     for name, commands in tools.items():
-        path = next(filter(None, map(shutil.which, commands)), None)
+        more = _cuda_places() if name == "CUDA compiler" else []
+        places = os.pathsep.join([os.environ.get("PATH", os.defpath), *more])
+        path = next(filter(None, (shutil.which(command, path=places) for command in commands)), None)
         if path:
             yield Check("build", name, State.OK, path)
         else:
@@ -121,14 +127,26 @@ def check_cpu(cpuinfo: str) -> Check:
     return Check("machine", "CPU", State.OK, found)
 
 
-def memory_available(text: str) -> int:
-    """Bytes that programs can still take, of /proc/meminfo's text; 0 when it does not say."""
-    return meminfo(text).get("MemAvailable", 0)
+def _cuda_places() -> list[str]:
+    """Where a CUDA toolkit is outside PATH, as on a Jetson; building looks there too."""
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    return [*(f"{home}/bin" for home in homes if home), "/usr/local/cuda/bin"]
+
+
+def _memory_available() -> int:
+    """Bytes that programs, or this container, can still take; 0 where Linux does not say."""
+    try:
+        return available_memory()
+    except OSError:
+        return 0
 
 
 def check_bundle(path: Path, available: int, config: EngineConfig | None = None) -> Iterator[Check]:
-    """Whether a bundle opens with every file as exported, and fits `available` bytes with the engine's defaults."""
-    from edgellm_ros.bundle import DECODER, DECODER_ORT, Bundle
+    """Whether a bundle opens with every file as exported, and fits with the engine's defaults.
+
+    `available` bytes where the CPU will run it; what is free on the GPU where its kernels will.
+    """
+    from edgellm_ros.bundle import Bundle
 
     try:
         bundle = Bundle.open(path)
@@ -138,18 +156,27 @@ def check_bundle(path: Path, available: int, config: EngineConfig | None = None)
     manifest = bundle.manifest
     yield Check("bundle", "files", State.OK, f"{manifest.model.name}: {len(manifest.files)} files as exported")
     config = config or EngineConfig()
-    model = manifest.model
+    yield _check_memory(bundle, available, config)
+    yield check_engines(bundle, config)
+
+
+def _check_memory(bundle: Bundle, available: int, config: EngineConfig) -> Check:
+    from edgellm_ros.bundle import DECODER, DECODER_ORT
+
+    model = bundle.manifest.model
     capacity = config.max_context or min(model.max_context, 4096)
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4 * capacity * config.max_slots  # fp32
     graphs = (DECODER, DECODER_ORT)
-    weights = sum(entry.size for name, entry in manifest.files.items() if name not in graphs)
-    found = (
-        f"about {human_bytes(weights)} + {human_bytes(cache)} of KV cache "
-        f"({config.max_slots} slots of {capacity} tokens), {human_bytes(available)} free"
-    )
-    if available and weights + cache > available:
-        remedy = "lower --max-slots or --max-context, or export with --weights int4"
-        yield Check("bundle", "memory", State.FAILED, found, remedy)
-    else:
-        yield Check("bundle", "memory", State.OK, found)
-    yield check_engines(bundle, config)
+    weights = sum(entry.size for name, entry in bundle.manifest.files.items() if name not in graphs)
+    slots = f"{config.max_slots} slots of {capacity} tokens"
+    needed, remedy = weights + cache, "load it with a smaller max_slots or max_context"
+    found = f"about {human_bytes(weights)} + {human_bytes(cache)} of KV cache ({slots}), {human_bytes(available)} free"
+    if (gpu := plan_on_gpu(bundle, config)) is not None:
+        needed, available = gpu
+        found = f"about {human_bytes(needed)} of the GPU's memory ({slots}), {human_bytes(available)} free"
+        remedy += ", or with kv_cache fp8"
+    if bundle.manifest.quantization.weights != "int4":
+        remedy += ", or export with --weights int4"
+    if available and needed > available:
+        return Check("bundle", "memory", State.FAILED, found, remedy)
+    return Check("bundle", "memory", State.OK, found)

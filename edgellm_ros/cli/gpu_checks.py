@@ -10,13 +10,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgellm_ros import native
+from edgellm_ros.benchmark.machine import driver_version
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.errors import DeviceError
 from edgellm_ros.memory import free_device_memory
+
+if TYPE_CHECKING:
+    from edgellm_ros.bundle import Bundle
+    from edgellm_ros.config import EngineConfig
 
 _CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
 SICK_REMEDY = "nvidia-smi shows what holds its memory, dmesg what its driver says"
@@ -62,6 +67,22 @@ def unusable_reason() -> str:
         return native.unavailable_reason()
     except DeviceError as error:
         return f"the GPU fails: {error}; {SICK_REMEDY}"
+
+
+def plan_on_gpu(bundle: Bundle, config: EngineConfig) -> tuple[int, int] | None:
+    """Bytes that the CUDA executor would plan for `bundle`, and those free on the GPU; None where it will not run."""
+    if unusable_reason():
+        return None
+    from edgellm_ros.executors.cuda import plan_memory, unsupported_reason
+
+    if unsupported_reason(bundle):
+        return None
+    try:
+        info = native.load().device_info()
+    except DeviceError:  # the GPU's own line says it
+        return None
+    plan = plan_memory(bundle, config, l2_bytes=info["l2_bytes"] if info["integrated"] else None)
+    return plan["total"], free_device_memory(info)
 
 
 def survey_cuda_python() -> Survey | None:
@@ -120,8 +141,7 @@ def _check_cards(survey: Survey) -> Iterator[Check]:
 
 
 def _check_driver(survey: Survey, module: Any) -> Check:
-    match = re.search(r"Kernel Module\D*([\d.]+)", read_text(_PROC / "version"))
-    found = match.group(1) if match else "version unknown"
+    found = driver_version(read_text(_PROC / "version")) or "version unknown"
     if survey.driver_cuda != (0, 0):
         found += ", for CUDA {}.{} and older".format(*survey.driver_cuda)
     # Within one major version a newer runtime works with an older driver (CUDA's minor version compatibility).

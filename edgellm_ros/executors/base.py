@@ -36,6 +36,7 @@ class ExecutorInfo:
     memory_bytes: int  # weights + KV cache + workspace, as planned at load
     rounding: float = 0.0  # relative error of logits that the executor's own number formats add to the bundle's
     vocab_map: VocabMap | None = None  # which tokens the logits' columns are; None: all, in order
+    batches: bool = True  # a step of several sequences reads the weights once, not once for each
 
     @property
     def on_gpu(self) -> bool:

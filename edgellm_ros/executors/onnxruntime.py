@@ -12,6 +12,7 @@ Runtime 1.32, AMD EPYC): what several slots get is compared when a bundle is loa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,10 @@ class OnnxRuntimeExecutor(Executor):
             memory_bytes=planned,
             vocab_map=vocab_map,
         )
-        self._batches = config.decode_batching == "fast" or (
+        batches = config.decode_batching == "fast" or (
             config.max_slots > 1 and not _rounds_single_rows_apart(quant) and self._rows_agree()
         )
+        self.info = dataclasses.replace(self.info, batches=batches)
 
     def _rows_agree(self) -> bool:
         """Whether single tokens get the same bits alone and side by side on this machine; the slots are empty yet."""
@@ -184,7 +186,7 @@ class OnnxRuntimeExecutor(Executor):
         groups: list[list[int]] = []
         for i in single:
             before = batch[groups[-1][-1]] if groups else None
-            batches = self._batches_adapted if batch[i].adapter else self._batches
+            batches = self._batches_adapted if batch[i].adapter else self.info.batches
             if batches and before and (before.slot + 1, before.adapter) == (batch[i].slot, batch[i].adapter):
                 groups[-1].append(i)
             else:

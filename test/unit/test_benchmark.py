@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, SamplingParams
 from edgellm_ros.errors import ConfigError, DeviceError
 from edgellm_ros.executors import ExecutorInfo, SequenceStep
+from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
 from edgellm_ros.llm import LLM
 from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.tokenizer import Tokenizer
@@ -274,6 +276,32 @@ def test_a_batch_that_the_gpu_cannot_decode_at_once_is_refused(monkeypatch: pyte
     for executor in ("cuda", "tensorrt"):
         with pytest.raises(ConfigError, match=f"--batch 9 is more than the {executor} executor decodes at once, 8"):
             measure.check_batches((1, 9), executor)
+
+
+@pytest.mark.parametrize(("batching", "agree", "together"), [("exact", True, 1), ("exact", False, 0), ("fast", False, 1)])
+def test_weights_that_a_step_reads_for_each_sequence_count_for_each(
+    batching: str, agree: bool, together: bool, tiny_bundle: Callable[[str, str], Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where a machine's single rows round apart, exact computes one sequence after the other."""
+    monkeypatch.setattr(OnnxRuntimeExecutor, "_rows_agree", lambda self: agree)
+    runs = Counter[int]()
+    run_group = OnnxRuntimeExecutor._run
+
+    def counted(self: OnnxRuntimeExecutor, members: list[SequenceStep], out: Any) -> Any:
+        runs[len(members)] += len(members[0].token_ids) == 1
+        return run_group(self, members, out)
+
+    monkeypatch.setattr(OnnxRuntimeExecutor, "_run", counted)
+    bundle = tiny_bundle("qwen3", "int4")
+    benchmark = measure.Benchmark(
+        bundle, bundle.path, plan(batches=(1, 3), contexts=(16,), config=EngineConfig(decode_batching=batching))
+    )
+    benchmark.measure(lambda words: None)
+    assert bool(runs[3]) == together
+    one, three = (run.decode[0].bytes_per_step for run in benchmark.runs)
+    weights = costs.decode_bytes(bundle.manifest.model, bundle.manifest.quantization, "onnxruntime")
+    assert three - 3 * one == pytest.approx(-2 * weights if together else 0)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

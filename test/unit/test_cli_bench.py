@@ -26,6 +26,7 @@ from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.bench import _doubling
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError, DeviceError
 
 NO_GPU = native.unavailable_reason()
 SVG = "{http://www.w3.org/2000/svg}"
@@ -234,6 +235,33 @@ def test_ctrl_c_shows_what_was_measured_so_far(
     assert second["executor"] is None and second["engine"] is None
 
 
+def test_an_error_of_a_later_run_comes_after_what_was_measured(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgellm_ros import executors
+
+    create = executors.create_executor
+
+    def one_slot(bundle: Bundle, config: EngineConfig) -> Any:
+        if config.max_slots > 1:
+            raise ConfigError("the plan needs 900 MB, but 80 MB are free; lower max_slots")
+        return create(bundle, config)
+
+    monkeypatch.setattr(executors, "create_executor", one_slot)
+    file = tmp_path / "report.json"
+    options = ("--batch", "1", "2", "--context", "24", "--json", str(file))
+    assert main(["bench", "--bundle", path, *FAST, *options]) == 2
+    captured = capsys.readouterr()
+    assert "stopped by an error: this is what was measured so far" in captured.out and "first token" in captured.out
+    told = "the plan needs 900 MB, but 80 MB are free; lower max_slots; --batch is max_slots here"
+    assert captured.err == f"error: {told}\n"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["complete"] is False and report["stopped_by"] == told
+    assert report["runs"][0]["decode"][0]["engine"]["tokens_per_s"] > 0
+    assert main(["bench", "--bundle", path, *FAST, "--batch", "2", "--context", "24"]) == 2
+    assert capsys.readouterr().out == ""  # nothing was measured
+
+
 def test_ctrl_c_before_anything_was_measured_is_just_the_exit_code(
     path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +290,8 @@ def test_ctrl_c_before_anything_was_measured_is_just_the_exit_code(
         (("--plot", "no/such/speed.svg"), "there is no directory no/such"),
         (("--json", "no/such/report.json"), "there is no directory no/such"),
         (("--json", "."), "--json . is a directory; name a file in it"),
+        (("--json", "/proc/report.json"), "--json /proc/report.json cannot be written ("),
+        (("--plot", "/proc/version.svg"), "--plot /proc/version.svg cannot be written ("),
         (("--executor", "tensorrt"), "executor is 'tensorrt'"),
         (("--num-threads", "-1"), "num_threads is -1"),
         (("--temperature", "-1"), "temperature is -1"),
@@ -299,6 +329,52 @@ def test_a_model_is_named_once(options: tuple[str, ...], capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stop:
         main(["bench", *options])
     assert stop.value.code == 2 and "--shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("new_tokens", "longest"), [(128, 3966), (4092, 2), (4093, 4097), (5000, 3190)])
+def test_many_new_tokens_leave_a_plot_contexts(
+    new_tokens: int, longest: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bundle that holds 8,192 tokens: 4,096 in all, or what fits where new tokens take so many."""
+    plans: list[Any] = []
+
+    def begin(self: Benchmark, bundle: Bundle, source: object, plan: Any) -> None:
+        plans.append(plan)
+        raise ConfigError("seen")
+
+    opened = Bundle.open(Path(path))
+    model = dataclasses.replace(opened.manifest.model, max_context=8192)
+    opened = Bundle(opened.path, dataclasses.replace(opened.manifest, model=model))
+    monkeypatch.setattr(Bundle, "open", lambda *args, **options: opened)
+    monkeypatch.setattr(Benchmark, "__init__", begin)
+    assert main(["bench", "--bundle", path, "--new-tokens", str(new_tokens), "--plot", "speed.svg"]) == 2
+    assert plans[0].contexts[-1] == longest and plans[0].contexts[0] >= 1
+
+
+def test_auto_that_will_take_a_gpu_refuses_at_once_what_it_cannot_decode(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
+    monkeypatch.setattr("edgellm_ros.executors.cuda.unsupported_reason", lambda bundle: "")
+    monkeypatch.setattr(native, "import_module", lambda: (SimpleNamespace(MAX_BATCH=8), ""))
+    monkeypatch.setattr(Benchmark, "measure", lambda *args: pytest.fail("measured before the refusal"))
+    assert main(["bench", "--bundle", path, "--batch", "1", "16"]) == 2
+    assert "--batch 16 is more than the cuda executor decodes at once, 8" in capsys.readouterr().err
+
+
+def test_a_cpus_benchmark_does_not_ask_the_gpu(
+    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose memory another process may hold, so that not even a context can be made."""
+
+    def full() -> dict[str, Any]:
+        raise DeviceError("memory.cpp:1: cudaMemGetInfo failed: out of memory")
+
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(device_info=full))
+    options = ("--executor", "onnxruntime", "--context", "24", "--json", "-")
+    assert main(["bench", "--bundle", path, *FAST, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["gpu"] is None
 
 
 def test_a_plots_contexts_double_up_to_the_capacity() -> None:

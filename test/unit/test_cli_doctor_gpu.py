@@ -194,6 +194,50 @@ def test_without_cuda_python_the_native_module_tells_and_the_extra_is_named(monk
     assert found["cuBLASLt"].state is State.MISSING and "pip install nvidia-cublas" in found["cuBLASLt"].remedy
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:16:08 UTC 2025\n", "580.65.06"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  565.57.01  Release Build  (dvs-builder@U16)\n",
+            "565.57.01",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  35.3.1  Release Build  (buildbrain)\n", "35.3.1"),
+        ("", "version unknown"),
+    ],
+)
+def test_the_drivers_version_is_read_of_the_open_modules_too(
+    text: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "version").write_text(text)
+    install_cuda_python(monkeypatch, [("Orin", (8, 7))])
+    assert checks()["driver"].found.startswith(f"{version}, for CUDA ")
+
+
+@pytest.mark.parametrize(("integrated", "planned"), [(False, 3 * GIB), (True, 2 * GIB)])
+def test_the_cuda_executors_plan_is_that_of_the_gpus_memory(
+    integrated: bool, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Jetson, whose memory is no HBM, by the size of its L2 cache."""
+    from edgellm_ros.config import EngineConfig
+    from edgellm_ros.executors import cuda
+
+    bundle: Any = object()
+    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None  # no module
+    module = install_native(monkeypatch, capability=(9, 0))
+    told = {**module.device_info(), "integrated": integrated, "l2_bytes": 4 << 20}
+    module.device_info = lambda: told
+    monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: 7 * GIB)
+    monkeypatch.setattr(native, "load", lambda: module)
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda bundle: "")
+    plan = {None: 3 * GIB, 4 << 20: 2 * GIB}
+    monkeypatch.setattr(cuda, "plan_memory", lambda bundle, config, l2_bytes: {"total": plan[l2_bytes]})
+    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) == (planned, (7 if integrated else 5) * GIB)
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda bundle: "heads of 48")
+    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None
+
+
 def test_without_either_the_kernel_module_names_the_card(tmp_path: Path) -> None:
     information = tmp_path / "nvidia" / "gpus" / "0000:01:00.0" / "information"
     information.parent.mkdir(parents=True)

@@ -177,8 +177,24 @@ def test_cpu_features_and_memory_are_read_from_proc() -> None:
     cpuinfo = "processor\t: 0\nmodel name\t: Testcore 3000\nflags\t\t: fpu avx2 avx512_vnni fma nothing\n"
     found = checks.check_cpu(cpuinfo)
     assert found.state is State.OK and "Testcore 3000" in found.found and found.found.endswith("avx2 fma avx512_vnni")
-    assert checks.memory_available("MemTotal: 9 kB\nMemAvailable:   2048 kB\n") == 2**21
-    assert checks.memory_available("") == 0
+
+
+def test_free_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "available_memory", lambda: 50 * 2**20)
+    [found] = [check.found for check in checks.all_checks() if check.name == "free memory"]
+    assert found == "50.0 MiB"
+
+
+def test_nvcc_is_found_where_building_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = {check.name: check for check in checks.check_compiler()}
+    assert found["CUDA compiler"] == checks.Check("build", "CUDA compiler", State.OK, str(nvcc))
+    assert found["CMake"].state is State.MISSING
 
 
 def test_ros_that_is_sourced_but_not_usable_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +213,21 @@ def test_a_bundle_is_checked_for_wholeness_and_for_fitting_in_memory(bundle: Pat
     assert files.state is memory.state is State.OK
     assert engine.state is State.MISSING and f"edgellm build {bundle}" in engine.found
     assert [c.state for c in checks.check_bundle(bundle, cache + size - 1, config)][:2] == [State.OK, State.FAILED]
+    (memory,) = (check for check in checks.check_bundle(bundle, 1, config) if check.name == "memory")
+    assert memory.remedy == "load it with a smaller max_slots or max_context"  # in int4 it is
     os.truncate(bundle / TOKENIZER, 10)
     (broken,) = checks.check_bundle(bundle, cache + size, config)
     assert broken.state is State.FAILED and "truncated" in broken.found
+
+
+@pytest.mark.parametrize(("free", "state"), [(7 * 2**30, State.OK), (5 * 2**30, State.FAILED)])
+def test_where_the_gpu_will_run_a_bundle_its_plan_and_memory_count(
+    free: int, state: State, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "plan_on_gpu", lambda bundle, config: (6 * 2**30, free))
+    memory = list(checks.check_bundle(bundle, 1, EngineConfig()))[1]
+    assert memory.state is state and memory.found.startswith("about 6.0 GiB of the GPU's memory (4 slots of 256 tokens), ")
+    assert ("or with kv_cache fp8" in memory.remedy) == (state is State.FAILED)
 
 
 def test_doctor_needs_none_of_the_packages_that_it_looks_for() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,3 +128,28 @@ def test_the_cublas_that_is_named_is_the_modules_own(cuda: int, reason: str, rem
     module: Any = ModuleType("edgellm_ros._native")
     module.CUDA_MAJOR = cuda
     assert native.products_remedy(module, reason) == remedy
+
+
+def test_libraries_of_wheels_are_found_wherever_packages_are_imported_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user's own site directory is one: `pip install` without root puts what doctor asks for there."""
+    library = tmp_path / "user" / "nvidia" / "cublas" / "lib" / "libcublasLt.so.99"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    engine = tmp_path / "user" / "tensorrt_libs" / "libnvinfer.so.10"
+    engine.parent.mkdir()
+    engine.touch()
+    loaded: list[str] = []
+
+    def load(name: str) -> None:
+        if "/" not in name:
+            raise OSError("no such file")
+        loaded.append(name)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
+    monkeypatch.delenv("EDGELLM_NVINFER", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path / "user"))
+    native._preload_cublaslt(99)
+    assert loaded == [str(library)]
+    assert str(engine) in native.tensorrt_candidates(SimpleNamespace(TENSORRT_HEADERS="10.14"))

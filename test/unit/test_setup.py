@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,42 @@ def test_a_build_of_another_python_or_compiler_is_not_continued(
     build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
     assert not directory.exists()
     build_native.forget_other_tools(directory, ["/a/nvcc", "/b/python3"])
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_checking_builds_once_and_make_native_lets_cmake_decide(
+    always: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only CMake sees that headers came meanwhile; nothing else that is asked twice may look different."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    setup_env, build_native = (importlib.import_module(name) for name in ("setup_env", "build_native"))
+    wheel = tmp_path / "kernel_lens.py"
+    wheel.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    stamps = tmp_path / "stamps"
+    stamps.mkdir()
+    output = tmp_path / "output"
+    output.mkdir()
+    commands: list[list[str]] = []
+
+    def run(command: list[Any], name: str, environment: object = None) -> None:
+        commands.append([str(part) for part in command])
+        (output / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+
+    monkeypatch.setattr(setup_env, "STAMPS", stamps)
+    monkeypatch.setattr(build_native, "CHECK", output)
+    monkeypatch.setattr(build_native, "forget_other_tools", lambda *args: None)
+    monkeypatch.setattr(build_native, "run", run)
+    for _ in range(2):
+        importlib.invalidate_caches()
+        build_native.build(nvcc, check=True, always=always)
+    configured = [command for command in commands if "-S" in command]
+    assert len(configured) == (2 if always else 1)
+    unset = configured[0].index("-UEDGELLM_NVINFER_*")
+    assert unset < configured[0].index("-DEDGELLM_NVINFER_DOUBLE=ON")  # or it would be unset, too
 
 
 _CMAKE = """#!/bin/sh
