@@ -45,6 +45,7 @@ void bind_token_loop(py::module_& module) {
       .def(
           "save_prefix",
           [](TokenLoop& self, int slot, int length) {
+            self.check_prefix(slot, length);  // before so many bytes are taken
             const std::size_t size = static_cast<std::size_t>(length) * self.config().kv_bytes_per_token();
             py::array_t<std::uint8_t> data(static_cast<py::ssize_t>(size));
             auto* host = reinterpret_cast<std::byte*>(data.mutable_data());

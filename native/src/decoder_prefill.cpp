@@ -217,6 +217,11 @@ void Decoder::gemv_rows_async(const LinearView& linear, const __nv_bfloat16* x, 
     // As single tokens are computed: in exact mode a prompt's last token may be alone.
     GemvArgs args =
         gemv_args(linear, kLinearStems[static_cast<int>(which)], std::min(kernels::kMaxGemvTokens, count - first));
+    if (config_.row_invariant && !config_.batch_invariant) {
+      // One slot: single tokens have kernels of their own, but a prompt's bits must not depend on how it was cut.
+      args.batch_invariant = true;
+      args.tile = -1;  // a number in another list
+    }
     args.x = x + static_cast<std::size_t>(first) * static_cast<std::size_t>(linear.weight.cols);
     args.epilogue = epilogue;
     args.out_bf16 = y + static_cast<std::size_t>(first) * static_cast<std::size_t>(out_width);

@@ -117,12 +117,11 @@ void Decoder::warm_up_verify() {
     const int num_nodes = std::min(count, config_.capacity);
     if (verify_class(num_nodes) < count) break;
     for (const bool chain : {true, false}) {
-      // A star's graph serves chains too where they need no exactness.
+      // A tree's graph serves chains too where they need no exactness. Of two nodes all but roots are a chain.
       const auto nodes = std::span(zeros).first(static_cast<std::size_t>(num_nodes));
-      std::vector<std::int32_t> star(nodes.begin(), nodes.end());
-      star[0] = -1;
+      const std::vector<std::int32_t> roots(nodes.size(), -1);
       const StepKey key = prepare_verify_async(
-          0, 0, nodes, chain ? std::span<const std::int32_t>() : std::span<const std::int32_t>(star), 0);
+          0, 0, nodes, chain ? std::span<const std::int32_t>() : std::span<const std::int32_t>(roots), 0);
       record_step_async(key);  // first without a graph: CUDA must not load code inside a capture
       stream_.wait();
       inputs_used_ = 0;
@@ -137,6 +136,7 @@ std::vector<float> Decoder::time_verify(int slot, int position, int num_tokens, 
     throw std::invalid_argument("a draft does not fit its slot or max_verify_tokens");
   }
   return guarded([&] {
+    end_run();
     stream_.wait();
     inputs_used_ = 0;
     const std::vector<std::int32_t> tokens(static_cast<std::size_t>(num_tokens), 7);

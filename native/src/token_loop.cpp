@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #include "device_attribute.hpp"
 #include "edgellm/cuda_try.hpp"
@@ -85,7 +86,8 @@ int TokenLoop::step(std::span<const SequenceStep> batch) {
 }
 
 void TokenLoop::wait_for_run() {
-  if (run_read_ < run_launched_) stream_.wait();
+  // Before its first step even what the run was started with may still be on its way.
+  if (run_launched_ == 0 || run_read_ < run_launched_) stream_.wait();
 }
 
 void TokenLoop::end_run() {
@@ -153,7 +155,16 @@ void TokenLoop::reserve_logits(int num_rows) {
   num_logit_rows_ = num_rows;
 }
 
+void TokenLoop::check_prefix(int slot, int length) const {
+  if (slot >= 0 && slot < config_.num_slots && length >= 0 && length <= config_.capacity) return;
+  throw std::invalid_argument("a prefix of " + std::to_string(length) + " tokens in slot " + std::to_string(slot) +
+                              " does not fit: there are " + std::to_string(config_.num_slots) + " slots of " +
+                              std::to_string(config_.capacity) + " tokens");
+}
+
 void TokenLoop::copy_prefix(int source, int target, int length) {
+  check_prefix(source, length);
+  check_prefix(target, length);
   guarded([&] {
     copy_prefix_async(source, target, length);
     stream_.wait();
@@ -161,6 +172,7 @@ void TokenLoop::copy_prefix(int source, int target, int length) {
 }
 
 void TokenLoop::save_prefix(int slot, int length, std::byte* host) {
+  check_prefix(slot, length);
   guarded([&] {
     save_prefix_async(slot, length, host);
     stream_.wait();
@@ -168,6 +180,7 @@ void TokenLoop::save_prefix(int slot, int length, std::byte* host) {
 }
 
 void TokenLoop::load_prefix(int slot, int length, const std::byte* host) {
+  check_prefix(slot, length);
   guarded([&] {
     load_prefix_async(slot, length, host);
     stream_.wait();

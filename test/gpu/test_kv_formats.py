@@ -227,3 +227,22 @@ def test_a_pinned_prompt_saved_in_one_format_is_not_used_in_another(
 def test_a_format_that_the_kernels_do_not_have_is_refused(gpu_bundle: Callable[..., Bundle]) -> None:
     with pytest.raises(ConfigError, match="kv_cache is 'fp32'.*use auto, bf16, fp16, fp8, or the executor onnxruntime"):
         CudaExecutor(gpu_bundle("gpu_llama"), EngineConfig(kv_cache="fp32"))
+
+
+def test_a_prefix_that_lies_in_no_slot_is_refused_and_nothing_is_lost(open_cuda: OpenCuda) -> None:
+    executor = open_cuda("gpu_qwen3", "fp16", max_slots=2, max_context=64)
+    ids = prompt(20)
+    expected = executor.step([step(0, ids, 0)]).copy()
+    saved = executor.save_prefix(0, 19)
+    words = r"does not fit: there are 2 slots of 64 tokens"
+    for source, target, length in ((0, 2, 4), (2, 0, 4), (0, -1, 4), (0, 1, 65), (0, 1, -1)):
+        with pytest.raises(ValueError, match=words):
+            executor.copy_prefix(source, target, length)
+    for slot, length in ((2, 19), (0, 65), (0, -1)):
+        with pytest.raises(ValueError, match=words):
+            executor.save_prefix(slot, length)
+    with pytest.raises(ValueError, match=words):
+        executor.load_prefix(2, saved, 19)
+    executor.load_prefix(1, saved, 19)
+    for slot in (0, 1):
+        assert relative_error(executor.step([step(slot, ids[19:], 19)]), expected) < TOLERANCE["fp16"]

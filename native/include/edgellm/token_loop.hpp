@@ -103,9 +103,12 @@ class TokenLoop {
                               std::span<const std::int32_t> token_ids, int num_steps,
                               std::span<const kernels::SamplingRow> rows, std::span<const std::int32_t> adapters = {});
 
+  // The first `length` tokens' keys and values, from slot to slot, and to and from the host. All throw
+  // std::invalid_argument for what lies in no slot.
   void copy_prefix(int source, int target, int length);
   void save_prefix(int slot, int length, std::byte* host);
   void load_prefix(int slot, int length, const std::byte* host);
+  void check_prefix(int slot, int length) const;
 
   // Replays graphs (true) or launches the kernels one by one (false); for measuring.
   void use_graphs(bool use) noexcept { use_graphs_ = use; }
@@ -152,7 +155,7 @@ class TokenLoop {
   // Room for `count` ints in the pinned inputs; waits for the stream when it is full.
   std::int32_t* take_inputs(std::size_t count);
   void reserve_logits(int num_rows);
-  // Until what a run launched has read its inputs.
+  // Until what a run was started with, and launched, has read its inputs.
   void wait_for_run();
   // A step ends the run: what was launched can still be read, and no more be launched.
   void end_run();
