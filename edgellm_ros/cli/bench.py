@@ -150,9 +150,9 @@ def _check_target(option: str, path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
     try:
-        if path.exists():
+        if path.is_file():
             path.open("ab").close()
-        else:
+        elif not path.exists():  # what exists and is no file, as a pipe, is left to the one who named it
             with tempfile.TemporaryFile(dir=path.absolute().parent):
                 pass
     except OSError as error:
