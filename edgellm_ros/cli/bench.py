@@ -32,8 +32,8 @@ examples:
 
 Two figures stand side by side: "executor" is the model alone, "engine" what a caller gets, with scheduling, sampling,
 text and streaming. GB/s are the weights and the KV cache that a step reads, over its time; "of read" is that in
-relation to what a program that only reads reaches here, measured in the same run. Ctrl-C shows what there is so far.
-Numbers of a busy machine are too low: the output says so.
+relation to what a program that only reads reaches here, measured in the same run. Ctrl-C, and an error, show what there
+is so far. Numbers of a busy machine are too low: the output says so.
 """
 _COMPARABLE = ("onnxruntime", "cuda", "tensorrt")
 _ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens", "loras")  # given by what is measured

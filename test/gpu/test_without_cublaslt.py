@@ -17,7 +17,6 @@ import pytest
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
-from edgellm_ros.config import EngineConfig  # noqa: F401 - for the scripts
 from edgellm_ros.executors import SequenceStep, cuda
 from edgellm_ros.executors.cuda import CudaExecutor
 
@@ -33,6 +32,7 @@ edgellm_ros.__path__.append({check!r})
 from edgellm_ros import native
 native._preload_cublaslt = lambda major: None  # NVIDIA's Python wheels have the library, too
 from test_without_cublaslt import *
+from edgellm_ros.config import EngineConfig
 logging.basicConfig(level="WARNING", format="%(message)s")
 {body}
 """
