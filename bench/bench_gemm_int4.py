@@ -2,8 +2,9 @@
 
     python3 bench/bench_gemm_int4.py [--shape 8b] [--tokens 32 128 512]
 
-"to bf16" is the copy of the whole weight, "cuBLASLt" the product with it, from memory; the executor makes the copy in
-parts that stay in the L2 cache, half of them beside a product, so that both together take less there than here.
+Tiles are rows x tokens of a block; s: its warps divide the input features. "to bf16" is the copy of the whole weight,
+"cuBLASLt" the product with it, from memory; the executor makes the copy in parts that stay in the L2 cache, half of
+them beside a product, so that both together take less there than here.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ def main() -> None:
     """One line a matrix and number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1b", "8b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[32, 64, 128, 256, 512, 2048])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512, 2048])
     parser.add_argument("--group", type=int, choices=(16, 32, 64, 128), default=64)
     args = parser.parse_args()
     print_machine()
-    tiles = " ".join(f"{rows}x{tokens}".rjust(8) for rows, tokens in K.GEMM_INT4_TILES)
+    tiles = " ".join(f"{rows}x{tokens}{'s' * split}".rjust(8) for rows, tokens, split in K.GEMM_INT4_TILES)
     print(f"matrix          rows   cols tokens  chosen us TFLOP/s | us by tile: {tiles} | to bf16  cuBLASLt us")
     for shape in args.shape:
         for name, (rows, cols) in SHAPES[shape].items():
@@ -41,7 +42,7 @@ def main() -> None:
             for tokens in args.tokens:
                 times = [time_tile(weights, gate_up, tokens, tile) for tile in range(-1, len(K.GEMM_INT4_TILES))]
                 rate = 2.0 * rows * cols * tokens / times[0] * 1e-6
-                each = " ".join(f"{us:8.1f}" for us in times[1:])
+                each = " ".join(f"{us:8.1f}" if us else " " * 8 for us in times[1:])
                 peer = time_product_us(rows, cols, tokens, False)
                 print(
                     f"{shape} {name:9s} {rows:8d} {cols:6d} {tokens:6d}  {times[0]:9.1f} {rate:7.1f} |             "
@@ -51,14 +52,16 @@ def main() -> None:
 
 
 def time_tile(weights: list[tuple[Any, ...]], gate_up: bool, tokens: int, tile: int) -> float:
-    """Microseconds of one product, each with another weight."""
-    rows, cols = weights[0][3], weights[0][4]
+    """Microseconds of one product, each with another weight; 0.0 where the tile does not take it."""
+    rows, cols, group = weights[0][3:]
+    if tile >= 0 and K.GEMM_INT4_TILES[tile][2] and (tokens > K.GEMM_INT4_TILES[tile][1] or group < 32):
+        return 0.0
     x = torch.randn((tokens, cols), device="cuda").to(torch.bfloat16)
     y = torch.zeros((tokens, rows), device="cuda", dtype=torch.bfloat16)
 
     def launch(index: int) -> Any:
         weight = weights[index % len(weights)]
-        return lambda stream: K.gemm_int4(weight, gate_up, x, y, tile, stream=stream)
+        return lambda stream: K.gemm_int4(weight, gate_up, x, y, tile, stream=stream, row_invariant=False)
 
     return measure_us([launch(i) for i in range(max(len(weights), 8))])
 

@@ -112,6 +112,10 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         x, out = floats(n * hidden, dtype=f32), empty(n * hidden)
         return lambda stream: K.convert_to_bf16(x, out, stream=stream)
 
+    def widen() -> Callable[[int], Any]:
+        y, out = floats(n, hidden), empty(n, hidden, dtype=f32)
+        return lambda stream: K.widen(y, out, stream=stream)
+
     def soft_cap() -> Callable[[int], Any]:
         x = floats(logit_rows, vocab, dtype=f32)
         return lambda stream: K.soft_cap(x, 30.0, stream=stream)
@@ -176,6 +180,7 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         "capped logits": (logit_rows * vocab * 8, soft_cap),
         "counts of tokens": (n * 12, count_tokens),
         "fp32 to bf16": (row * 6, to_bf16),
+        "bf16 to fp32": (row * 6, widen),
         "rows to FP8": (row * 3, fp8_rows),
         "int8 to bf16": (hidden * hidden * 3, dequantize),
         "int4 into order": (hidden * hidden, repack_int4),

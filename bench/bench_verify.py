@@ -2,8 +2,10 @@
 
     python3 bench/bench_verify.py --shape llama-1b llama-8b --weights bf16 int4 --batching fast exact
 
-"device" times are medians between two steps on the GPU, without the copy of the logits to the host; "host" is
-Executor.step's wall clock with it. A draft of n tokens pays when more than verify / decode of its tokens are accepted.
+More than 8 tokens have the matrix products of prompts where their weights allow that, others the decode kernels, 16 (in
+exact mode 8) at a time. "device" times are medians between two steps on the GPU, without the copy of the logits to the
+host; "host" is Executor.verify_tree's wall clock with it. A draft of n tokens pays when more than verify / decode of
+its tokens are accepted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from gpu_or_exit import load_module  # noqa: E402
 
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
-from edgellm_ros.executors import SequenceStep  # noqa: E402
+from edgellm_ros.executors import SequenceStep, cuda  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
 
 
@@ -36,8 +38,9 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=["bf16"])
     parser.add_argument("--batching", nargs="+", choices=("fast", "exact"), default=["fast"])
     parser.add_argument("--context", nargs="+", type=int, default=[512])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2, 4, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2, 4, 8, 9, 16, 32, 64], help="2 to 64 each")
     options = parser.parse_args()
+    cuda._MAX_VERIFY_TOKENS = max(16, *options.tokens)
     info = load_module().device_info()
     print(f"{info['name']}, {info['num_sms']} SMs; ms, device median (host step)")
     for shape, weights, batching in itertools.product(options.shape, options.weights, options.batching):
@@ -70,11 +73,11 @@ def measure(executor: CudaExecutor, name: str, context: int, counts: list[int]) 
 
 
 def _host_ms(executor: CudaExecutor, context: int, count: int) -> float:
-    tokens = np.full(count, 7, np.int32)
+    tokens, parents = np.full(count, 7, np.int32), np.arange(-1, count - 1, dtype=np.int32)
     times = []
     for _ in range(16):
         started = time.perf_counter()
-        executor.step([SequenceStep(0, tokens, context, count)])
+        executor.verify_tree(0, context, tokens, parents)
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 

@@ -49,7 +49,9 @@ _FP8_ROUNDING = 8e-2  # where the KV cache has, or prompts round activations to 
 _WIDE_NORM_INPUTS = True
 _MAX_PACKED_TOKENS = -1  # DecoderConfig's, by the GPU; tests set others
 _COPIED_BYTES = 0  # the same
-_FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}  # 16 tokens is the most that one decode kernel takes
+_MAX_VERIFY_TOKENS = 16  # nodes of a draft; tests and bench/bench_verify.py set others
+# 16 tokens is the most that one decode kernel takes. Where no weight need be copied, 9 are enough.
+_FEWEST_PRODUCT_TOKENS = {"exact": 2, "fast": 17}
 
 
 def unsupported_reason(bundle: Bundle) -> str:
@@ -203,6 +205,7 @@ def _settings(bundle: Bundle, config: EngineConfig) -> Any:
     settings.wide_norm_inputs = _WIDE_NORM_INPUTS
     settings.max_packed_tokens = _MAX_PACKED_TOKENS
     settings.copied_bytes = _COPIED_BYTES
+    settings.max_verify_tokens = _MAX_VERIFY_TOKENS
     settings.min_gemm_tokens = _FEWEST_PRODUCT_TOKENS[config.decode_batching]
     try:
         settings.check()

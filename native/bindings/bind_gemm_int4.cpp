@@ -9,15 +9,19 @@ namespace edgellm {
 
 void bind_gemm_int4(py::module_& module) {
   py::list tiles;
-  for (const kernels::GemmInt4Tile& tile : kernels::kGemmInt4Tiles)
-    tiles.append(py::make_tuple(tile.rows, tile.tokens));
+  for (const kernels::GemmInt4Tile& tile : kernels::kGemmInt4Tiles) {
+    tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.split));
+  }
   module.attr("GEMM_INT4_TILES") = py::tuple(tiles);
   module.def("choose_gemm_int4_tile", &kernels::choose_gemm_int4_tile, py::arg("num_tokens"), py::arg("rows"),
              py::arg("num_sms"), py::arg("two_fit"));
+  module.def("choose_gemm_int4_split", &kernels::choose_gemm_int4_split, py::arg("num_tokens"), py::arg("rows"),
+             py::arg("num_sms"));
+  module.def("has_gemm_int4_split", &kernels::has_gemm_int4_split, py::arg("num_tokens"), py::arg("group"));
   module.def(
       "gemm_int4",
       [](const py::tuple& weight, bool gate_up, const py::object& x, const py::object& y, int tile,
-         std::uintptr_t stream, bool pdl) {
+         std::uintptr_t stream, bool pdl, bool row_invariant) {
         kernels::GemmInt4Args args;
         args.weight = WeightTuple(weight).view;
         if (args.weight.format != kernels::WeightFormat::int4) throw std::invalid_argument("the weight is not int4");
@@ -30,13 +34,27 @@ void bind_gemm_int4(py::module_& module) {
         const std::int64_t tokens = from.size(0);
         args.gate_up = gate_up;
         args.x = from.as<const __nv_bfloat16>({tokens, args.weight.cols});
-        args.y = required<__nv_bfloat16>(y, "y", {tokens, args.weight.rows});
+        const DeviceArray to(y, "y");
+        if (to.is_bfloat()) {
+          args.y = to.as<__nv_bfloat16>({tokens, args.weight.rows});
+        } else {
+          if (gate_up || tile >= 0 || !kernels::has_gemm_int4_split(static_cast<int>(tokens), args.weight.group)) {
+            to.fail("is not bf16, as this product's must be");
+          }
+          args.y_f32 = to.as<float>({tokens, args.weight.rows});
+        }
         args.num_tokens = static_cast<int>(tokens);
+        args.row_invariant = row_invariant;
+        if (tile >= 0 && kernels::kGemmInt4Tiles[tile].split) {
+          if (args.weight.group < kernels::kFewestSplitGroup) throw std::invalid_argument("groups of 16 have no split");
+          const int most = kernels::kGemmInt4Tiles[tile].tokens;
+          if (tokens > most) from.fail("has more than the tile's " + std::to_string(most) + " tokens");
+        }
         args.tile = tile;
         kernels::gemm_int4_async(args, to_stream(stream), pdl);
       },
       py::arg("weight"), py::arg("gate_up"), py::arg("x"), py::arg("y"), py::arg("tile") = -1, py::arg("stream") = 0,
-      py::arg("pdl") = false);
+      py::arg("pdl") = false, py::arg("row_invariant") = true);
 }
 
 }  // namespace edgellm

@@ -18,6 +18,7 @@ void bind_kernels(pybind11::module_& module) {
   bind_rms_norm(kernels);
   bind_rope(kernels);
   bind_swiglu(kernels);
+  bind_widen(kernels);
   bind_input_map(kernels);
   bind_soft_cap(kernels);
   bind_kv_compact(kernels);

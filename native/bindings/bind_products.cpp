@@ -23,34 +23,45 @@ struct BoundProducts {
                  max_rows, row_invariant) {}
 };
 
-ProductType type_of(const DeviceArray& array) { return array.is_bfloat() ? ProductType::bf16 : ProductType::fp8; }
+ProductType type_of(const DeviceArray& weight, const DeviceArray& y) {
+  if (!weight.is_bfloat()) return ProductType::fp8;
+  return y.is_bfloat() ? ProductType::bf16 : ProductType::bf16_to_fp32;
+}
 
 std::byte* operand(const DeviceArray& array, std::int64_t rows, std::int64_t cols) {
   if (array.is_bfloat()) return reinterpret_cast<std::byte*>(array.as<__nv_bfloat16>({rows, cols}));
   return reinterpret_cast<std::byte*>(array.as<std::uint8_t>({rows, cols}));
 }
 
+std::byte* result(const DeviceArray& y, std::int64_t rows, std::int64_t cols) {
+  if (y.is_bfloat()) return reinterpret_cast<std::byte*>(y.as<__nv_bfloat16>({rows, cols}));
+  return reinterpret_cast<std::byte*>(y.as<float>({rows, cols}));
+}
+
 bool prepare(BoundProducts& self, const py::object& weight, const py::object& x, const py::object& y,
              std::uintptr_t stream) {
   const DeviceArray from(weight, "weight");
   const DeviceArray input(x, "x");
+  const DeviceArray to(y, "y");
   const std::int64_t rows = from.size(0), cols = from.size(1);
   ProductTrial trial;
   trial.weight = operand(from, rows, cols);
   trial.x = operand(input, self.max_rows, cols);
-  trial.y = reinterpret_cast<std::byte*>(required<__nv_bfloat16>(y, "y", {self.max_rows, rows}));
-  return self.products.prepare(type_of(from), static_cast<int>(rows), static_cast<int>(cols), trial, to_stream(stream));
+  trial.y = result(to, self.max_rows, rows);
+  return self.products.prepare(type_of(from, to), static_cast<int>(rows), static_cast<int>(cols), trial,
+                               to_stream(stream));
 }
 
 void run(BoundProducts& self, const py::object& x, const py::object& weight, const py::object& y,
          std::uintptr_t stream) {
   const DeviceArray from(weight, "weight");
   const DeviceArray input(x, "x");
+  const DeviceArray to(y, "y");
   const std::int64_t rows = from.size(0), cols = from.size(1), count = input.size(0);
-  if (type_of(from) != type_of(input)) input.fail("has another type than the weight");
-  self.products.run_async(type_of(from), operand(input, count, cols), operand(from, rows, cols),
-                          required<__nv_bfloat16>(y, "y", {count, rows}), static_cast<int>(count),
-                          static_cast<int>(rows), static_cast<int>(cols), static_cast<int>(rows), to_stream(stream));
+  if (from.is_bfloat() != input.is_bfloat()) input.fail("has another type than the weight");
+  self.products.run_async(type_of(from, to), operand(input, count, cols), operand(from, rows, cols),
+                          result(to, count, rows), static_cast<int>(count), static_cast<int>(rows),
+                          static_cast<int>(cols), static_cast<int>(rows), to_stream(stream));
 }
 
 }  // namespace

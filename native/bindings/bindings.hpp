@@ -31,5 +31,6 @@ void bind_rope(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
 void bind_soft_cap(pybind11::module_& module);
 void bind_swiglu(pybind11::module_& module);
+void bind_widen(pybind11::module_& module);
 
 }  // namespace edgellm

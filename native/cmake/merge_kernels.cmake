@@ -4,7 +4,7 @@
 function(merge_kernels list_name)
   set(merged ${${list_name}})
   set(small embedding engine_inputs greedy input_map kv_compact lora lora_prefill quantized rms_norm rope sampling_counts
-    soft_cap swiglu trial gemv gemv_choice attention_decode attention_tree)
+    soft_cap swiglu trial widen gemv gemv_choice attention_decode attention_tree)
   list(JOIN small "|" small)
   foreach(family "gemv_(bf16|fp16|fp8|int8|int4_one|int4_small)[a-z0-9_]*" "attention_decode_[0-9]+" "attention_tree_[0-9]+"
       "(${small})")

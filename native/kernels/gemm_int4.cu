@@ -9,9 +9,8 @@
 #include <iterator>
 #include <limits>
 
-#include "copy_async.cuh"
 #include "edgellm/kernels/gemm_int4.hpp"
-#include "launch.hpp"
+#include "gemm_int4.cuh"
 
 namespace edgellm::kernels {
 
@@ -21,25 +20,6 @@ constexpr int kThreads = 256;
 constexpr int kRowWarps = 4;            // side by side over a block's rows
 constexpr int kTokenWarps = 2;          // and over its tokens
 constexpr int kStageBytes = 76 * 1024;  // of all stages, but for the largest tile: two blocks have room on Orin
-constexpr int kBlock = 64;              // input features a stage
-constexpr int kTileRows = 16;           // of a packed tile
-constexpr int kTileBytes = 512;         // of a packed tile and stage
-constexpr int kRowBytes = kBlock * 2;   // of a token's x and stage
-
-struct Params {
-  const uint8_t* data;    // (num_tiles, blocks of 64, 512), packed
-  const uint8_t* scales;  // (num_tiles, num_groups, 32): fp16 of 16 rows
-  const bf16* x;          // (num_tokens, cols)
-  bf16* y;                // (num_tokens, rows)
-  int rows;
-  int cols;
-  int num_tokens;
-  int num_tiles;    // packed ones
-  int num_groups;   // scales of a row, those of padding included
-  int group_shift;  // blocks of 64 that share a scale, as a power of two
-  bool gate_up;
-  bool whole;  // eight rows of a packed tile are 16 aligned bytes of y
-};
 
 template <int kRowTiles, int kTokenTiles, int kGroups>
 struct Shape {
@@ -58,22 +38,7 @@ struct Shape {
   static_assert(tokens * y_stride * 2 <= shared_bytes);
 };
 
-__device__ __forceinline__ uint2 load_shared8(uint32_t from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
-  return v;
-}
-
-// D = A B: the first product of a group.
-__device__ __forceinline__ void first_mma_bf16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-}
-
-// One thread's copies to shared memory, one block of input features after the other; zeros after the last. A token's
-// 16-byte pieces of a stage are in pairs, whose places are exchanged by its number: the four tokens that half a warp
-// reads a pair of lie in different banks then.
+// One thread's copies to shared memory, one block of input features after the other; zeros after the last.
 template <class S>
 struct Copies {
   static constexpr int kTokenStep = kThreads / 8;  // a thread's tokens are so far apart
@@ -92,7 +57,7 @@ struct Copies {
   uint32_t scales_to;
   uint32_t x_to;
 
-  __device__ __forceinline__ Copies(const Params& p, uint32_t shared, int first_tile, int first_token)
+  __device__ __forceinline__ Copies(const GemmInt4Params& p, uint32_t shared, int first_tile, int first_token)
       : cols(p.cols), group_shift(p.group_shift) {
     const int i = static_cast<int>(threadIdx.x);
     num_blocks = ceil_div(p.cols, kBlock);
@@ -111,7 +76,7 @@ struct Copies {
     num_tokens = p.num_tokens - first_token - token;
     x_left = p.cols - piece * 8;
     x_from = p.x + static_cast<std::size_t>(first_token + token) * p.cols + piece * 8;
-    x_to = shared + token * kRowBytes + (piece ^ (token & 3) << 1) * 16;
+    x_to = shared + token * kRowBytes + x_place(piece, token) * 16;
   }
 
   __device__ __forceinline__ void weights(int stage, int block) {
@@ -141,7 +106,8 @@ struct Copies {
 };
 
 template <int kRowTiles, int kTokenTiles, int kGroups>
-__global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2) gemm_int4_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2)
+    gemm_int4_kernel(const GemmInt4Params p) {
   using S = Shape<kRowTiles, kTokenTiles, kGroups>;
   static_assert(S::tiles * kGroups * 2 <= kThreads);
   extern __shared__ uint4 memory[];
@@ -182,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2) 
         uint2 b[kTokenTiles];
 #pragma unroll
         for (int n = 0; n < kTokenTiles; n++) {
-          b[n] = load_shared8(own_x + at + n * 8 * kRowBytes + ((2 * s + (t >> 1)) ^ (g & 3) << 1) * 16);
+          b[n] = load_shared8(own_x + at + n * 8 * kRowBytes + x_place(2 * s + (t >> 1), g) * 16);
         }
 #pragma unroll
         for (int m = 0; m < kRowTiles; m++) {
@@ -250,17 +216,8 @@ __global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2) 
     const int token = i / (S::tiles * 2), eight = i % (S::tiles * 2);
     const int packed = first_tile + eight / 2;
     if (first_token + token >= p.num_tokens) break;
-    // Eight rows of a packed tile: of gate_up, its gate rows or its up rows.
-    const int half = p.rows / 2;
-    const int row = p.gate_up ? packed * 8 + eight % 2 * half : packed * kTileRows + eight % 2 * 8;
-    const int count = min(8, p.gate_up ? half - packed * 8 : p.rows - row);
-    const bf16* from = tile + token * S::y_stride + eight * 8;
-    bf16* to = p.y + static_cast<std::size_t>(first_token + token) * p.rows + row;
-    if (count == 8 && p.whole) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int j = 0; j < count; j++) to[j] = from[j];
-    }
+    store_eight(p, packed, eight % 2, first_token + token,
+                *reinterpret_cast<const uint4*>(tile + token * S::y_stride + eight * 8));
   }
 }
 
@@ -274,7 +231,7 @@ struct Tile {
   static void load() {
     EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
   }
-  static void launch_async(const Params& p, cudaStream_t stream, bool pdl) {
+  static void launch_async(const GemmInt4Params& p, cudaStream_t stream, bool pdl) {
     load();
     launch(kernel, dim3(ceil_div(p.num_tokens, S::tokens), ceil_div(p.num_tiles, S::tiles)), dim3(kThreads),
            S::shared_bytes, stream, pdl, p);
@@ -285,7 +242,7 @@ struct Tile {
 template <int kGroups, int kTile = 0, class Use>
 void with_tile(int tile, const Use& use) {
   if (tile < 0 || tile == kTile) use(Tile<kTile, kGroups>());
-  if constexpr (kTile + 1 < kNumGemmInt4Tiles) with_tile<kGroups, kTile + 1>(tile, use);
+  if constexpr (!kGemmInt4Tiles[kTile + 1].split) with_tile<kGroups, kTile + 1>(tile, use);
 }
 template <class Use>
 void with_tile_of_group(int group, int tile, const Use& use) {
@@ -308,10 +265,10 @@ int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit) {
     int one, two;
   };
   constexpr Cost kCosts[] = {{87, 174}, {55, 94}, {37, 56}, {29, 40}};
-  static_assert(std::size(kCosts) == kNumGemmInt4Tiles);
+  static_assert(kGemmInt4Tiles[std::size(kCosts)].split && !kGemmInt4Tiles[std::size(kCosts) - 1].split);
   int best = 0;
   long least = std::numeric_limits<long>::max();
-  for (int tile = 0; tile < kNumGemmInt4Tiles; tile++) {
+  for (int tile = 0; tile < static_cast<int>(std::size(kCosts)); tile++) {
     const GemmInt4Tile shape = kGemmInt4Tiles[tile];
     const long rounds = ceil_div(ceil_div(num_tokens, shape.tokens) * ceil_div(rows, shape.rows), num_sms);
     const long pairs = two_fit ? rounds / 2 : 0;
@@ -321,34 +278,47 @@ int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit) {
   return best;
 }
 
-void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
+GemmInt4Params gemm_int4_params(const GemmInt4Args& args) {
   const WeightView& w = args.weight;
-  assert(w.format == WeightFormat::int4 && w.cols % 16 == 0 && args.tile < kNumGemmInt4Tiles);
-  const int num_blocks = ceil_div(w.cols, kBlock);
-  Params p;
+  GemmInt4Params p;
   p.data = static_cast<const uint8_t*>(w.data);
   p.scales = static_cast<const uint8_t*>(w.scales);
   p.x = args.x;
   p.y = args.y;
+  p.y_f32 = args.y_f32;
   p.rows = w.rows;
   p.cols = w.cols;
   p.num_tokens = args.num_tokens;
   p.num_tiles = args.gate_up ? ceil_div(w.rows / 2, kTileRows / 2) : ceil_div(w.rows, kTileRows);
-  p.num_groups = w.group >= kBlock ? w.cols / w.group : num_blocks * (kBlock / w.group);
+  p.num_groups = w.group >= kBlock ? w.cols / w.group : ceil_div(w.cols, kBlock) * (kBlock / w.group);
   p.group_shift = w.group == 128 ? 1 : 0;
   p.gate_up = args.gate_up;
   p.whole = w.rows % (args.gate_up ? 16 : 8) == 0;
+  return p;
+}
+
+void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
+  const WeightView& w = args.weight;
+  assert(w.format == WeightFormat::int4 && w.cols % 16 == 0 && args.tile < kNumGemmInt4Tiles);
+  const DeviceTraits& device = device_traits();
   int tile = args.tile;
+  if (args.y == nullptr) tile = gemm_int4_split_of(args.num_tokens);
+  if (tile < 0 && !args.row_invariant) {
+    const int split = choose_gemm_int4_split(args.num_tokens, w.rows, device.num_sms);
+    if (split >= 0 && gemm_int4_split_fits(split, w.group)) tile = split;
+  }
   if (tile < 0) {
-    const DeviceTraits& device = device_traits();
     const bool two_fit = device.shared_bytes_of_sm >= 2 * (kStageBytes + 1024);
     tile = choose_gemm_int4_tile(args.num_tokens, w.rows, device.num_sms, two_fit);
   }
+  const GemmInt4Params p = gemm_int4_params(args);
+  if (kGemmInt4Tiles[tile].split) return launch_gemm_int4_split(p, tile, w.group, stream, pdl);
   with_tile_of_group(w.group, tile, [&](auto chosen) { chosen.launch_async(p, stream, pdl); });
 }
 
 void load_gemm_int4(int group) {
   with_tile_of_group(group, -1, [](auto each) { each.load(); });
+  load_gemm_int4_split(group);
 }
 
 }  // namespace edgellm::kernels

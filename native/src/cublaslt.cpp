@@ -237,7 +237,7 @@ MatrixProducts::State::Sums MatrixProducts::State::checksums(ProductType type, c
                                                              const cublasLtMatmulAlgo_t& algorithm,
                                                              const ProductTrial& trial, std::span<const int> counts,
                                                              int out_features, cudaStream_t stream) const {
-  const std::size_t row_bytes = static_cast<std::size_t>(out_features) * 2;
+  const std::size_t row_bytes = static_cast<std::size_t>(out_features) * (type == ProductType::bf16_to_fp32 ? 4 : 2);
   // NaN everywhere, so that rows that an algorithm leaves out show.
   EDGELLM_CUDA_TRY(cudaMemsetAsync(trial.y, 0xff, row_bytes * static_cast<std::size_t>(counts.back()), stream));
   EDGELLM_CUDA_TRY(cudaMemsetAsync(sums, 0, sizeof(Sums), stream));

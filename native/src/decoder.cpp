@@ -37,6 +37,8 @@ Decoder::Decoder(const DecoderConfig& config)
       cache_(arena_.get<std::byte>("kv"), config_),
       adapters_(arena_, config_) {
   prepare_products();
+  most_multiplied_nodes_ = count_multiplied_nodes();
+  prepare_head_product();
   // The attention kernel's counters must start at zero; the cache, so that unwritten positions are finite.
   EDGELLM_CUDA_TRY(
       cudaMemsetAsync(arena_.get<std::byte>("attention"), 0, arena_.plan().size("attention"), stream_.get()));
@@ -119,6 +121,7 @@ GemvArgs Decoder::gemv_args(const LinearView& linear, const char* product, int n
 }
 
 void Decoder::record_step_async(const StepKey& key) {
+  if (multiplies_draft(key)) return record_draft_products_async(key);
   const int batch = key.batch;
   const StepTail tail = key.tail;
   cudaStream_t stream = stream_.get();
@@ -251,10 +254,13 @@ void Decoder::record_head_async(int num_rows, const __nv_bfloat16* x, const floa
   args.x = x;
   args.x_f32 = config_.wide_norm_inputs ? residual : nullptr;
   decode_product_async(args, pdl);
-  // Of the largest logit alone the cap makes no other.
-  if (config_.logit_softcap <= 0.0F || with_maximum) return;
+  if (!with_maximum) cap_logits_async(num_rows);  // of the largest one alone the cap makes no other
+}
+
+void Decoder::cap_logits_async(int num_rows) {
+  if (config_.logit_softcap <= 0.0F) return;
   const std::size_t count = static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows());
-  kernels::soft_cap_async(args.out_f32, count, config_.logit_softcap, stream_.get(), pdl_);
+  kernels::soft_cap_async(arena_.get<float>("logits"), count, config_.logit_softcap, stream_.get(), pdl_);
 }
 
 int Decoder::num_head_blocks(int batch) const { return kernels::gemv_num_blocks(head_args(batch, true)); }

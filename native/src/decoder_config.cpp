@@ -366,7 +366,7 @@ MemoryPlan plan_memory(const DecoderConfig& config) {
   plan.add("workspace", "qkv", std::max(tokens * 2, decoded * sizeof(float)) * qkv);
   plan.add("workspace", "q", tokens * q * 2);
   plan.add("workspace", "attended", tokens * q * 2);
-  plan.add("workspace", "gate_up", tokens * 2 * intermediate * 2);
+  plan.add("workspace", "gate_up", tokens * std::max(2 * intermediate, qkv) * 2);  // and a draft's QKV in bf16
   plan.add("workspace", "activated", tokens * intermediate * 2);
   if (!config.ordered.empty() || !config.factored.empty()) {
     plan.add("workspace", "mapped_x", tokens * std::max({hidden, q, intermediate}) * 2);

@@ -19,7 +19,8 @@ using kernels::GemvArgs;
 void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
   // By the whole step, so that its last chunk, however short, is computed as the others are.
-  const bool products = products_reason_.empty() && length >= config_.min_gemm_tokens;
+  const bool is_short = length > kMaxBatch && length <= most_multiplied_nodes_;  // but no copy is needed
+  const bool products = products_reason_.empty() && (is_short || length >= config_.min_gemm_tokens);
   int row = first_row;
   for (const PromptChunk& chunk : cut_prompt(length, item.num_logits, config_.max_tokens, products)) {
     prefill_chunk_async(item, chunk, row, products);
@@ -90,44 +91,20 @@ void Decoder::prefill_layer_async(int index, int count, int num_rows, bool produ
   const LayerWeights& layer = weights_.layer(index);
   cudaStream_t stream = stream_.get();
   auto* normed = arena_.get<__nv_bfloat16>("normed");
-  auto* delta = arena_.get<__nv_bfloat16>("delta");
   auto* qkv = arena_.get<__nv_bfloat16>("qkv");
   auto* q = arena_.get<__nv_bfloat16>("q");
-  auto* attended = arena_.get<__nv_bfloat16>("attended");
-  auto* activated = arena_.get<__nv_bfloat16>("activated");
   const auto* inputs = arena_.get<std::int32_t>("prefill_inputs");
-  const int hidden = config_.hidden_size;
-  // Then a product's input is x_fp8 with x_scales, and its output lacks the scales, which its reader applies.
-  // With an adapter a prompt goes through bf16: what is added must not need the scales, nor x its rounding.
-  const auto fp8 = [&](const LinearView& linear) { return multiplies_fp8(linear, products, adapter); };
-  auto* x_fp8 = fp8_products_ ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
-  auto* x_scales = fp8_products_ ? arena_.get<float>("x_scales") : nullptr;
-  const auto scales = [&](const LinearView& linear) {
-    return fp8(linear) ? kernels::ProductScales{x_scales, static_cast<const float*>(linear.weight.scales)}
-                       : kernels::ProductScales{};
-  };
-
-  const auto product_async = [&](const LinearView& linear, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y,
-                                 int rows) {
-    if (fp8(linear)) {
-      fp8_product_async(linear, y, rows);
-      return pdl_;
-    }
-    x = map_input_async(linear, x, rows, false);
-    const bool next = this->product_async(linear, which == Linear::kGateUp, x, y, rows);
-    return adapt_product_async(adapter, index, which, x, y, rows, next);
-  };
 
   bool pdl = pdl_;
   if (products) {
-    pdl = product_async(layer.qkv, Linear::kQkv, normed, qkv, count);
+    pdl = prompt_product_async(index, Linear::kQkv, normed, qkv, count, adapter);
   } else {
     gemv_rows_async(layer.qkv, normed, qkv, count, layer.qkv.weight.rows, Epilogue::store_bf16, index, Linear::kQkv,
                     adapter);
   }
   kernels::RopeKvWriteArgs rope;
   rope.qkv = qkv;
-  rope.scales = scales(layer.qkv);
+  rope.scales = product_scales(layer.qkv, products, adapter);
   rope.bias = products ? layer.qkv.bias : nullptr;  // the decode kernels add it themselves
   rope.kv = cache_.layer(index);
   rope.rope = layer.rope;
@@ -139,35 +116,50 @@ void Decoder::prefill_layer_async(int index, int count, int num_rows, bool produ
   kernels::rope_kv_write_async(rope, stream, pdl);
   if (num_rows == 0) return;
 
-  const auto skipped = static_cast<std::size_t>(count - num_rows);
-  const auto* sequence = inputs + 3 * count + (num_rows < count ? 4 : 0);
+  const int skipped = count - num_rows;
+  const auto* sequence = inputs + 3 * count + (skipped > 0 ? 4 : 0);
   kernels::PrefillAttentionArgs attention;
-  attention.q = q + skipped * static_cast<std::size_t>(config_.q_width());
+  attention.q = q + static_cast<std::size_t>(skipped) * static_cast<std::size_t>(config_.q_width());
   attention.kv = cache_.layer(index);
   attention.starts = sequence;
   attention.slots = sequence + 2;
   attention.positions = sequence + 3;
-  attention.out = attended;
+  attention.out = arena_.get<__nv_bfloat16>("attended");
   attention.num_sequences = 1;
   attention.max_tokens = num_rows;
   attention.num_heads = config_.num_heads;
   attention.window = config_.window(index);
   attention.scale = attention_scale(config_);
   kernels::prefill_attention_async(attention, stream, pdl_);
+  after_attention_async(index, skipped, num_rows, products, adapter);
+}
+
+void Decoder::after_attention_async(int index, int skipped, int num_rows, bool products, int adapter) {
+  const LayerWeights& layer = weights_.layer(index);
+  cudaStream_t stream = stream_.get();
+  auto* normed = arena_.get<__nv_bfloat16>("normed");
+  auto* delta = arena_.get<__nv_bfloat16>("delta");
+  auto* attended = arena_.get<__nv_bfloat16>("attended");
+  auto* activated = arena_.get<__nv_bfloat16>("activated");
+  const int hidden = config_.hidden_size;
+  const auto fp8 = [&](const LinearView& linear) { return multiplies_fp8(linear, products, adapter); };
+  auto* x_fp8 = fp8_products_ ? arena_.get<std::uint8_t>("x_fp8") : nullptr;
+  auto* x_scales = fp8_products_ ? arena_.get<float>("x_scales") : nullptr;
 
   if (fp8(layer.o)) quantize_x_async(attended, num_rows, config_.q_width());
-  pdl = pdl_;
+  bool pdl = pdl_;
   if (products) {
-    pdl = product_async(layer.o, Linear::kO, attended, delta, num_rows);
+    pdl = prompt_product_async(index, Linear::kO, attended, delta, num_rows, adapter);
   } else {
     gemv_rows_async(layer.o, attended, delta, num_rows, hidden, Epilogue::store_bf16, index, Linear::kO, adapter);
   }
   kernels::ResidualNormArgs residual;
   residual.delta = delta;
   residual.delta_gain = layer.attn_out_norm;
-  residual.scales = scales(layer.o);
+  residual.scales = product_scales(layer.o, products, adapter);
   residual.bias = products ? layer.o.bias : nullptr;
-  residual.residual = arena_.get<float>("residual") + skipped * static_cast<std::size_t>(hidden);
+  residual.residual =
+      arena_.get<float>("residual") + static_cast<std::size_t>(skipped) * static_cast<std::size_t>(hidden);
   residual.gain = layer.post_norm;
   residual.eps = config_.rms_norm_eps;
   residual.normed = fp8(layer.gate_up) ? nullptr : normed;
@@ -180,7 +172,7 @@ void Decoder::prefill_layer_async(int index, int count, int num_rows, bool produ
   if (products) {
     kernels::SwigluArgs swiglu;
     swiglu.gate_up = arena_.get<__nv_bfloat16>("gate_up");
-    swiglu.scales = scales(layer.gate_up);
+    swiglu.scales = product_scales(layer.gate_up, products, adapter);
     swiglu.bias = layer.gate_up.bias;
     swiglu.out = fp8(layer.down) ? nullptr : activated;
     swiglu.out_fp8 = fp8(layer.down) ? x_fp8 : nullptr;
@@ -188,9 +180,9 @@ void Decoder::prefill_layer_async(int index, int count, int num_rows, bool produ
     swiglu.num_tokens = num_rows;
     swiglu.width = config_.intermediate_size;
     swiglu.activation = config_.activation;
-    pdl = product_async(layer.gate_up, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"), num_rows);
+    pdl = prompt_product_async(index, Linear::kGateUp, normed, arena_.get<__nv_bfloat16>("gate_up"), num_rows, adapter);
     kernels::swiglu_async(swiglu, stream, pdl);
-    pdl = product_async(layer.down, Linear::kDown, activated, delta, num_rows);
+    pdl = prompt_product_async(index, Linear::kDown, activated, delta, num_rows, adapter);
   } else {
     pdl = pdl_;
     gemv_rows_async(layer.gate_up, normed, activated, num_rows, config_.intermediate_size, gate_epilogue(config_),
@@ -200,7 +192,7 @@ void Decoder::prefill_layer_async(int index, int count, int num_rows, bool produ
   }
   const bool last = index + 1 == config_.num_layers;
   residual.delta_gain = layer.mlp_out_norm;
-  residual.scales = scales(layer.down);
+  residual.scales = product_scales(layer.down, products, adapter);
   residual.bias = products ? layer.down.bias : nullptr;
   residual.gain = last ? nullptr : weights_.layer(index + 1).input_norm;
   const bool next_fp8 = !last && fp8(weights_.layer(index + 1).qkv);

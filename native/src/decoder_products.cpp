@@ -10,6 +10,7 @@
 #include "edgellm/kernels/gemm_int4.hpp"
 #include "edgellm/kernels/input_map.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
 #include "edgellm/kernels/swiglu.hpp"
 
 namespace edgellm {
@@ -139,6 +140,7 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
     args.x = x;
     args.y = y;
     args.num_tokens = count;
+    args.row_invariant = config_.row_invariant;
     kernels::gemm_int4_async(args, stream, pdl_);
     return pdl_;
   }
@@ -167,6 +169,89 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
     EDGELLM_CUDA_TRY(cudaStreamWaitEvent(stream, join_.get(), 0));
   }
   return pdl_ && !forks;
+}
+
+// A product in FP8 has x_fp8 with x_scales as its input, and its output lacks the scales, which its reader applies.
+// With an adapter a prompt goes through bf16: what is added must not need the scales, nor x its rounding.
+bool Decoder::prompt_product_async(int index, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
+                                   int adapter) {
+  const LayerWeights& layer = weights_.layer(index);
+  const LinearView& linear = which == Linear::kQkv      ? layer.qkv
+                             : which == Linear::kO      ? layer.o
+                             : which == Linear::kGateUp ? layer.gate_up
+                                                        : layer.down;
+  if (multiplies_fp8(linear, true, adapter)) {
+    fp8_product_async(linear, y, count);
+    return pdl_;
+  }
+  x = map_input_async(linear, x, count, false);
+  const bool next = product_async(linear, which == Linear::kGateUp, x, y, count);
+  return adapt_product_async(adapter, index, which, x, y, count, next);
+}
+
+kernels::ProductScales Decoder::product_scales(const LinearView& linear, bool products, int adapter) const {
+  if (!multiplies_fp8(linear, products, adapter)) return {};
+  return {arena_.get<float>("x_scales"), static_cast<const float*>(linear.weight.scales)};
+}
+
+// Most nodes of a draft that every layer multiplies without a copy of its weights, and in bf16.
+int Decoder::count_multiplied_nodes() const {
+  int most = std::min(config_.max_tokens, kMaxVerifyTokens);
+  for (int index = 0; index < config_.num_layers; ++index) {
+    const LayerWeights& layer = weights_.layer(index);
+    for (const LinearView* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      const WeightFormat format = linear->weight.format;
+      if (format == WeightFormat::int4) {
+        most = std::min(most, config_.max_packed_tokens);
+      } else if (format != WeightFormat::bf16 || products_ == nullptr) {
+        return 0;
+      }
+    }
+  }
+  return most;
+}
+
+void Decoder::prepare_head_product() {
+  const kernels::WeightView& head = weights_.head();
+  if (head.format == WeightFormat::int4) kernels::load_gemm_int4(head.group);
+  if (products_ == nullptr || most_multiplied_nodes_ <= kMaxBatch || head.format != WeightFormat::bf16) return;
+  const int most_rows = std::min(verify_class(config_.max_verify_tokens), most_multiplied_nodes_);
+  head_products_ =
+      std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), most_rows, config_.row_invariant);
+  ProductTrial trial;
+  trial.weight = static_cast<std::byte*>(const_cast<void*>(head.data));
+  trial.x = arena_.get<std::byte>("normed");
+  trial.y = arena_.get<std::byte>("logits");
+  trial.evictions = {arena_.get<std::byte>("kv"), std::min(arena_.plan().size("kv"), kEvictedBytes)};
+  const ProductType type = ProductType::bf16_to_fp32;
+  if (!head_products_->prepare(type, head.rows, head.cols, trial, stream_.get())) head_products_.reset();
+}
+
+// Logits must not be rounded to bf16; of int4 products only those of few tokens can do without.
+bool Decoder::multiplies_head(int num_rows) const {
+  const kernels::WeightView& head = weights_.head();
+  if (head.format != WeightFormat::int4) return head_products_ != nullptr;
+  return !config_.row_invariant && kernels::has_gemm_int4_split(num_rows, head.group);
+}
+
+void Decoder::head_product_async(int num_rows) {
+  const kernels::WeightView& head = weights_.head();
+  auto* normed = arena_.get<__nv_bfloat16>("normed");
+  auto* logits = arena_.get<float>("logits");
+  kernels::rms_norm_async(arena_.get<float>("residual"), weights_.final_norm(), config_.rms_norm_eps, num_rows,
+                          config_.hidden_size, normed, stream_.get(), pdl_);
+  if (head.format == WeightFormat::int4) {
+    kernels::GemmInt4Args args;
+    args.weight = head;
+    args.x = normed;
+    args.y_f32 = logits;
+    args.num_tokens = num_rows;
+    kernels::gemm_int4_async(args, stream_.get(), pdl_);
+  } else {
+    head_products_->run_async(ProductType::bf16_to_fp32, normed, head.data, logits, num_rows, head.rows, head.cols,
+                              head.rows, stream_.get());
+  }
+  cap_logits_async(num_rows);
 }
 
 void Decoder::quantize_x_async(const __nv_bfloat16* x, int count, int width) {

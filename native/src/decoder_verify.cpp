@@ -1,4 +1,5 @@
-// Verifying a draft: a chain's or a tree's nodes through the decode kernels as one graph, with logits of every node.
+// Verifying a draft: a chain's or a tree's nodes as one graph, with logits of every node. Few go through the decode
+// kernels, more through a prompt's products with attention of trees between them.
 #include <algorithm>
 #include <array>
 #include <stdexcept>
@@ -7,6 +8,9 @@
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/attention_tree.hpp"
+#include "edgellm/kernels/embedding.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
+#include "edgellm/kernels/widen.hpp"
 #include "edgellm/verify_inputs.hpp"
 #include "guarded.hpp"
 
@@ -57,6 +61,33 @@ void Decoder::record_verify_attention_async(int layer, const StepKey& key, bool 
   tree.scale = attention_scale(config_);
   tree.workspace = arena_.get<std::byte>("tree_attention");
   kernels::tree_attention_async(tree, stream_.get(), pdl);
+}
+
+bool Decoder::multiplies_draft(const StepKey& key) const {
+  return key.tail == StepTail::kVerify && key.adapted == 0 && key.batch > kMaxBatch &&
+         key.batch <= most_multiplied_nodes_;
+}
+
+void Decoder::record_draft_products_async(const StepKey& key) {
+  const int count = key.batch;
+  cudaStream_t stream = stream_.get();
+  auto* residual = arena_.get<float>("residual");
+  auto* residual_bf16 = arena_.get<__nv_bfloat16>("residual_bf16");
+  auto* normed = arena_.get<__nv_bfloat16>("normed");
+  auto* narrow_qkv = arena_.get<__nv_bfloat16>("gate_up");  // which is free until after attention
+  kernels::embedding_async(weights_.embedding(), arena_.get<VerifyInputs>("verify_inputs")->token_ids, count,
+                           config_.embed_scale, residual, residual_bf16, stream, false);
+  kernels::rms_norm_async(residual, weights_.layer(0).input_norm, config_.rms_norm_eps, count, config_.hidden_size,
+                          normed, stream, pdl_);
+  for (int index = 0; index < config_.num_layers; ++index) {
+    const bool pdl = prompt_product_async(index, Linear::kQkv, normed, narrow_qkv, count, 0);
+    kernels::widen_async(narrow_qkv, weights_.layer(index).qkv.bias, arena_.get<float>("qkv"), count,
+                         config_.qkv_width(), stream, pdl);
+    record_verify_attention_async(index, key, pdl_);
+    after_attention_async(index, 0, count, true, 0);
+  }
+  if (multiplies_head(count)) return head_product_async(count);
+  record_head_async(count, residual_bf16, residual, false, pdl_);
 }
 
 // The bits of single steps need the decode kernel itself, whose sums have another order than tensor cores'. The chain's
@@ -123,6 +154,11 @@ void Decoder::warm_up_verify() {
       const StepKey key = prepare_verify_async(
           0, 0, nodes, chain ? std::span<const std::int32_t>() : std::span<const std::int32_t>(roots), 0);
       record_step_async(key);  // first without a graph: CUDA must not load code inside a capture
+      if (multiplies_draft(key) && config_.max_adapters > 0) {
+        // With an adapter it has other kernels, and their graph is captured when one is loaded.
+        upload_adapters_async(std::array<std::int32_t, kMaxVerifyTokens>{});
+        record_step_async({key.batch, key.tail, (1U << kNumLinears) - 1});
+      }
       stream_.wait();
       inputs_used_ = 0;
       (void)graph(key);

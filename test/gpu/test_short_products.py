@@ -77,12 +77,15 @@ def test_every_path_once(form: str) -> None:
 
 
 def multiply_many(weight: tuple[Any, ...], bits: np.ndarray, gate_up: bool) -> None:
-    """Prompts' products with the packed weight: 1, 8 and 80 tokens, every tile."""
+    """Prompts' products with the packed weight: 1, 8 and 80 tokens, or as many as the tile has, every tile."""
     kernels = NATIVE.kernels
     many = np.tile(bits, (10, 1))
-    for tile in range(len(kernels.GEMM_INT4_TILES)):
+    for tile, (_, most, split) in enumerate(kernels.GEMM_INT4_TILES):
+        if split and (weight[-1] < 32 or not kernels.has_gemm_int4_split(most, weight[-1])):
+            continue
+        count = most if split else len(many)
         results = []
-        for tokens in (1, 8, 80):
+        for tokens in (1, 8, count):
             x = on_device("bfloat16", np.ascontiguousarray(many[:tokens]))
             y = on_device("bfloat16", np.full((tokens, weight[3]), 0x7FC0, np.uint16))
             kernels.gemm_int4(weight, gate_up, x, y, tile)
@@ -90,4 +93,4 @@ def multiply_many(weight: tuple[Any, ...], bits: np.ndarray, gate_up: bool) -> N
         assert np.isfinite((results[-1].astype(np.uint32) << 16).view(np.float32)).all(), tile
         for result in results[:-1]:
             assert np.array_equal(result, results[-1][: len(result)]), (tile, len(result))
-        assert np.array_equal(results[-1][:8], results[-1][72:]), tile
+        assert np.array_equal(results[-1][:8], results[-1][count - 8 :]), tile

@@ -20,6 +20,8 @@ from kernel_case import (
 )
 
 TILES = K.GEMM_INT4_TILES if NATIVE is not None else ()
+WHOLE = [i for i, (_, _, split) in enumerate(TILES) if not split]  # all sum in the same order
+SPLIT = [i for i, (_, _, split) in enumerate(TILES) if split]
 TOKENS = (1, 2, 31, 64, 65, 129, 300)
 
 
@@ -49,8 +51,60 @@ def test_every_tile_multiplies_what_the_weights_stand_for(rows: int, cols: int, 
         x = random_bf16(tokens, cols)
         first = product(weight, x, 0)
         assert_product(first, x, weight)
-        for tile in range(1, len(TILES)):
+        for tile in WHOLE[1:]:
             assert torch.equal(product(weight, x, tile), first), (tokens, tile)
+
+
+def fits(tile: int) -> bool:
+    """Tiles of 64 tokens need more shared memory than every GPU has."""
+    return not TILES[tile][2] or K.has_gemm_int4_split(TILES[tile][1], 64)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("cols", "group"),
+    [(32, 32), (96, 32), (1056, 32), (64, 64), (576, 64), (4160, 64), (128, 128), (1024, 128), (5504, 128)],
+)
+@pytest.mark.parametrize("rows", [*AWKWARD, 40, 136])
+@pytest.mark.parametrize("tile", SPLIT)
+def test_every_split_tile_multiplies_what_the_weights_stand_for(tile: int, rows: int, cols: int, group: int) -> None:
+    """From warps without a share to some that have several rounds."""
+    if not fits(tile):
+        pytest.skip("this GPU has no room for the tile")
+    weight, most = make_weight("int4", rows, cols, group), TILES[tile][1]
+    for tokens in {1, 9, most - 3, most}:
+        x = random_bf16(tokens, cols)
+        y = product(weight, x, tile)
+        assert_product(y, x, weight)
+        assert torch.equal(product(weight, x, tile), y), "not the same bits again"
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [9, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_few_tokens_are_split_where_bits_may_depend_on_their_number(group: int, tokens: int) -> None:
+    weight, x = make_weight("int4", 4096, 4096, group), random_bf16(tokens, 4096)
+    kept, free = (poisoned(tokens, 4096, dtype=torch.bfloat16) for _ in range(2))
+    K.gemm_int4(weight.view, False, x, kept, stream=stream())
+    K.gemm_int4(weight.view, False, x, free, stream=stream(), row_invariant=False)
+    assert torch.equal(kept, product(weight, x, 0))
+    assert_product(free, x, weight)
+    tile = K.choose_gemm_int4_split(tokens, 4096, torch.cuda.get_device_properties(0).multi_processor_count)
+    assert torch.equal(free, kept) != (group >= 32 and tile >= 0 and fits(tile))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 16, 31, 64])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(1, 64, 64), (989, 576, 32), (4099, 1024, 128)])
+def test_a_result_in_fp32_is_rounded_nowhere(rows: int, cols: int, group: int, tokens: int) -> None:
+    if tokens > 32 and not fits(K.choose_gemm_int4_split(tokens, 1, 132)):
+        pytest.skip("this GPU has no room for the tile")
+    weight, x = make_weight("int4", rows, cols, group), random_bf16(tokens, cols)
+    y = poisoned(tokens, rows, dtype=torch.float32)
+    K.gemm_int4(weight.view, False, x, y, stream=stream())
+    assert_untouched(y)
+    sums = x.double().abs() @ weight.values.abs().T
+    assert bool(((y.double() - x.double() @ weight.values.T).abs() <= sums * 2**-18).all())
 
 
 @needs_gpu
@@ -60,12 +114,13 @@ def test_gate_and_up_rows_come_out_in_their_own_order(half: int, group: int) -> 
     weight = make_weight("int4", 2 * half, 192, group, gate_up=True)
     for tokens in (3, 40, 200):
         x = random_bf16(tokens, 192)
-        for tile in range(-1, len(TILES)):
+        few = [tile for tile in SPLIT if group >= 32 and tokens <= TILES[tile][1] and fits(tile)]
+        for tile in (-1, *WHOLE, *few):
             assert_product(product(weight, x, tile, gate_up=True), x, weight)
 
 
 @needs_gpu
-@pytest.mark.parametrize("tile", [-1, *range(len(TILES))])
+@pytest.mark.parametrize("tile", [-1, *WHOLE])
 def test_a_tokens_bits_do_not_depend_on_the_others(tile: int) -> None:
     weight = make_weight("int4", 400, 4160, 64)
     x = random_bf16(257, 4160)
@@ -78,12 +133,15 @@ def test_a_tokens_bits_do_not_depend_on_the_others(tile: int) -> None:
 @pytest.mark.parametrize("tile", range(len(TILES)))
 def test_a_product_waits_for_the_kernel_that_makes_its_input(tile: int) -> None:
     """With programmatic dependent launch: both start at once."""
+    if not fits(tile):
+        pytest.skip("this GPU has no room for the tile")
     weights = [make_weight("int4", 4096, 4096, 64) for _ in range(2)]
-    x = random_bf16(90, 4096)
+    num_tokens = TILES[tile][1] if TILES[tile][2] else 90
+    x = random_bf16(num_tokens, 4096)
     between = product(weights[0], x, tile)
     wanted = product(weights[1], between, tile)
     for _ in range(5):
-        y, z = (poisoned(90, 4096, dtype=torch.bfloat16) for _ in range(2))
+        y, z = (poisoned(num_tokens, 4096, dtype=torch.bfloat16) for _ in range(2))
         torch.cuda.synchronize()
         K.gemm_int4(weights[0].view, False, x, y, tile, stream=stream(), pdl=True)
         K.gemm_int4(weights[1].view, False, y, z, tile, stream=stream(), pdl=True)
@@ -91,12 +149,14 @@ def test_a_product_waits_for_the_kernel_that_makes_its_input(tile: int) -> None:
 
 
 @needs_gpu
-def test_one_large_number_and_what_is_not_finite_stay_in_their_token() -> None:
+@pytest.mark.parametrize("row_invariant", [True, False])
+def test_one_large_number_and_what_is_not_finite_stay_in_their_token(row_invariant: bool) -> None:
     weight = make_weight("int4", 128, 256, 32)
-    x = random_bf16(70, 256)
+    x = random_bf16(64, 256)
     x[3, 7], x[20, 250], x[41, 0] = 1e30, float("inf"), float("nan")
-    y = product(weight, x)
-    others = [i for i in range(70) if i not in (20, 41)]
+    others = [i for i in range(64) if i not in (20, 41)]
+    y = poisoned(64, 128, dtype=torch.bfloat16)
+    K.gemm_int4(weight.view, False, x, y, stream=stream(), row_invariant=row_invariant)
     assert_product(y[others], x[others], weight)
     assert not bool(torch.isfinite(y[41]).any())
     assert not bool(torch.isfinite(y[20][weight.values[:, 250] != 0]).any())
@@ -108,6 +168,12 @@ def test_what_the_binding_refuses() -> None:
     x, y = random_bf16(2, 64), random_bf16(2, 32)
     with pytest.raises(ValueError, match=f"tile is {len(TILES)}"):
         K.gemm_int4(weight.view, False, x, y, len(TILES))
+    with pytest.raises(ValueError, match="more than the tile's 16 tokens"):
+        K.gemm_int4(weight.view, False, random_bf16(17, 64), random_bf16(17, 32), SPLIT[0])
+    with pytest.raises(ValueError, match="groups of 16"):
+        K.gemm_int4(make_weight("int4", 32, 64, 16).view, False, x, y, SPLIT[0])
+    with pytest.raises(ValueError, match="not bf16, as this product's must be"):
+        K.gemm_int4(weight.view, False, random_bf16(65, 64), torch.empty(65, 32, device="cuda"))
     with pytest.raises(ValueError, match="not int4"):
         K.gemm_int4(make_weight("int8", 32, 64, 32).view, False, x, y)
     with pytest.raises(ValueError, match="odd number of rows"):
@@ -128,12 +194,26 @@ FASTEST = [
 @pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
 @pytest.mark.parametrize(("rows", "tokens", "tile"), FASTEST)
 def test_the_tile_that_was_fastest_is_chosen(rows: int, tokens: int, tile: tuple[int, int]) -> None:
-    assert TILES[K.choose_gemm_int4_tile(tokens, rows, 132, True)] == tile
+    assert TILES[K.choose_gemm_int4_tile(tokens, rows, 132, True)] == (*tile, False)
+
+
+@pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
+@pytest.mark.parametrize("rows", [2048, 6144, 28672])
+def test_a_split_tile_has_room_for_all_tokens_and_is_left_where_others_are_faster(rows: int) -> None:
+    for tokens in (1, 9, 16, 17, 32, 33, 64):
+        chosen = K.choose_gemm_int4_split(tokens, rows, 132)
+        if tokens > 32 and rows == 28672:
+            assert chosen == -1
+        else:
+            assert TILES[chosen][2] and tokens <= TILES[chosen][1] < max(17, 2 * tokens)
+    assert K.choose_gemm_int4_split(65, rows, 132) == -1
+    assert TILES[K.choose_gemm_int4_split(32, rows, 16)][2]  # Orin has 16
+    assert K.choose_gemm_int4_split(33, rows, 16) == -1
 
 
 @pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
 @pytest.mark.parametrize(("num_sms", "two_fit"), [(8, True), (16, True), (20, True), (128, False)])
 def test_other_gpus_get_large_tiles_for_long_prompts_and_small_ones_for_few_tokens(num_sms: int, two_fit: bool) -> None:
     for rows in (2048, 4096, 6144, 28672):
-        assert TILES[K.choose_gemm_int4_tile(2048, rows, num_sms, two_fit)] == (128, 128)
+        assert TILES[K.choose_gemm_int4_tile(2048, rows, num_sms, two_fit)] == (128, 128, False)
         assert TILES[K.choose_gemm_int4_tile(17, rows, num_sms, two_fit)][1] <= 64

@@ -16,14 +16,14 @@ MAX_ROWS = 600
 SHAPES = [(48, 16), (208, 96), (1024, 576), (1536, 4096)]
 
 
-def prepared(row_invariant: bool, fp8: bool, out_features: int, in_features: int) -> Any:
-    """The products, ready for that shape; skips where the GPU has none."""
+def prepared(row_invariant: bool, fp8: bool, out_features: int, in_features: int, result: Any = None) -> Any:
+    """The products, ready for that shape and a result in bf16 or `result`; skips where the GPU has none."""
     memory = torch.empty(K.MatrixProducts.DEVICE_BYTES, dtype=torch.uint8, device="cuda")
     products = K.MatrixProducts(memory, MAX_ROWS, row_invariant)
     dtype = torch.uint8 if fp8 else torch.bfloat16
     weight = torch.empty((out_features, in_features), dtype=dtype, device="cuda")
     x = torch.empty((MAX_ROWS, in_features), dtype=dtype, device="cuda")
-    y = torch.empty((MAX_ROWS, out_features), dtype=torch.bfloat16, device="cuda")
+    y = torch.empty((MAX_ROWS, out_features), dtype=result or torch.bfloat16, device="cuda")
     if not products.prepare(weight, x, y, stream=stream()):
         assert fp8 and torch.cuda.get_device_capability() < (8, 9)
         pytest.skip("this GPU has no FP8 products")
@@ -40,6 +40,21 @@ def test_a_product_of_any_number_of_rows_is_fp64s(row_invariant: bool, out_featu
         y = poisoned(rows, out_features, dtype=torch.bfloat16)
         products.run(x[:rows], weight, y, stream=stream())
         assert torch.allclose(y.double(), wanted[:rows], rtol=2**-7, atol=1e-3)
+        assert_untouched(y)
+
+
+@pytest.mark.parametrize("row_invariant", [True, False])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_a_result_in_fp32_is_rounded_nowhere(row_invariant: bool, out_features: int, in_features: int) -> None:
+    products = prepared(row_invariant, False, out_features, in_features, torch.float32)
+    weight, x = random_bf16(out_features, in_features, scale=in_features**-0.5), random_bf16(MAX_ROWS, in_features)
+    wanted, whole = x.double() @ weight.double().T, poisoned(MAX_ROWS, out_features, dtype=torch.float32)
+    products.run(x, weight, whole, stream=stream())
+    for rows in (2, 16, 33, 64, 511, MAX_ROWS):
+        y = poisoned(rows, out_features, dtype=torch.float32)
+        products.run(x[:rows], weight, y, stream=stream())
+        assert torch.allclose(y.double(), wanted[:rows], rtol=1e-4, atol=1e-5 * in_features**0.5)
+        assert not row_invariant or torch.equal(y, whole[:rows])
         assert_untouched(y)
 
 

@@ -19,7 +19,7 @@ enum class ProductType : std::uint8_t { bf16, fp8, bf16_to_fp32 };
 struct ProductTrial {
   std::byte* weight = nullptr;     // (out, in)
   std::byte* x = nullptr;          // (max_rows, in)
-  std::byte* y = nullptr;          // (max_rows, out) bf16
+  std::byte* y = nullptr;          // (max_rows, out)
   std::span<std::byte> evictions;  // written before each timed product, so that the weight comes from memory; or empty
 };
 
@@ -51,7 +51,7 @@ class MatrixProducts {
   // The same by cuBLASLt's first guesses, which takes no device and no time.
   bool guess(ProductType type, int out_features, int in_features);
 
-  // x: (num_rows, in), at least two rows; weight: (out, in); y: (num_rows, out) bf16 whose rows are `stride` elements
+  // x: (num_rows, in), at least two rows; weight: (out, in); y: (num_rows, out) whose rows are `stride` elements
   // apart; device memory, 256-byte aligned. workspace: kWorkspaceBytes, or null for the one in `memory`; products that
   // may run at the same time need different ones.
   void run_async(ProductType type, const void* x, const void* weight, void* y, int num_rows, int out_features,

@@ -35,6 +35,9 @@ class Decoder final : public TokenLoop {
   const std::string& products_reason() const noexcept { return products_reason_; }
   // Whether prefill multiplies in FP8: fp8 layers, fp8_prefill and a GPU and library that can.
   bool has_fp8_products() const noexcept { return fp8_products_; }
+  // Drafts of more than kMaxBatch nodes, up to so many, are verified with the matrix products of prompts; 0: none is.
+  // The same goes for prompts that are shorter than min_gemm_tokens.
+  int most_multiplied_nodes() const noexcept { return most_multiplied_nodes_; }
 
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
   void load_vector(const std::string& name, const HostTensor& values);
@@ -79,6 +82,7 @@ class Decoder final : public TokenLoop {
   kernels::GemvArgs product_args(const std::string& product, int batch) const;
   // x is the copy of `residual` in bf16.
   void record_head_async(int num_rows, const __nv_bfloat16* x, const float* residual, bool with_maximum, bool pdl);
+  void cap_logits_async(int num_rows);
 
   // Which linear layers of a step look for adapters, when its sequences have these. Throws for one that is not loaded.
   unsigned adapted_linears(std::span<const std::int32_t> adapters) const;
@@ -101,6 +105,11 @@ class Decoder final : public TokenLoop {
   void verify_async(int slot, int position, std::span<const std::int32_t> token_ids,
                     std::span<const std::int32_t> parents, int first_row, int adapter) override;
   void record_verify_attention_async(int layer, const StepKey& key, bool pdl);
+  // A draft of more nodes than the fast decode kernels take at once, with the matrix products of prompts: where every
+  // layer has them without a copy of its weights, and for no adapter.
+  bool multiplies_draft(const StepKey& key) const;
+  int count_multiplied_nodes() const;
+  void record_draft_products_async(const StepKey& key);
   void record_exact_chain_attention_async(int layer, int count, bool pdl);
   // A product of a decode step, cut where it has more tokens than one kernel takes; with its adapters if it has
   // args.lora.
@@ -115,11 +124,22 @@ class Decoder final : public TokenLoop {
   // num_rows: so many of the last tokens go on after the keys and values, and come out as the first rows of
   // residual_bf16; or none.
   void prefill_layer_async(int layer, int num_tokens, int num_rows, bool products, int adapter);
+  // The rest of a layer, from "attended" on: `num_rows` tokens, to the residual's rows from `skipped` on.
+  void after_attention_async(int layer, int skipped, int num_rows, bool products, int adapter);
   // Sets products_ up and chooses its algorithms, on memory whose contents are lost.
   void prepare_products();
   // Whether a prompt's product takes x_fp8; `products` and `adapter` as in prefill_layer_async.
   bool multiplies_fp8(const LinearView& linear, bool products, int adapter) const;
-  // Returns whether the next kernel may be launched with programmatic dependent launch.
+  // For drafts, on memory whose contents are lost: see head_products_.
+  void prepare_head_product();
+  bool multiplies_head(int num_rows) const;
+  void head_product_async(int num_rows);
+  // A layer's product with what its kind and the adapter ask for: y = x W^T + B (A x), from x_fp8 where it is in FP8.
+  // Like product_async it returns whether the next kernel may be launched with programmatic dependent launch.
+  bool prompt_product_async(int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,
+                            int adapter);
+  // What prompt_product_async has left out of y.
+  kernels::ProductScales product_scales(const LinearView& linear, bool products, int adapter) const;
   bool product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
   // Rounds x, (num_tokens, width), to x_fp8 with x_scales.
   void quantize_x_async(const __nv_bfloat16* x, int num_tokens, int width);
@@ -132,9 +152,11 @@ class Decoder final : public TokenLoop {
   Weights weights_;
   KvCache cache_;
   Adapters adapters_;
-  std::unique_ptr<MatrixProducts> products_;  // null where there is no cuBLASLt, and where no prompt needs it
+  std::unique_ptr<MatrixProducts> products_;       // null where there is no cuBLASLt, and where no prompt needs it
+  std::unique_ptr<MatrixProducts> head_products_;  // of a draft's nodes with a head in bf16; null where there is none
   std::string products_reason_;
   bool fp8_products_ = false;
+  int most_multiplied_nodes_ = 0;
   Stream side_stream_;  // of every second part of a dequantised product
   Event fork_;
   Event join_;

@@ -50,9 +50,11 @@ struct DecoderConfig {
   std::vector<std::string> biases;  // stems of layer 0 that have one, of all layers alike: "attn.qkv", "mlp.down", …
 
   int num_slots = 1;
-  int capacity = 0;            // tokens a slot holds
-  int max_tokens = 0;          // of one prefill chunk; longer steps are cut
-  int min_gemm_tokens = 2;     // shorter steps run through the decode kernels, whose rounding is another
+  int capacity = 0;    // tokens a slot holds
+  int max_tokens = 0;  // of one prefill chunk; longer steps are cut
+  // Shorter steps run through the decode kernels, whose rounding is another; but for steps of more than kMaxBatch
+  // tokens where products need no copy of a weight, which are faster then.
+  int min_gemm_tokens = 2;
   int max_verify_tokens = 16;  // nodes of a draft verified at once, 2 to 64; 0: none, and nothing is taken for it
   // One decoding sequence gets the bits that it gets among others: the kernels for a single token, which are faster but
   // sum in another order, are left out.
