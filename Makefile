@@ -18,7 +18,14 @@ demo: setup-demo  ## export SmolLM2-135M, start the node, and stream a chat answ
 test: lint  ## set up everything and run all checks and tests (PYTEST_ARGS="-k name")
 	@$(ENV)
 	python tools/build_native.py --check
-	EDGELLM_REQUIRE_ROS=1 python -m pytest $(PYTEST_ARGS)
+	export EDGELLM_REQUIRE_ROS=1
+ifdef PYTEST_ARGS
+	python -m pytest $(PYTEST_ARGS)
+else
+	# Two processes; a file's tests stay together, for they share fixtures. By name, so that the long pipeline starts early.
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone"
+	python -m pytest -m alone test/native test/gpu
+endif
 
 lint: setup-test  ## ruff, mypy, import-linter, clang-format, hadolint
 	@$(ENV)
