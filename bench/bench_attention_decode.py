@@ -18,6 +18,7 @@ from kernel_timing import K, measure_us, print_machine
 # Query heads, KV heads, head_dim.
 SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+TRIED = ((2, 8), (4, 8), (8, 8), (16, 1), (16, 8), (32, 8), (64, 8), (64, 1))  # most_splits, cluster
 NUM_CALLS = 32  # at least
 FEWEST_BYTES, MOST_BYTES = 160 << 20, 8 << 30  # of all caches together
 
@@ -41,8 +42,7 @@ def main() -> None:
                 for form, dtype in DTYPES.items():
                     case = (heads, kv_heads, head_dim, context, batch, dtype)
                     us = time_us(*case, most, 0)
-                    tried = [(8, 8), (16, 1), (16, 8), (32, 8), (64, 8), (64, 1)] if options.splits else []
-                    others = " ".join(f"{m}/{c}:{time_us(*case, m, c):.2f}" for m, c in tried)
+                    others = " ".join(f"{m}/{c}:{time_us(*case, m, c):.2f}" for m, c in TRIED if options.splits)
                     num_bytes = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
                     rate = num_bytes / us * 1e-3
                     us_then, bytes_then = first.setdefault(form, (us, num_bytes))

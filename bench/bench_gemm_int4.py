@@ -54,7 +54,8 @@ def main() -> None:
 def time_tile(weights: list[tuple[Any, ...]], gate_up: bool, tokens: int, tile: int) -> float:
     """Microseconds of one product, each with another weight; 0.0 where the tile does not take it."""
     rows, cols, group = weights[0][3:]
-    if tile >= 0 and K.GEMM_INT4_TILES[tile][2] and (tokens > K.GEMM_INT4_TILES[tile][1] or group < 32):
+    _, most, split = K.GEMM_INT4_TILES[tile]
+    if tile >= 0 and split and (tokens > most or not K.has_gemm_int4_split(most, group)):
         return 0.0
     x = torch.randn((tokens, cols), device="cuda").to(torch.bfloat16)
     y = torch.zeros((tokens, rows), device="cuda", dtype=torch.bfloat16)

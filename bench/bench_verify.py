@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[512])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2, 4, 8, 9, 16, 32, 64], help="2 to 64 each")
     options = parser.parse_args()
+    info = load_module().device_info()  # ends here without a GPU
     cuda._MAX_VERIFY_TOKENS = max(16, *options.tokens)
-    info = load_module().device_info()
     print(f"{info['name']}, {info['num_sms']} SMs; ms, device median (host step)")
     for shape, weights, batching in itertools.product(options.shape, options.weights, options.batching):
         bundle = RandomBundle(shape, weights)

@@ -30,6 +30,25 @@ if _workers > 2:
     os.sched_setaffinity(0, set(_cpus[_place::_workers]) or {_cpus[_place % len(_cpus)]})
 
 
+_PIPELINE: list[dict[str, str]] = []
+_PIPELINE_COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "same", "tasks", "verdict", "tok/s", "result")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _PIPELINE.extend(row for name, row in report.user_properties if name == "pipeline_row" and report.when == "call")  # type: ignore[misc]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Of the pipeline's cases, what each measured."""
+    if not _PIPELINE:
+        return
+    table = [list(_PIPELINE_COLUMNS)] + [[row.get(name, "") for name in _PIPELINE_COLUMNS] for row in _PIPELINE]
+    widths = [max(len(line[i]) for line in table) for i in range(len(_PIPELINE_COLUMNS))]
+    terminalreporter.section("pipeline")
+    for line in table:
+        terminalreporter.write_line("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--suite", metavar="NAME", action="append", help="run the pipeline's cases of test/lists/NAME.yaml only (without it, l0 and all else)"

@@ -7,7 +7,8 @@ fastest: those kernels for a sequence alone, the first path for short steps, and
 fastest at load, where "exact" takes only what computes the same bits for any number of tokens.
 
 A step of 2 to 16 tokens that asks for the logits of all of them verifies a draft and is one graph too, in both modes;
-"exact" gives it the bits of single steps. Draft trees have calls of their own: `verify_tree`, then `accept_path`.
+"exact" with several slots gives it the bits of single steps. Draft trees have calls of their own: `verify_tree`, then
+`accept_path`.
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ void bind_decoder(py::module_& module) {
       .def_property_readonly("products_reason", &Decoder::products_reason)
       .def_property_readonly("has_fp8_products", &Decoder::has_fp8_products)
       .def_property_readonly("most_multiplied_nodes", &Decoder::most_multiplied_nodes)
+      .def("multiplies_head", &Decoder::multiplies_head, py::arg("num_rows"))
       .def("load_linear", &load_linear, py::arg("stem"), py::arg("weight"), py::arg("scale") = py::none())
       .def(
           "load_vector",

@@ -16,7 +16,7 @@ void bind_gemm_int4(py::module_& module) {
   module.def("choose_gemm_int4_tile", &kernels::choose_gemm_int4_tile, py::arg("num_tokens"), py::arg("rows"),
              py::arg("num_sms"), py::arg("two_fit"));
   module.def("choose_gemm_int4_split", &kernels::choose_gemm_int4_split, py::arg("num_tokens"), py::arg("rows"),
-             py::arg("num_sms"));
+             py::arg("group"), py::arg("num_sms"), py::arg("max_shared_bytes"));
   module.def("has_gemm_int4_split", &kernels::has_gemm_int4_split, py::arg("num_tokens"), py::arg("group"));
   module.def(
       "gemm_int4",
@@ -46,11 +46,13 @@ void bind_gemm_int4(py::module_& module) {
         args.num_tokens = static_cast<int>(tokens);
         args.row_invariant = row_invariant;
         if (tile >= 0 && kernels::kGemmInt4Tiles[tile].split) {
-          if (args.weight.group < kernels::kFewestSplitGroup) throw std::invalid_argument("groups of 16 have no split");
           const int most = kernels::kGemmInt4Tiles[tile].tokens;
           if (tokens > most) from.fail("has more than the tile's " + std::to_string(most) + " tokens");
+          if (!kernels::has_gemm_int4_split(most, args.weight.group)) {
+            throw std::invalid_argument("tile " + std::to_string(tile) + " is not for groups of " +
+                                        std::to_string(args.weight.group) + ", or needs another GPU's shared memory");
+          }
         }
-        args.tile = tile;
         kernels::gemm_int4_async(args, to_stream(stream), pdl);
       },
       py::arg("weight"), py::arg("gate_up"), py::arg("x"), py::arg("y"), py::arg("tile") = -1, py::arg("stream") = 0,

@@ -24,7 +24,10 @@ struct BoundProducts {
 };
 
 ProductType type_of(const DeviceArray& weight, const DeviceArray& y) {
-  if (!weight.is_bfloat()) return ProductType::fp8;
+  if (!weight.is_bfloat()) {
+    if (!y.is_bfloat()) y.fail("must be bf16 where the weight is fp8");
+    return ProductType::fp8;
+  }
   return y.is_bfloat() ? ProductType::bf16 : ProductType::bf16_to_fp32;
 }
 

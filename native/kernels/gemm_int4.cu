@@ -302,10 +302,11 @@ void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
   assert(w.format == WeightFormat::int4 && w.cols % 16 == 0 && args.tile < kNumGemmInt4Tiles);
   const DeviceTraits& device = device_traits();
   int tile = args.tile;
-  if (args.y == nullptr) tile = gemm_int4_split_of(args.num_tokens);
-  if (tile < 0 && !args.row_invariant) {
-    const int split = choose_gemm_int4_split(args.num_tokens, w.rows, device.num_sms);
-    if (split >= 0 && gemm_int4_split_fits(split, w.group)) tile = split;
+  if (args.y == nullptr) {
+    tile = find_gemm_int4_split(args.num_tokens, w.group, device.max_shared_bytes);
+    assert(tile >= 0);
+  } else if (tile < 0 && !args.row_invariant) {
+    tile = choose_gemm_int4_split(args.num_tokens, w.rows, w.group, device.num_sms, device.max_shared_bytes);
   }
   if (tile < 0) {
     const bool two_fit = device.shared_bytes_of_sm >= 2 * (kStageBytes + 1024);

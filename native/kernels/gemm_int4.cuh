@@ -31,8 +31,6 @@ struct GemmInt4Params {
 GemmInt4Params gemm_int4_params(const GemmInt4Args& args);
 
 // Of kGemmInt4Tiles those with `split`, by their number there.
-int gemm_int4_split_of(int num_tokens);  // the smallest one, or -1
-bool gemm_int4_split_fits(int tile, int group);
 void load_gemm_int4_split(int group);
 void launch_gemm_int4_split(const GemmInt4Params& p, int tile, int group, cudaStream_t stream, bool pdl);
 

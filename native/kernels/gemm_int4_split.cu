@@ -186,8 +186,9 @@ struct SplitTile {
   static constexpr auto kernel = gemm_int4_split_kernel<row_tiles, token_tiles, kGroups>;
 
   static void load() {
-    if (static_cast<std::size_t>(S::shared_bytes) > device_traits().max_shared_bytes) return;  // never launched here
-    EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes));
+    if (S::shared_bytes > device_traits().max_shared_bytes) return;  // never launched here
+    EDGELLM_CUDA_TRY(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(S::shared_bytes)));
   }
   static void launch_async(const GemmInt4Params& p, cudaStream_t stream, bool pdl) {
     assert(p.num_tokens <= S::tokens);
@@ -212,32 +213,26 @@ void with_split_of_group(int group, int tile, const Use& use) {
 
 }  // namespace
 
-int gemm_int4_split_of(int num_tokens) {
+int find_gemm_int4_split(int num_tokens, int group, std::size_t max_shared_bytes) {
   int best = -1;
   for (int tile = 0; tile < kNumGemmInt4Tiles; tile++) {
     const GemmInt4Tile shape = kGemmInt4Tiles[tile];
     if (!shape.split || shape.tokens < num_tokens) continue;
-    if (best < 0 || shape.tokens < kGemmInt4Tiles[best].tokens) best = tile;
+    bool fits = false;  // nor does it where the group has none
+    with_split_of_group(group, tile, [&](auto each) { fits = decltype(each)::S::shared_bytes <= max_shared_bytes; });
+    if (fits && (best < 0 || shape.tokens < kGemmInt4Tiles[best].tokens)) best = tile;
   }
   return best;
 }
 
-int choose_gemm_int4_split(int num_tokens, int rows, int num_sms) {
+int choose_gemm_int4_split(int num_tokens, int rows, int group, int num_sms, std::size_t max_shared_bytes) {
   // By bench/bench_gemm_int4.py on an H200: more tokens and enough rows keep the other tiles busy.
   if (num_tokens > 32 && ceil_div(rows, 64) >= num_sms) return -1;
-  return gemm_int4_split_of(num_tokens);
-}
-
-bool gemm_int4_split_fits(int tile, int group) {
-  const std::size_t most = device_traits().max_shared_bytes;
-  bool fits = false;
-  with_split_of_group(group, tile, [&](auto chosen) { fits = decltype(chosen)::S::shared_bytes <= most; });
-  return fits;
+  return find_gemm_int4_split(num_tokens, group, max_shared_bytes);
 }
 
 bool has_gemm_int4_split(int num_tokens, int group) {
-  const int tile = gemm_int4_split_of(num_tokens);
-  return tile >= 0 && gemm_int4_split_fits(tile, group);
+  return find_gemm_int4_split(num_tokens, group, device_traits().max_shared_bytes) >= 0;
 }
 
 void load_gemm_int4_split(int group) {

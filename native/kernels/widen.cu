@@ -15,13 +15,13 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) widen_kernel(const bf16* y, const float* bias, float* out, int width) {
   start_dependents();
   const int column = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * 8;
-  if (column >= width) return;
   float added[8] = {};
-  if (bias) {
+  if (bias && column < width) {
 #pragma unroll
     for (int i = 0; i < 8; i++) added[i] = __ldg(bias + column + i);
   }
   wait_for_predecessor();
+  if (column >= width) return;
   const std::size_t at = static_cast<std::size_t>(blockIdx.y) * width + column;
   float v[8];
   unpack_bf16(load_activation(y + at), v);

@@ -196,6 +196,7 @@ kernels::ProductScales Decoder::product_scales(const LinearView& linear, bool pr
 
 // Most nodes of a draft that every layer multiplies without a copy of its weights, and in bf16.
 int Decoder::count_multiplied_nodes() const {
+  if (config_.min_gemm_tokens > config_.max_tokens) return 0;  // no prompt has products
   int most = std::min(config_.max_tokens, kMaxVerifyTokens);
   for (int index = 0; index < config_.num_layers; ++index) {
     const LayerWeights& layer = weights_.layer(index);
@@ -212,10 +213,11 @@ int Decoder::count_multiplied_nodes() const {
 }
 
 void Decoder::prepare_head_product() {
-  const kernels::WeightView& head = weights_.head();
-  if (head.format == WeightFormat::int4) kernels::load_gemm_int4(head.group);
-  if (products_ == nullptr || most_multiplied_nodes_ <= kMaxBatch || head.format != WeightFormat::bf16) return;
   const int most_rows = std::min(verify_class(config_.max_verify_tokens), most_multiplied_nodes_);
+  if (most_rows <= kMaxBatch) return;
+  const kernels::WeightView& head = weights_.head();
+  if (head.format == WeightFormat::int4 && !config_.row_invariant) kernels::load_gemm_int4(head.group);
+  if (head.format != WeightFormat::bf16 || products_ == nullptr) return;
   head_products_ =
       std::make_unique<MatrixProducts>(arena_.get<std::byte>("cublaslt"), most_rows, config_.row_invariant);
   ProductTrial trial;

@@ -149,18 +149,20 @@ def test_an_adapter_adds_to_quantised_weights(
     assert_is_merged(executor, model, path)
 
 
-def test_a_short_prompt_through_the_decode_kernels_has_the_adapter_too(
-    open_lora: OpenLora, gpu_model: Model, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("length", [8, 11])
+def test_a_short_prompt_has_the_adapter_too(length: int, open_lora: OpenLora, gpu_model: Model, tmp_path: Path) -> None:
+    """Eight tokens go through the decode kernels, and a draft of eleven; a prompt of eleven through products."""
     model, executor = gpu_model("gpu_qwen3")[0], open_lora("gpu_qwen3", decode_batching="fast")
     path = write_adapter(tmp_path / "a", model, dict.fromkeys(ALL, 8), 4)
     executor.load_adapter("a", path)
-    ids = prompt(11)
+    ids, parents = prompt(length), np.arange(-1, length - 1, dtype=np.int32)
+    plain = executor.verify_tree(1, 0, ids, parents).copy()  # of eleven nodes by products, though adapters are loaded
+    assert relative_error(plain, logits_of(model, ids)) < 0.05
     expected = logits_of(merged(model, path), ids)
-    for num_logits in (5, 11):  # part of the logits is a prompt, all of them verify a draft: another graph
+    for num_logits in (5, length):  # part of the logits is a prompt, all of them verify a draft: another graph
         got = executor.step([step(0, ids, 0, num_logits, 1)])
         assert relative_error(got, expected[-num_logits:]) < 0.05, num_logits
-    tree = executor.verify_tree(0, 0, ids, np.arange(-1, 10, dtype=np.int32), 1)
+    tree = executor.verify_tree(0, 0, ids, parents, 1)
     assert relative_error(tree, expected) < 0.05
 
 

@@ -55,9 +55,12 @@ def test_every_tile_multiplies_what_the_weights_stand_for(rows: int, cols: int, 
             assert torch.equal(product(weight, x, tile), first), (tokens, tile)
 
 
-def fits(tile: int) -> bool:
+HOPPER, ADA = 227 * 1024, 99 * 1024  # bytes of shared memory a block
+
+
+def fits(tile: int, group: int = 64) -> bool:
     """Tiles of 64 tokens need more shared memory than every GPU has."""
-    return not TILES[tile][2] or K.has_gemm_int4_split(TILES[tile][1], 64)
+    return not TILES[tile][2] or K.has_gemm_int4_split(TILES[tile][1], group)
 
 
 @needs_gpu
@@ -89,15 +92,16 @@ def test_few_tokens_are_split_where_bits_may_depend_on_their_number(group: int, 
     K.gemm_int4(weight.view, False, x, free, stream=stream(), row_invariant=False)
     assert torch.equal(kept, product(weight, x, 0))
     assert_product(free, x, weight)
-    tile = K.choose_gemm_int4_split(tokens, 4096, torch.cuda.get_device_properties(0).multi_processor_count)
-    assert torch.equal(free, kept) != (group >= 32 and tile >= 0 and fits(tile))
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    many = tokens > 32 and num_sms <= 64  # rows enough for other tiles
+    assert torch.equal(free, kept) == (many or not K.has_gemm_int4_split(tokens, group))
 
 
 @needs_gpu
 @pytest.mark.parametrize("tokens", [1, 16, 31, 64])
 @pytest.mark.parametrize(("rows", "cols", "group"), [(1, 64, 64), (989, 576, 32), (4099, 1024, 128)])
 def test_a_result_in_fp32_is_rounded_nowhere(rows: int, cols: int, group: int, tokens: int) -> None:
-    if tokens > 32 and not fits(K.choose_gemm_int4_split(tokens, 1, 132)):
+    if not K.has_gemm_int4_split(tokens, group):
         pytest.skip("this GPU has no room for the tile")
     weight, x = make_weight("int4", rows, cols, group), random_bf16(tokens, cols)
     y = poisoned(tokens, rows, dtype=torch.float32)
@@ -114,7 +118,7 @@ def test_gate_and_up_rows_come_out_in_their_own_order(half: int, group: int) -> 
     weight = make_weight("int4", 2 * half, 192, group, gate_up=True)
     for tokens in (3, 40, 200):
         x = random_bf16(tokens, 192)
-        few = [tile for tile in SPLIT if group >= 32 and tokens <= TILES[tile][1] and fits(tile)]
+        few = [tile for tile in SPLIT if tokens <= TILES[tile][1] and fits(tile, group)]
         for tile in (-1, *WHOLE, *few):
             assert_product(product(weight, x, tile, gate_up=True), x, weight)
 
@@ -170,7 +174,7 @@ def test_what_the_binding_refuses() -> None:
         K.gemm_int4(weight.view, False, x, y, len(TILES))
     with pytest.raises(ValueError, match="more than the tile's 16 tokens"):
         K.gemm_int4(weight.view, False, random_bf16(17, 64), random_bf16(17, 32), SPLIT[0])
-    with pytest.raises(ValueError, match="groups of 16"):
+    with pytest.raises(ValueError, match="not for groups of 16"):
         K.gemm_int4(make_weight("int4", 32, 64, 16).view, False, x, y, SPLIT[0])
     with pytest.raises(ValueError, match="not bf16, as this product's must be"):
         K.gemm_int4(weight.view, False, random_bf16(65, 64), torch.empty(65, 32, device="cuda"))
@@ -199,16 +203,26 @@ def test_the_tile_that_was_fastest_is_chosen(rows: int, tokens: int, tile: tuple
 
 @pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
 @pytest.mark.parametrize("rows", [2048, 6144, 28672])
-def test_a_split_tile_has_room_for_all_tokens_and_is_left_where_others_are_faster(rows: int) -> None:
+def test_a_split_tile_has_all_tokens_and_is_left_where_others_are_faster(rows: int) -> None:
     for tokens in (1, 9, 16, 17, 32, 33, 64):
-        chosen = K.choose_gemm_int4_split(tokens, rows, 132)
+        chosen = K.choose_gemm_int4_split(tokens, rows, 64, 132, HOPPER)
         if tokens > 32 and rows == 28672:
             assert chosen == -1
         else:
             assert TILES[chosen][2] and tokens <= TILES[chosen][1] < max(17, 2 * tokens)
-    assert K.choose_gemm_int4_split(65, rows, 132) == -1
-    assert TILES[K.choose_gemm_int4_split(32, rows, 16)][2]  # Orin has 16
-    assert K.choose_gemm_int4_split(33, rows, 16) == -1
+    assert K.choose_gemm_int4_split(65, rows, 64, 132, HOPPER) == -1
+
+
+@pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))
+def test_split_tiles_are_for_groups_and_gpus_that_have_them() -> None:
+    for tokens in (9, 32):
+        assert K.choose_gemm_int4_split(tokens, 4096, 16, 132, HOPPER) == -1, "groups of 16"
+        for group in (32, 64, 128):
+            for num_sms, shared_bytes in ((132, HOPPER), (128, ADA), (16, 163 * 1024)):  # H100, RTX 4090, Orin
+                assert TILES[K.choose_gemm_int4_split(tokens, 4096, group, num_sms, shared_bytes)][2]
+    assert TILES[K.choose_gemm_int4_split(64, 4096, 64, 132, HOPPER)] == (32, 64, True)
+    assert K.choose_gemm_int4_split(64, 4096, 64, 128, ADA) == -1, "no room"
+    assert K.choose_gemm_int4_split(33, 4096, 64, 16, 163 * 1024) == -1, "enough rows for Orin's 16 multiprocessors"
 
 
 @pytest.mark.skipif(NATIVE is None, reason=str(NO_MODULE))

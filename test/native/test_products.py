@@ -94,6 +94,13 @@ def test_an_fp8_product_is_that_of_the_numbers_without_their_scales(
         assert_untouched(y)
 
 
+def test_an_fp8_product_in_fp32_is_refused() -> None:
+    products = prepared(True, False, 48, 16)
+    weight, x = (torch.zeros(shape, device="cuda", dtype=torch.uint8) for shape in ((48, 16), (4, 16)))
+    with pytest.raises(ValueError, match="y must be bf16 where the weight is fp8"):
+        products.run(x, weight, torch.empty(4, 48, device="cuda"), stream=stream())
+
+
 def test_a_shape_that_was_not_prepared_is_refused() -> None:
     products = prepared(True, False, 48, 16)
     with pytest.raises(RuntimeError, match="not prepared"):

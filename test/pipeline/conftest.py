@@ -1,4 +1,4 @@
-"""Cases of the suite become tests, and what they measured a table at the end."""
+"""Cases of the suite become tests, and what they measured a part of their reports."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 from suite import Case, read_suite
-
-ROWS: list[dict[str, str]] = []
-_COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "same", "tasks", "verdict", "tok/s", "result")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,21 +25,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """What a case measured goes with its report, from a process of pytest-xdist too, to the table of test/conftest.py."""
     report = (yield).get_result()
     row = getattr(item, "pipeline_row", None)
     if report.when == "call" and row is not None:
-        row["result"] = report.outcome
-        ROWS.append(row)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not ROWS:
-        return
-    table = [list(_COLUMNS)] + [[row.get(name, "") for name in _COLUMNS] for row in ROWS]
-    widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
-    terminalreporter.section("pipeline")
-    for line in table:
-        terminalreporter.write_line("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        report.user_properties.append(("pipeline_row", row | {"result": report.outcome}))
 
 
 @pytest.fixture(scope="session")

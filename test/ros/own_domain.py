@@ -17,7 +17,8 @@ def missing_ros() -> str:
 
 def use_own_domain() -> None:
     """Set what DDS reads when a node is made, for this process and those that it starts: this machine alone."""
-    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")  # two of one run never share a domain
+    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 50 * 2 + int(worker) % 2)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     if os.environ.get("ROS_DISTRO") == "humble":
         os.environ["ROS_LOCALHOST_ONLY"] = "1"

@@ -35,9 +35,11 @@ class Decoder final : public TokenLoop {
   const std::string& products_reason() const noexcept { return products_reason_; }
   // Whether prefill multiplies in FP8: fp8 layers, fp8_prefill and a GPU and library that can.
   bool has_fp8_products() const noexcept { return fp8_products_; }
-  // Drafts of more than kMaxBatch nodes, up to so many, are verified with the matrix products of prompts; 0: none is.
-  // The same goes for prompts that are shorter than min_gemm_tokens.
+  // Drafts of more than kMaxBatch nodes are verified with the matrix products of prompts, if their class is not above
+  // this; 0: none is. The same goes for prompts of so many tokens that are shorter than min_gemm_tokens.
   int most_multiplied_nodes() const noexcept { return most_multiplied_nodes_; }
+  // Whether such a draft's logits are a product with the head, too; num_rows: its class.
+  bool multiplies_head(int num_rows) const;
 
   void load_linear(const std::string& stem, const HostTensor& weight, const HostTensor* scale);
   void load_vector(const std::string& name, const HostTensor& values);
@@ -132,7 +134,6 @@ class Decoder final : public TokenLoop {
   bool multiplies_fp8(const LinearView& linear, bool products, int adapter) const;
   // For drafts, on memory whose contents are lost: see head_products_.
   void prepare_head_product();
-  bool multiplies_head(int num_rows) const;
   void head_product_async(int num_rows);
   // A layer's product with what its kind and the adapter ask for: y = x W^T + B (A x), from x_fp8 where it is in FP8.
   // Like product_async it returns whether the next kernel may be launched with programmatic dependent launch.

@@ -53,7 +53,7 @@ struct DecoderConfig {
   int capacity = 0;    // tokens a slot holds
   int max_tokens = 0;  // of one prefill chunk; longer steps are cut
   // Shorter steps run through the decode kernels, whose rounding is another; but for steps of more than kMaxBatch
-  // tokens where products need no copy of a weight, which are faster then.
+  // tokens where products need no copy of a weight, which are faster then. More than max_tokens: all steps do.
   int min_gemm_tokens = 2;
   int max_verify_tokens = 16;  // nodes of a draft verified at once, 2 to 64; 0: none, and nothing is taken for it
   // One decoding sequence gets the bits that it gets among others: the kernels for a single token, which are faster but

@@ -1,6 +1,8 @@
 // Prefill's products with int4 weights as they are stored, without a copy of them in bf16.
 #pragma once
 
+#include <cstddef>
+
 #include "edgellm/kernels/types.hpp"
 
 namespace edgellm::kernels {
@@ -15,7 +17,6 @@ struct GemmInt4Tile {
 inline constexpr GemmInt4Tile kGemmInt4Tiles[] = {{128, 128},     {128, 64},      {64, 64},      {64, 32},
                                                   {32, 16, true}, {64, 32, true}, {32, 64, true}};
 inline constexpr int kNumGemmInt4Tiles = static_cast<int>(sizeof(kGemmInt4Tiles) / sizeof(kGemmInt4Tiles[0]));
-inline constexpr int kFewestSplitGroup = 32;  // weights in smaller groups have no split tiles
 
 struct GemmInt4Args {
   WeightView weight;                 // int4, repacked (quantized.hpp)
@@ -31,9 +32,12 @@ struct GemmInt4Args {
 // The tile of a product with `num_tokens` tokens and `rows` rows on a GPU of so many multiprocessors, each of which has
 // room for two blocks or for one; of those that are not split.
 int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit);
-// The split one, or -1 where another is faster, or there are too many tokens for any.
-int choose_gemm_int4_split(int num_tokens, int rows, int num_sms);
-// Whether the current GPU has a split tile for so many tokens and weights in such groups.
+// The smallest split one that has so many tokens, for weights in such groups and blocks with so much shared memory; or
+// -1.
+int find_gemm_int4_split(int num_tokens, int group, std::size_t max_shared_bytes);
+// The same, but -1 also where another tile is faster.
+int choose_gemm_int4_split(int num_tokens, int rows, int group, int num_sms, std::size_t max_shared_bytes);
+// Whether there is one on the current GPU.
 bool has_gemm_int4_split(int num_tokens, int group);
 
 // Has CUDA load the code of every tile for weights in such groups, which else is at a tile's first launch.
