@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import platform
 import re
 import subprocess
@@ -217,3 +218,12 @@ def test_a_list_that_would_run_nothing_is_an_error(
         (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_suite("mine")
+
+
+def test_what_a_case_measured_is_in_the_table_whichever_process_ran_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", "--suite", "l0", "-k", "tiny_mistral"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    [row] = [line for line in done.stdout.partition("= pipeline =")[2].splitlines() if line.startswith("tiny_mistral")]
+    assert row.endswith("passed"), done.stdout[-2000:]
