@@ -45,6 +45,7 @@ void bind_gemm_int4(py::module_& module) {
         }
         args.num_tokens = static_cast<int>(tokens);
         args.row_invariant = row_invariant;
+        args.tile = tile;
         if (tile >= 0 && kernels::kGemmInt4Tiles[tile].split) {
           const int most = kernels::kGemmInt4Tiles[tile].tokens;
           if (tokens > most) from.fail("has more than the tile's " + std::to_string(most) + " tokens");

@@ -83,6 +83,16 @@ def test_every_split_tile_multiplies_what_the_weights_stand_for(tile: int, rows:
 
 
 @needs_gpu
+@pytest.mark.parametrize("tile", SPLIT)
+def test_a_split_tile_that_is_asked_for_is_what_multiplies(tile: int) -> None:
+    """Its sums have another order than the others', so some of many results are rounded otherwise."""
+    if not fits(tile):
+        pytest.skip("this GPU has no room for the tile")
+    weight, x = make_weight("int4", 4096, 4096, 64), random_bf16(TILES[tile][1], 4096)
+    assert not torch.equal(product(weight, x, tile), product(weight, x, WHOLE[0]))
+
+
+@needs_gpu
 @pytest.mark.parametrize("tokens", [9, 16, 17, 33, 64, 65])
 @pytest.mark.parametrize("group", [16, 32, 128])
 def test_few_tokens_are_split_where_bits_may_depend_on_their_number(group: int, tokens: int) -> None:
