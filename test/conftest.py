@@ -35,7 +35,7 @@ _PIPELINE_COLUMNS = ("case", "quantise", "export", "engines", "ratio", "KL", "sa
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _PIPELINE.extend(row for name, row in report.user_properties if name == "pipeline_row" and report.when == "call")  # type: ignore[misc]
+    _PIPELINE.extend(row for name, row in report.user_properties if name == "pipeline_row" and report.when == "call")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

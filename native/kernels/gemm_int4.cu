@@ -170,12 +170,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles* kTokenTiles > 8 ? 1 : 2)
       for (int m = 0; m < kRowTiles; m++) {
         const float2 scale = unpack_fp16(load_shared4(own_scales + at + (m * kGroups + i) * 32));
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; n++) {
-          sums[m][n][0] = fmaf(scale.x, group_sums[m][n][0], sums[m][n][0]);
-          sums[m][n][1] = fmaf(scale.x, group_sums[m][n][1], sums[m][n][1]);
-          sums[m][n][2] = fmaf(scale.y, group_sums[m][n][2], sums[m][n][2]);
-          sums[m][n][3] = fmaf(scale.y, group_sums[m][n][3], sums[m][n][3]);
-        }
+        for (int n = 0; n < kTokenTiles; n++) add_scaled(sums[m][n], scale, group_sums[m][n]);
       }
     }
   };
@@ -256,6 +251,25 @@ void with_tile_of_group(int group, int tile, const Use& use) {
   }
 }
 
+GemmInt4Params params_of(const GemmInt4Args& args) {
+  const WeightView& w = args.weight;
+  GemmInt4Params p;
+  p.data = static_cast<const uint8_t*>(w.data);
+  p.scales = static_cast<const uint8_t*>(w.scales);
+  p.x = args.x;
+  p.y = args.y;
+  p.y_f32 = args.y_f32;
+  p.rows = w.rows;
+  p.cols = w.cols;
+  p.num_tokens = args.num_tokens;
+  p.num_tiles = args.gate_up ? ceil_div(w.rows / 2, kTileRows / 2) : ceil_div(w.rows, kTileRows);
+  p.num_groups = w.group >= kBlock ? w.cols / w.group : ceil_div(w.cols, kBlock) * (kBlock / w.group);
+  p.group_shift = w.group == 128 ? 1 : 0;
+  p.gate_up = args.gate_up;
+  p.whole = w.rows % (args.gate_up ? 16 : 8) == 0;
+  return p;
+}
+
 }  // namespace
 
 // By what 64 input features take on an H200, in units of 10 ns, where a block is alone on its multiprocessor and where
@@ -278,25 +292,6 @@ int choose_gemm_int4_tile(int num_tokens, int rows, int num_sms, bool two_fit) {
   return best;
 }
 
-GemmInt4Params gemm_int4_params(const GemmInt4Args& args) {
-  const WeightView& w = args.weight;
-  GemmInt4Params p;
-  p.data = static_cast<const uint8_t*>(w.data);
-  p.scales = static_cast<const uint8_t*>(w.scales);
-  p.x = args.x;
-  p.y = args.y;
-  p.y_f32 = args.y_f32;
-  p.rows = w.rows;
-  p.cols = w.cols;
-  p.num_tokens = args.num_tokens;
-  p.num_tiles = args.gate_up ? ceil_div(w.rows / 2, kTileRows / 2) : ceil_div(w.rows, kTileRows);
-  p.num_groups = w.group >= kBlock ? w.cols / w.group : ceil_div(w.cols, kBlock) * (kBlock / w.group);
-  p.group_shift = w.group == 128 ? 1 : 0;
-  p.gate_up = args.gate_up;
-  p.whole = w.rows % (args.gate_up ? 16 : 8) == 0;
-  return p;
-}
-
 void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
   const WeightView& w = args.weight;
   assert(w.format == WeightFormat::int4 && w.cols % 16 == 0 && args.tile < kNumGemmInt4Tiles);
@@ -312,7 +307,7 @@ void gemm_int4_async(const GemmInt4Args& args, cudaStream_t stream, bool pdl) {
     const bool two_fit = device.shared_bytes_of_sm >= 2 * (kStageBytes + 1024);
     tile = choose_gemm_int4_tile(args.num_tokens, w.rows, device.num_sms, two_fit);
   }
-  const GemmInt4Params p = gemm_int4_params(args);
+  const GemmInt4Params p = params_of(args);
   if (kGemmInt4Tiles[tile].split) return launch_gemm_int4_split(p, tile, w.group, stream, pdl);
   with_tile_of_group(w.group, tile, [&](auto chosen) { chosen.launch_async(p, stream, pdl); });
 }

@@ -28,8 +28,6 @@ struct GemmInt4Params {
   bool whole;  // eight rows of a packed tile are 16 aligned bytes of y
 };
 
-GemmInt4Params gemm_int4_params(const GemmInt4Args& args);
-
 // Of kGemmInt4Tiles those with `split`, by their number there.
 void load_gemm_int4_split(int group);
 void launch_gemm_int4_split(const GemmInt4Params& p, int tile, int group, cudaStream_t stream, bool pdl);
@@ -45,6 +43,14 @@ __device__ __forceinline__ void first_mma_bf16(float* d, const uint32_t* a, uint
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// A group's products of rows g, g, g + 8 and g + 8, scaled, to their sums; scale: of rows g and g + 8.
+__device__ __forceinline__ void add_scaled(float* sums, float2 scale, const float* products) {
+  sums[0] = fmaf(scale.x, products[0], sums[0]);
+  sums[1] = fmaf(scale.x, products[1], sums[1]);
+  sums[2] = fmaf(scale.y, products[2], sums[2]);
+  sums[3] = fmaf(scale.y, products[3], sums[3]);
 }
 
 // Where piece 0 to 7, 16 bytes, of a token's row of x lies in it: pairs of pieces change places by the token's number,

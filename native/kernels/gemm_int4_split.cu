@@ -126,10 +126,7 @@ __global__ void __launch_bounds__(kThreads, (Shape<kRowTiles, kTokenTiles>::min_
                 mma_bf16(products, a[s], b.x, b.y);
               }
             }
-            sums[m][n][0] = fmaf(scale[i].x, products[0], sums[m][n][0]);
-            sums[m][n][1] = fmaf(scale[i].x, products[1], sums[m][n][1]);
-            sums[m][n][2] = fmaf(scale[i].y, products[2], sums[m][n][2]);
-            sums[m][n][3] = fmaf(scale[i].y, products[3], sums[m][n][3]);
+            add_scaled(sums[m][n], scale[i], products);
           }
         }
       }

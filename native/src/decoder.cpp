@@ -296,10 +296,9 @@ void Decoder::load_prefix_async(int slot, int length, const std::byte* host) {
 
 GemvArgs Decoder::product_args(const std::string& product, int batch) const {
   if (product == "head") return head_args(batch, true);
-  const LayerWeights& layer = weights_.layer(config_.num_layers / 2);  // the first may be stored in another format
-  const LinearView* const views[kNumLinears] = {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
-  for (int i = 0; i < kNumLinears; ++i) {
-    if (product == kLinearStems[i]) return gemv_args(*views[i], "", batch);
+  const auto linears = weights_.layer(config_.num_layers / 2).linears();  // the first may be stored in another format
+  for (std::size_t i = 0; i < linears.size(); ++i) {
+    if (product == kLinearStems[i]) return gemv_args(*linears[i], "", batch);
   }
   throw std::invalid_argument("the decoder has no product " + product);
 }

@@ -32,8 +32,7 @@ bool device_has_fp8() {
 void Decoder::prepare_products() {
   if (config_.max_packed_tokens > 0) {
     for (int index = 0; index < config_.num_layers; ++index) {
-      const LayerWeights& layer = weights_.layer(index);
-      for (const LinearView* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      for (const LinearView* linear : weights_.layer(index).linears()) {
         if (linear->weight.format == WeightFormat::int4) kernels::load_gemm_int4(linear->weight.group);
       }
     }
@@ -175,11 +174,7 @@ bool Decoder::product_async(const LinearView& linear, bool gate_up, const __nv_b
 // With an adapter a prompt goes through bf16: what is added must not need the scales, nor x its rounding.
 bool Decoder::prompt_product_async(int index, Linear which, const __nv_bfloat16* x, __nv_bfloat16* y, int count,
                                    int adapter) {
-  const LayerWeights& layer = weights_.layer(index);
-  const LinearView& linear = which == Linear::kQkv      ? layer.qkv
-                             : which == Linear::kO      ? layer.o
-                             : which == Linear::kGateUp ? layer.gate_up
-                                                        : layer.down;
+  const LinearView& linear = *weights_.layer(index).linears()[static_cast<std::size_t>(which)];
   if (multiplies_fp8(linear, true, adapter)) {
     fp8_product_async(linear, y, count);
     return pdl_;
@@ -199,8 +194,7 @@ int Decoder::count_multiplied_nodes() const {
   if (config_.min_gemm_tokens > config_.max_tokens) return 0;  // no prompt has products
   int most = std::min(config_.max_tokens, kMaxVerifyTokens);
   for (int index = 0; index < config_.num_layers; ++index) {
-    const LayerWeights& layer = weights_.layer(index);
-    for (const LinearView* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+    for (const LinearView* linear : weights_.layer(index).linears()) {
       const WeightFormat format = linear->weight.format;
       if (format == WeightFormat::int4) {
         most = std::min(most, config_.max_packed_tokens);

@@ -81,7 +81,7 @@ def multiply_many(weight: tuple[Any, ...], bits: np.ndarray, gate_up: bool) -> N
     kernels = NATIVE.kernels
     many = np.tile(bits, (10, 1))
     for tile, (_, most, split) in enumerate(kernels.GEMM_INT4_TILES):
-        if split and (weight[-1] < 32 or not kernels.has_gemm_int4_split(most, weight[-1])):
+        if split and not kernels.has_gemm_int4_split(most, weight[-1]):
             continue
         count = most if split else len(many)
         results = []

@@ -136,11 +136,12 @@ class Decoder final : public TokenLoop {
   void prepare_head_product();
   void head_product_async(int num_rows);
   // A layer's product with what its kind and the adapter ask for: y = x W^T + B (A x), from x_fp8 where it is in FP8.
-  // Like product_async it returns whether the next kernel may be launched with programmatic dependent launch.
+  // Returns what product_async does.
   bool prompt_product_async(int layer, Linear linear, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens,
                             int adapter);
   // What prompt_product_async has left out of y.
   kernels::ProductScales product_scales(const LinearView& linear, bool products, int adapter) const;
+  // Returns whether the next kernel may be launched with programmatic dependent launch.
   bool product_async(const LinearView& linear, bool gate_up, const __nv_bfloat16* x, __nv_bfloat16* y, int num_tokens);
   // Rounds x, (num_tokens, width), to x_fp8 with x_scales.
   void quantize_x_async(const __nv_bfloat16* x, int num_tokens, int width);

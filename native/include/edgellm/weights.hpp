@@ -1,6 +1,7 @@
 // A decoder's weights on the device: filled once from the bundle's tensors, then read by the kernels as views.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,8 @@ struct LayerWeights {
   const __nv_bfloat16* attn_out_norm = nullptr;  // (hidden), or null: none
   const __nv_bfloat16* mlp_out_norm = nullptr;   // (hidden), or null: none
   kernels::RopeTables rope;
+
+  std::array<const LinearView*, 4> linears() const { return {&qkv, &o, &gate_up, &down}; }  // as layer_linears has them
 };
 
 // A tensor in host memory, as the file has it.

@@ -23,7 +23,7 @@ struct GemmInt4Args {
   bool gate_up = false;              // as it was packed
   const __nv_bfloat16* x = nullptr;  // (num_tokens, cols)
   __nv_bfloat16* y = nullptr;        // (num_tokens, rows), rows in their original order; or null, then y_f32
-  float* y_f32 = nullptr;            // the same, where has_split says that there is one
+  float* y_f32 = nullptr;            // the same, where has_gemm_int4_split says so
   int num_tokens = 0;
   bool row_invariant = true;  // a token's result does not depend on how many others there are: no split tiles
   int tile = -1;              // of kGemmInt4Tiles; -1: by the shape and the GPU

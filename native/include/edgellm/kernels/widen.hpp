@@ -1,8 +1,6 @@
 // A product's bf16 result in fp32, as attention of single tokens and of drafts reads it.
 #pragma once
 
-#include <cstddef>
-
 #include "edgellm/kernels/types.hpp"
 
 namespace edgellm::kernels {
