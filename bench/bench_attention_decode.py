@@ -4,7 +4,8 @@
 
 A call is one layer of a decode step: 32 of them or more in a CUDA graph, with programmatic dependent launch, each over
 another cache, as many as L2 cannot hold. "added" is the time over the first context's, in relation to what reading the
-added bytes takes at the bandwidth measured in the run. --splits times other numbers of splits and cluster sizes beside.
+added bytes takes at the bandwidth measured in the run. --splits times other numbers of splits beside, each in a block
+of its own, and the decoder's with one, two and four of them a block.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from kernel_timing import K, measure_us, print_machine
 
 # Query heads, KV heads, head_dim.
-SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256)}
+SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256), "phi3": (32, 32, 96)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
-TRIED = ((2, 8), (4, 8), (8, 8), (16, 1), (16, 8), (32, 8), (64, 8), (64, 1))  # most_splits, cluster
+TRIED = (1, 2, 4, 8, 16, 32, 64)  # most_splits
+EACH = (1, 2, 4)  # splits_per_block; 8 does not fit everywhere
 NUM_CALLS = 32  # at least
 FEWEST_BYTES, MOST_BYTES = 160 << 20, 8 << 30  # of all caches together
 
@@ -26,29 +28,37 @@ FEWEST_BYTES, MOST_BYTES = 160 << 20, 8 << 30  # of all caches together
 def main() -> None:
     """One line a shape, batch, context and format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", action="store_true", help="also other most_splits / cluster than the decoder's")
+    parser.add_argument("--splits", action="store_true", help="also other splits, and other splits_per_block")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096, 16384])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--cache", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
     read = print_machine()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print("shape  batch context cache  splits        us     GB/s  share  added | us by most_splits/cluster")
+    print(
+        "shape  batch context cache  splits        us     GB/s  share  added | us by most_splits | by splits_per_block"
+    )
     for shape in options.shape:
         heads, kv_heads, head_dim = SHAPES[shape]
         most = K.decode_attention_most_splits(kv_heads, num_sms)
-        for batch in (1, 8):
+        for batch in options.batch:
             first: dict[str, tuple[float, int]] = {}  # microseconds and bytes of the first context
             for context in options.contexts:
-                for form, dtype in DTYPES.items():
+                for form in options.cache:
+                    dtype = DTYPES[form]
                     case = (heads, kv_heads, head_dim, context, batch, dtype)
                     us = time_us(*case, most, 0)
-                    others = " ".join(f"{m}/{c}:{time_us(*case, m, c):.2f}" for m, c in TRIED if options.splits)
+                    splits = K.decode_attention_splits(context, most)
+                    others = ""
+                    if options.splits:
+                        others = " ".join(f"{m}:{time_us(*case, m, 1):.2f}" for m in TRIED if m <= 2 * splits)
+                        others += " | " + " ".join(f"{e}:{time_us(*case, most, e):.2f}" for e in EACH)
                     num_bytes = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
                     rate = num_bytes / us * 1e-3
                     us_then, bytes_then = first.setdefault(form, (us, num_bytes))
                     more = num_bytes - bytes_then
                     added = f"{(us - us_then) / (more / read * 1e-3):6.2f}" if more else "     -"
-                    splits = K.decode_attention_splits(context, most)
                     print(
                         f"{shape:6s} {batch:5d} {context:7d} {form:5s} {splits:7d} {us:9.2f} {rate:8.0f} "
                         f"{rate / read:6.1%} {added} | {others}",
@@ -57,7 +67,7 @@ def main() -> None:
 
 
 def time_us(
-    heads: int, kv_heads: int, head_dim: int, context: int, batch: int, dtype: Any, most_splits: int, cluster: int
+    heads: int, kv_heads: int, head_dim: int, context: int, batch: int, dtype: Any, most_splits: int, each: int
 ) -> float:
     """Microseconds of one call."""
     one = 2 * batch * kv_heads * context * head_dim * dtype.itemsize
@@ -79,8 +89,8 @@ def time_us(
     def launch(index: int) -> Any:
         return lambda stream: K.decode_attention(
             qkv, caches[index % num_caches], slots, positions, cos, sin, out, heads, head_dim**-0.5,
-            most_splits=most_splits, most_attended=context, cluster=cluster, workspace=workspace, stream=stream,
-            pdl=index > 0,
+            most_splits=most_splits, most_attended=context, splits_per_block=each, workspace=workspace,
+            stream=stream, pdl=index > 0,
         )  # fmt: skip
 
     return measure_us([launch(i) for i in range(num_calls)])

@@ -16,12 +16,15 @@ void bind_attention_decode(py::module_& module) {
   module.def("decode_attention_splits", &kernels::decode_attention_splits, py::arg("length"), py::arg("most_splits"));
   module.def("decode_attention_most_splits", &kernels::decode_attention_most_splits, py::arg("num_kv_heads"),
              py::arg("num_sms"));
+  module.def("decode_attention_splits_per_block", &kernels::decode_attention_splits_per_block, py::arg("splits"),
+             py::arg("rows"), py::arg("num_sms"), py::arg("blocks_per_sm"));
   module.def(
       "decode_attention",
       [](const py::object& qkv, const py::object& kv, const py::object& slots, const py::object& positions,
          const py::object& cos, const py::object& sin, const py::object& out, int num_heads, float scale,
          const py::object& q_gain, const py::object& k_gain, float norm_eps, int window, int most_splits,
-         int most_attended, int cluster, bool exchanges, const py::object& workspace, std::uintptr_t stream, bool pdl) {
+         int most_attended, int cluster, int splits_per_block, bool exchanges, const py::object& workspace,
+         std::uintptr_t stream, bool pdl) {
         kernels::DecodeAttentionArgs args;
         args.kv = kv_layer(kv);
         args.rope = rope_tables(cos, sin, q_gain, k_gain, norm_eps, args.kv);
@@ -38,6 +41,11 @@ void bind_attention_decode(py::module_& module) {
         if (cluster != 0 && cluster != 1 && cluster != 8) {
           throw std::invalid_argument("cluster " + std::to_string(cluster) + " is not 0, 1 or 8");
         }
+        if (splits_per_block != 0 && splits_per_block != 1 && splits_per_block != 2 && splits_per_block != 4 &&
+            splits_per_block != 8) {
+          throw std::invalid_argument("splits_per_block " + std::to_string(splits_per_block) +
+                                      " is not 0, 1, 2, 4 or 8");
+        }
         if (batch > kernels::kMaxDecodeBatch) throw std::invalid_argument("the batch is larger than MAX_DECODE_BATCH");
         args.qkv = input.as<const float>({batch, (num_heads + 2 * args.kv.num_kv_heads) * head_dim});
         if (reinterpret_cast<std::uintptr_t>(args.qkv) % 16 != 0) input.fail("must be 16-byte aligned");
@@ -51,6 +59,7 @@ void bind_attention_decode(py::module_& module) {
         args.most_splits = most_splits;
         args.most_attended = most_attended;
         args.cluster = cluster;
+        args.splits_per_block = splits_per_block;
         args.exchanges = exchanges;
         const DeviceArray scratch(workspace, "workspace");
         args.workspace = scratch.raw();
@@ -61,8 +70,8 @@ void bind_attention_decode(py::module_& module) {
       py::arg("qkv"), py::arg("kv"), py::arg("slots"), py::arg("positions"), py::arg("cos"), py::arg("sin"),
       py::arg("out"), py::arg("num_heads"), py::arg("scale"), py::arg("q_gain") = py::none(),
       py::arg("k_gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("window") = 0, py::arg("most_splits") = 8,
-      py::arg("most_attended") = kernels::kContextClasses[0], py::arg("cluster") = 0, py::arg("exchanges") = true,
-      py::arg("workspace"), py::arg("stream") = 0, py::arg("pdl") = false);
+      py::arg("most_attended") = kernels::kContextClasses[0], py::arg("cluster") = 0, py::arg("splits_per_block") = 0,
+      py::arg("exchanges") = true, py::arg("workspace"), py::arg("stream") = 0, py::arg("pdl") = false);
 }
 
 }  // namespace edgellm

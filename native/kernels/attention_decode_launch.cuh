@@ -2,46 +2,71 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "attention_decode.cuh"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
 
-// The largest cluster that the current device can run this kernel in: 8 or, without clusters, 1.
-template <int HD, KvFormat F, int kWarps>
+// Beside what is counted: the new token's key and value, and barriers.
+constexpr std::size_t kStaticSharedBytes = 2048;
+
+// Lets this kernel have as much shared memory as the current device gives a block, and asks for the largest cluster
+// that it can run in: 8 or, without clusters, 1.
+template <int HD, KvFormat F, int kWarps, bool kSeveral>
 int largest_cluster() {
   thread_local int device = -1, largest = 1;
   const DeviceTraits& traits = device_traits();
   if (device == traits.device) return largest;
+  const auto kernel = decode_attention_kernel<HD, F, kWarps, kSeveral>;
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(traits.max_shared_bytes - kStaticSharedBytes)));
   int blocks = 1;
   if (traits.has_dependent_launch) {
+    using Shared = DecodeAttentionShared<HD, kSeveral>;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(kMaxCluster);
     config.blockDim = dim3(kWarps * 32);
-    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, decode_attention_kernel<HD, F, kWarps>, &config));
+    config.dynamicSmemBytes = static_cast<std::size_t>(Shared{kWarps, 1, kMaxCluster, kTileHeads * HD}.bytes());
+    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config));
   }
   largest = blocks >= kMaxCluster ? kMaxCluster : 1;
   device = traits.device;
   return largest;
 }
 
-template <int HD, KvFormat F, int kWarps>
-void launch_decode_attention_warps(const DecodeAttentionArgs& args, DecodeAttentionParams params, cudaStream_t stream,
-                                   bool pdl) {
-  const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+// What a call with so many splits a block has of shared memory and of clusters: those of all of an eight, or none.
+template <int HD, KvFormat F, int kWarps, bool kSeveral>
+DecodeAttentionShared<HD, kSeveral> shared_of_blocks(const DecodeAttentionArgs& args, int each) {
   // A long sequence's blocks have an SM each, and a GPU's parts have too few for clusters of all of them.
-  const int wanted = kWarps == kLongWarps ? 1 : args.cluster > 0 ? args.cluster : kMaxCluster;
+  const int most = kWarps == kLongWarps ? 1 : args.cluster > 0 ? args.cluster : kMaxCluster;
   const int splits = decode_attention_splits(args.most_attended, args.most_splits);
-  params.cluster = std::min({wanted, largest_cluster<HD, F, kWarps>(), splits});
+  const int cluster = std::max(1, std::min(splits, kMaxCluster) / each);
+  const int group = args.num_heads / args.kv.num_kv_heads, heads = ceil_div(group, ceil_div(group, kTileHeads));
+  return {kWarps, each, cluster <= std::min(most, largest_cluster<HD, F, kWarps, kSeveral>()) ? cluster : 1,
+          heads * HD};
+}
+
+template <int HD, KvFormat F, int kWarps, bool kSeveral>
+void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAttentionParams params,
+                                    const DecodeAttentionShared<HD, kSeveral>& shared, cudaStream_t stream, bool pdl) {
+  const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
+  const bool is_dependent = device_traits().has_dependent_launch;
+  params.splits_per_block = shared.num_splits;
+  params.cluster = shared.cluster;
+  if (!is_dependent) params.exchanged = nullptr;  // 128 bits at once came with clusters
   const std::size_t rows = static_cast<std::size_t>(args.batch) * args.num_heads * splits;
   params.partial_tops = reinterpret_cast<float2*>(params.partial_out + rows * HD);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(splits, args.kv.num_kv_heads * chunks, args.batch);
+  config.gridDim = dim3(splits / shared.num_splits, args.kv.num_kv_heads * chunks, args.batch);
   config.blockDim = dim3(kWarps * 32);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared.bytes());
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
-  if (pdl && device_traits().has_dependent_launch) {
+  if (pdl && is_dependent) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -50,8 +75,35 @@ void launch_decode_attention_warps(const DecodeAttentionArgs& args, DecodeAttent
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
   }
   config.attrs = attributes;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F, kWarps>, params));
+  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F, kWarps, kSeveral>, params));
   EDGELLM_CUDA_TRY(cudaGetLastError());
+}
+
+template <int HD, KvFormat F, int kWarps>
+void launch_decode_attention_warps(const DecodeAttentionArgs& args, const DecodeAttentionParams& params,
+                                   cudaStream_t stream, bool pdl) {
+  const DeviceTraits& traits = device_traits();
+  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
+  const auto shared = [&](int each) { return shared_of_blocks<HD, F, kWarps, true>(args, each); };
+  const auto fits = [&](int each) {
+    return static_cast<std::size_t>(shared(each).bytes()) <= traits.max_shared_bytes - kStaticSharedBytes;
+  };
+  int each = args.splits_per_block;
+  if (each == 0) {
+    constexpr int kBlocks = kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>;
+    const int rows = args.batch * args.kv.num_kv_heads * ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+    each = decode_attention_splits_per_block(splits, rows, traits.num_sms, kBlocks);
+    while (each > 1 && !fits(each)) each /= 2;
+  }
+  if (each > std::min(splits, kMaxCluster) || (each > 1 && !fits(each))) {
+    throw std::invalid_argument("splits_per_block " + std::to_string(each) + " is more than " + std::to_string(splits) +
+                                " splits, or than a block has room for");
+  }
+  if (each == 1) {
+    const auto alone = shared_of_blocks<HD, F, kWarps, false>(args, each);
+    return launch_decode_attention_blocks<HD, F, kWarps, false>(args, params, alone, stream, pdl);
+  }
+  launch_decode_attention_blocks<HD, F, kWarps, true>(args, params, shared(each), stream, pdl);
 }
 
 template <int HD, KvFormat F>

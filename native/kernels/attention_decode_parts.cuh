@@ -26,15 +26,16 @@ struct DecodeAttentionParams {
   const int32_t* positions;
   bf16* out;
   uint4* exchanged;        // (batch, num_heads, head_dim / 2), zero between calls; or null
-  float* partial_out;      // (batch, num_heads, gridDim.x, head_dim)
-  float2* partial_tops;    // (batch, num_heads, gridDim.x): maximum, total
+  float* partial_out;      // (batch, num_heads, splits, head_dim)
+  float2* partial_tops;    // (batch, num_heads, splits): maximum, total
   unsigned int* num_done;  // (batch, gridDim.y, kMaxCluster), zero between calls
   int num_heads;
   int num_kv_heads;
   int capacity;
   int window;
   int most_splits;
-  int cluster;  // blocks, along x
+  int splits_per_block;  // side by side, of one eight
+  int cluster;           // blocks, along x
   float norm_eps;
   float scale;  // times log2(e)
 };
@@ -45,31 +46,46 @@ __device__ __forceinline__ float fast_exp2(float x) {  // 0 for what is far belo
   return y;
 }
 
-// The positions of one split: blocks of 64 in turn with the other splits, so that what a head's blocks read at a time
-// lies together. A long sequence's come in tiles, so that no split has many more than another.
-template <int kWarps>
+// The positions of a block's splits, and the tiles that a warp takes of them. Splits have blocks of 64 in turn, so that
+// what a head's blocks read at a time lies together. A long sequence's come in tiles, so that no split has many more
+// than another.
+template <int kWarps, bool kSeveral>
 struct SplitRange {
-  int num_splits, start, end, stride, step, shift;
-  bool is_long;
+  int num_splits, last_split, first, end, origin, stride, shift;
 
-  __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int split) {
+  __device__ __forceinline__ SplitRange(const DecodeAttentionParams& p, int position, int first_split, int warp) {
     end = position + 1;
-    const int first = p.window > 0 ? max(0, end - p.window) : 0;
-    is_long = kWarps == kLongWarps && end - first > kLongContext;
-    num_splits = min(decode_attention_splits(end - first, p.most_splits), static_cast<int>(gridDim.x));
+    first = p.window > 0 ? max(0, end - p.window) : 0;
+    const bool is_long = kWarps == kLongWarps && end - first > kLongContext;
+    const int own = kSeveral ? p.splits_per_block : 1, launched = static_cast<int>(gridDim.x) * own;
+    num_splits = min(decode_attention_splits(end - first, p.most_splits), launched);
+    last_split = first_split + own - 1;
     shift = is_long ? 4 : 6;
-    start = first + (split << shift);
-    step = is_long ? num_splits * kTilePositions : kTilePositions;
+    const int step = is_long ? num_splits * kTilePositions : kTilePositions;
     stride = num_splits * (is_long ? kLongWarps : kAttentionWarps) * kTilePositions;
+    // Warps beyond a short sequence's four have no tile.
+    origin = warp < kAttentionWarps || is_long ? first + warp * step : end;
   }
-  // A warp's first tile, or none.
-  __device__ __forceinline__ int first_tile(int warp) const {
-    return warp < kAttentionWarps || is_long ? start + warp * step : end;
+
+  // A warp's tiles of a block's splits, one after the other: the split, and the position that the tile begins with.
+  struct Tile {
+    int split, base;
+  };
+  __device__ __forceinline__ bool has(const Tile& tile) const { return tile.base < end; }
+  __device__ __forceinline__ Tile first_tile(int first_split) const {
+    return skip_empty({first_split, origin + (first_split << shift)});
   }
-  // `position` is the last one.
-  __device__ __forceinline__ bool has_last(int position) const {
-    const int behind = position - start;
-    return behind >= 0 && (behind >> shift) % num_splits == 0;
+  __device__ __forceinline__ Tile next_tile(const Tile& tile) const {
+    return skip_empty({tile.split, tile.base + stride});
+  }
+  __device__ __forceinline__ Tile skip_empty(Tile tile) const {
+    while (kSeveral && tile.base >= end && tile.split < last_split) tile.base = origin + (++tile.split << shift);
+    return tile;
+  }
+  // Of the block's splits, whether one has `position`, which is the last one.
+  __device__ __forceinline__ bool has_last(int position, int first_split) const {
+    const int split = ((position - first) >> shift) % num_splits;
+    return split >= first_split && split <= last_split;
   }
 };
 

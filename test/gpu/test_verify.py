@@ -247,9 +247,9 @@ def test_a_larger_tree_than_a_prompts_chunk_has_the_decode_kernels(open_wide: Op
 def test_a_drafts_products_are_what_the_decode_kernels_compute(kind: str, open_wide: OpenCuda) -> None:
     """But for the order of sums, and what is rounded to bf16 between products."""
     multiplied: Any = open_wide(kind, "fp16", decode_batching="fast")
-    chunks = {"prefill_chunk": 16, "prefill_chunk_busy": 16}
+    chunks = {"prefill_chunk": 16, "prefill_chunk_busy": 16}  # of too few tokens for products
     cut: Any = open_wide(kind, "fp16", decode_batching="fast", **chunks)
-    assert (multiplied._decoder.most_multiplied_nodes, cut._decoder.most_multiplied_nodes) == (64, 16)
+    assert (multiplied._decoder.most_multiplied_nodes, cut._decoder.most_multiplied_nodes) == (64, 0)
     ids, draft, parents = prompt(50), prompt(48), tree_of(48)
     rows = []
     for executor in (multiplied, cut):

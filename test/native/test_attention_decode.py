@@ -220,10 +220,63 @@ def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_a_larger_slot(
                 assert torch.equal(alone[0], together[b]), (lengths[b], most_attended, exchanges)
 
 
-def test_splits_follow_from_the_length_alone_and_fill_the_gpu() -> None:
-    assert [K.decode_attention_splits(n, 16) for n in (1, 1024, 1025, 100_000)] == [8, 8, 16, 16]
-    assert K.decode_attention_splits(5000, 64) == 64 and K.decode_attention_splits(2048, 64) == 16
-    assert [K.decode_attention_most_splits(kv_heads, 132) for kv_heads in (32, 8, 4, 2, 1)] == [8, 16, 32, 64, 64]
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("most", [8, 16, 64, 4])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (80, 8), (128, 4), (128, 8), (256, 4)])
+def test_a_block_with_several_splits_computes_the_same_bits(head_dim: int, group: int, most: int, form: str) -> None:
+    """Whatever it has, with and without clusters, windows and a second of their launches after the first."""
+    capacity = 9501
+    kv, (cos, sin) = make_cache(form, 8, 2, 2, capacity, head_dim), tables(head_dim, capacity)
+    qkv = torch.randn((8, (2 * group + 4) * head_dim), device="cuda")
+    workspace = make_workspace(8, 2 * group, head_dim)
+
+    def run(lengths: list[int], each: int, window: int, cluster: int) -> tuple[Any, Any]:
+        places = [torch.tensor(v, device="cuda", dtype=torch.int32) for v in ([2, 0, 3, 1, 7, 5, 6, 4], lengths)]
+        out = torch.empty((8, 2 * group * head_dim), dtype=torch.bfloat16, device="cuda")
+        cache = kv.clone()
+        K.decode_attention(
+            qkv, cache, *places, cos, sin, out, 2 * group, 0.125, window=window, most_splits=most,
+            most_attended=max(lengths) + 1, cluster=cluster, splits_per_block=each, workspace=workspace, stream=stream(),
+        )  # fmt: skip
+        return out, cache
+
+    for lengths in ([500, 3, 77, -1, 1000, 0, 64, 63], [500, 3, 77, 9500, 1700, -1, 1023, K.LONG_CONTEXT - 1]):
+        for window in (0, 700):
+            expected, written = run(lengths, 1, window, 0)
+            for each in (0, 2, 4, 8):
+                for cluster in (0, 1):
+                    splits = K.decode_attention_splits(max(lengths) + 1, most)
+                    if each > splits:
+                        with pytest.raises(ValueError, match=f"splits_per_block {each} is more than {splits} splits"):
+                            run(lengths, each, window, cluster)
+                        continue
+                    try:
+                        out, cache = run(lengths, each, window, cluster)
+                    except ValueError as error:  # shared memory: eight heads of a long sequence's blocks, or wide ones
+                        assert each == 8 and (group == 8 or head_dim == 256) and "room" in str(error)
+                        continue
+                    assert torch.equal(out, expected), (lengths, each, window, cluster)
+                    assert torch.equal(cache.view(torch.uint8), written.view(torch.uint8))
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+@pytest.mark.parametrize("cluster", [0, 1])
+@pytest.mark.parametrize("position", [0, 300, 2000])
+def test_scores_far_below_zero_are_as_good_as_others(position: int, cluster: int, each: int) -> None:
+    """Every key points away from its query, and the best of all scores is about -300."""
+    cos, sin = torch.ones((CAPACITY * 2, 64), device="cuda"), torch.zeros((CAPACITY * 2, 64), device="cuda")
+    kv = make_cache("bf16", 1, 2, 1, CAPACITY * 2, 128)
+    kv[:, 0] = kv[:, 0].abs() * 0.05 + 1
+    qkv = torch.randn((1, 6, 128), device="cuda")
+    qkv[:, :4], qkv[:, 4] = -2.5, 1.0
+    out = torch.empty((1, 4 * 128), device="cuda", dtype=torch.bfloat16)
+    places = [torch.tensor([v], device="cuda", dtype=torch.int32) for v in (0, position)]
+    K.decode_attention(
+        qkv.view(1, -1), kv, *places, cos, sin, out, 4, 1.0, most_splits=16, most_attended=position + 1,
+        cluster=cluster, splits_per_block=each, workspace=make_workspace(1, 4, 128), stream=stream(),
+    )  # fmt: skip
+    wanted = reference(qkv[0, :4].double(), *kv[0], position + 1, 0, 1.0)
+    assert torch.allclose(out.view(4, 128).double(), wanted, rtol=2**-7, atol=8e-3)
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])

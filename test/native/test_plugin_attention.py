@@ -126,7 +126,8 @@ class Layer:
                 self.check_written(b, s, at, at)
                 first = max(0, at + 1 - self.window) if self.window else 0
                 expected = self.wanted(b, s, at, range(first, at + 1))
-                assert torch.allclose(out[b, s], expected, rtol=2**-6, atol=8e-3), (b, s)
+                # Two weights of a half, each rounded to bf16, of values of opposite sign: up to 2**-9 of both values.
+                assert torch.allclose(out[b, s], expected, rtol=2**-6, atol=1.6e-2), (b, s)
             places = self.after[b, :, :, prefix + before[b] :]
             assert bool(torch.isnan(places).all()), "places behind the sequence stay as they were"
 

@@ -27,11 +27,35 @@ constexpr int decode_attention_class(int length) {
   return kContextClasses[i];
 }
 
-// The `most_splits` with which one long sequence fills `num_sms` with about one block each: 8 to 64.
+// The `most_splits` with which one long sequence fills `num_sms` with about one block each: 8 to 64. More than two
+// eights are merged through more memory, and are worth that where without them half of the GPU has nothing to do.
 constexpr int decode_attention_most_splits(int num_kv_heads, int num_sms) {
   int splits = kMinDecodeSplits;
-  while (splits < kMaxDecodeSplits && 2 * splits * num_kv_heads <= num_sms) splits *= 2;
+  while (splits < kMaxDecodeSplits) {
+    const int num_blocks = 2 * splits * num_kv_heads;
+    if (num_blocks > (splits < 2 * kMinDecodeSplits ? num_sms : num_sms / 2)) break;
+    splits *= 2;
+  }
   return splits;
+}
+
+// How many of `splits` a block computes one after the other when there are `rows` of them, a row being a sequence's KV
+// head and up to eight of its query heads: 1, 2, 4 or 8. `blocks_per_sm` are those that fit.
+constexpr int decode_attention_splits_per_block(int splits, int rows, int num_sms, int blocks_per_sm) {
+  const auto num_blocks = [&](int each) { return rows * (splits / each); };
+  // Of large blocks, one a multiprocessor, the fewest waves, whose time is that of so many splits.
+  if (blocks_per_sm == 1) {
+    const auto time = [&](int each) { return (num_blocks(each) + num_sms - 1) / num_sms * each; };
+    int best = 1;
+    for (int each = 2; each <= kMinDecodeSplits && each <= splits; each *= 2) {
+      if (time(each) <= time(best)) best = each;
+    }
+    return best;
+  }
+  // Of others so few that the next kernel's find room beside them. More than four were slower at any number.
+  int each = 1;
+  while (each < 4 && each < splits && 2 * num_blocks(each) > (2 * blocks_per_sm - 1) * num_sms) each *= 2;
+  return each;
 }
 
 struct DecodeAttentionArgs {
@@ -47,7 +71,8 @@ struct DecodeAttentionArgs {
   float scale = 0.0f;   // of the dot products; usually head_dim^-0.5
   int most_splits = 8;  // of a sequence, a power of two up to kMaxDecodeSplits; part of the result's bits
   int most_attended = kContextClasses[0];  // tokens that the batch's longest sequence attends to, or more
-  int cluster = 0;                         // blocks that merge through shared memory: 1 or 8; 0: what the GPU does best
+  int splits_per_block = 0;                // 1, 2, 4 or 8, one after the other; 0: what the GPU does best
+  int cluster = 0;                         // most blocks that merge through shared memory: 1 or 8; 0: what is best
   bool exchanges = true;      // whether zeros are in `workspace` behind its counters, too: two clusters merge faster
   void* workspace = nullptr;  // decode_attention_workspace_bytes, zeroed once at load
 };
