@@ -106,7 +106,7 @@ def time_tile(name: str, weights: list[tuple[Any, ...]], tokens: int, tile: int,
         epilogue, more["out_bf16"] = K.Epilogue.residual, bf16
     elif name == "head":
         epilogue = K.Epilogue.logits
-        blocks = K.gemv_num_blocks(weights[0], tokens, epilogue, tile)
+        blocks = K.gemv_num_blocks(weights[0], tokens, epilogue, tile, normed=True)
         more["block_max"] = torch.zeros((tokens, blocks), dtype=torch.int64, device="cuda")
     count = max(len(weights), 8)
 

@@ -49,6 +49,12 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
   return args;
 }
 
+// Of which counts only that it is there.
+const __nv_bfloat16* any_gain() {
+  static const __nv_bfloat16 kGain = {};
+  return &kGain;
+}
+
 }  // namespace
 
 void bind_gemv(py::module_& module) {
@@ -93,7 +99,7 @@ void bind_gemv(py::module_& module) {
   module.def(
       "plan_gemv",
       [](WeightFormat format, int rows, int cols, int group, int num_tokens, Epilogue epilogue, bool batch_invariant,
-         int tile, int num_sms, std::size_t max_shared_bytes, bool wide) {
+         int tile, int num_sms, std::size_t max_shared_bytes, bool wide, bool normed) {
         kernels::GemvArgs args;
         args.weight.format = format;
         args.weight.rows = rows, args.weight.cols = cols, args.weight.group = group;
@@ -103,6 +109,7 @@ void bind_gemv(py::module_& module) {
         args.tile = tile;
         static constexpr float kAnyX = 0.0F;  // of which only counts that it is there
         args.x_f32 = wide ? &kAnyX : nullptr;
+        args.gain = normed ? any_gain() : nullptr;
         const kernels::GemvPlan plan = kernels::plan_gemv(args, num_sms, max_shared_bytes);
         py::dict result;
         result["family"] = plan.family;
@@ -116,14 +123,17 @@ void bind_gemv(py::module_& module) {
       py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group") = 64, py::arg("num_tokens") = 1,
       py::arg("epilogue") = Epilogue::store_f32, py::arg("batch_invariant") = false, py::arg("tile") = -1,
       py::arg("num_sms") = 132, py::arg("max_shared_bytes") = 227 * 1024, py::arg("wide") = false,
-      "What would serve a product on a GPU of `num_sms` multiprocessors; needs none.");
+      py::arg("normed") = false, "What would serve a product on a GPU of `num_sms` multiprocessors; needs none.");
   module.def(
       "gemv_num_blocks",
-      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile, bool batch_invariant) {
-        return kernels::gemv_num_blocks(shape_only(weight, num_tokens, epilogue, tile, batch_invariant));
+      [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile, bool batch_invariant,
+                   bool normed) {
+        kernels::GemvArgs args = shape_only(weight, num_tokens, epilogue, tile, batch_invariant);
+        args.gain = normed ? any_gain() : nullptr;
+        return kernels::gemv_num_blocks(args);
       },
       py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::logits, py::arg("tile") = -1,
-      py::arg("batch_invariant") = false);
+      py::arg("batch_invariant") = false, py::arg("normed") = false);
 }
 
 }  // namespace edgellm

@@ -45,7 +45,11 @@ void launch_gemv(const GemvArgs& args, const GemvChoice& choice, cudaStream_t st
   for (int first = 0; first < args.num_tokens; first += kMostTokensAtOnce) {
     GemvArgs part = gemv_part(args, first, kMostTokensAtOnce, choice.tile.rows_per_block);
     if constexpr (F == WeightFormat::bf16 || F == WeightFormat::fp16 || F == WeightFormat::fp8) {
-      launch_tensor_ring<F, kMaxTensorTokens>(part, choice.tile, stream, pdl || first > 0);
+      if (choice.family == GemvFamily::resident) {
+        launch_tensor_resident<F>(part, choice.tile, stream, pdl || first > 0);
+      } else {
+        launch_tensor_ring<F, kMaxTensorTokens>(part, choice.tile, stream, pdl || first > 0);
+      }
     } else {
       launch_fma_several<F>(part, choice.tile, stream, pdl || first > 0);
     }

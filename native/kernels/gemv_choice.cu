@@ -4,6 +4,7 @@
 
 #include "gemv_choice.hpp"
 #include "gemv_tensor_once.cuh"
+#include "gemv_tensor_resident.cuh"
 #include "gemv_tensor_ring.cuh"
 
 namespace edgellm::kernels {
@@ -35,9 +36,19 @@ bool has_tensor_kernels(const WeightView& w) {
 
 int tensor_units(const WeightView& w) { return ceil_div(w.cols * (is_8bit(w) ? 1 : 2), 64); }
 
+// Shared memory of a block that keeps x, static part included. Whatever is multiplied: as bf16 weights' norms take it.
+std::size_t resident_block_bytes(const WeightView& w, const RingConfig& c, int num_tokens) {
+  const int tokens = std::min(num_tokens, kMaxTensorTokens);
+  const std::size_t sums = sizeof(float) * 2 * c.warps * kMaxTensorTokens * (c.tiles * 8 + 1);
+  return sums + (w.format == WeightFormat::fp8    ? resident_bytes<WeightFormat::fp8, XKind::normed>(c, w.cols, tokens)
+                 : w.format == WeightFormat::fp16 ? resident_bytes<WeightFormat::fp16, XKind::normed>(c, w.cols, tokens)
+                                                  : resident_bytes<WeightFormat::bf16, XKind::wide>(c, w.cols, tokens));
+}
+
 // Their configurations for one token, or for several: those whose number of warps leaves room for the x of as many
 // tokens as a launch has.
-int list_tensor(const WeightView& w, bool several, const GemvDevice& device, GemvChoice* out) {
+int list_tensor(const WeightView& w, int num_tokens, const GemvDevice& device, GemvChoice* out) {
+  const bool several = num_tokens > 1;
   int count = 0;
   const int most_warps = device.max_shared_bytes >= kSharedBytesOf16Warps ? 16 : 8;
   for (int i = 0; i < kNumOnceConfigs && !several; i++) {
@@ -49,6 +60,11 @@ int list_tensor(const WeightView& w, bool several, const GemvDevice& device, Gem
     const RingConfig& c = kRingConfigs[i];
     if (c.several == several && c.warps <= most_warps)
       out[count++] = {GemvFamily::ring, {i, c.tiles * 8, c.warps * 32}};
+  }
+  for (int i = 0; i < kNumResidentConfigs && several; i++) {
+    const RingConfig& c = kResidentConfigs[i];
+    if (resident_block_bytes(w, c, num_tokens) <= device.max_shared_bytes)
+      out[count++] = {GemvFamily::resident, {i, c.tiles * 8, c.warps * 32}};
   }
   return count;
 }
@@ -74,7 +90,7 @@ int list_choices(const GemvArgs& args, const GemvDevice& device, GemvChoice* out
     }
     if (args.batch_invariant) return count;
   } else if (has_tensor_kernels(args.weight) && args.batch_invariant) {
-    return list_tensor(args.weight, false, device, out);
+    return list_tensor(args.weight, 1, device, out);
   } else if (args.weight.format != WeightFormat::int4 && (args.num_tokens == 1 || args.batch_invariant)) {
     const bool several = args.num_tokens > 1;
     for (int i = 0; i < num_fma_configs(is_8bit(args.weight)); i++) {
@@ -85,13 +101,13 @@ int list_choices(const GemvArgs& args, const GemvDevice& device, GemvChoice* out
     if (args.batch_invariant && count > 0) return count;
   }
   if (has_tensor_kernels(args.weight) && args.num_tokens <= kMaxTensorTokens) {
-    return count + list_tensor(args.weight, args.num_tokens > 1, device, out + count);
+    return count + list_tensor(args.weight, args.num_tokens, device, out + count);
   }
   for (int i = 0; i < kNumMmaConfigs; i++) out[count++] = {GemvFamily::mma, {i, kMmaRows, kMmaWarps * 32}};
   return count;
 }
-constexpr int kMaxChoices =
-    kNumFmaConfigs16 + kNumFmaConfigs8 + kNumOnceConfigs + kNumRingConfigs + kNumInt4Configs + kNumMmaConfigs;
+constexpr int kMaxChoices = kNumFmaConfigs16 + kNumFmaConfigs8 + kNumOnceConfigs + kNumRingConfigs +
+                            kNumResidentConfigs + kNumInt4Configs + kNumMmaConfigs;
 
 // Higher is better. The preferences are measured (bench/bench_gemv.py; 1B, 4B and 8B shapes on an H100).
 float score_int4(const GemvArgs& args, const Int4Config& c, int num_sms) {
@@ -158,17 +174,24 @@ float score_tensor_one(const GemvArgs& args, const GemvChoice& choice, int num_s
   return (is_best ? 3.0f : ring == best_ring ? 2.0f : 1.0f) - 0.01f * static_cast<float>(depth);
 }
 
-// Of several: blocks of 32 rows, which share the staged x, where they leave one for every SM; with 16 warps always.
-float score_tensor_several(const GemvArgs& args, const GemvTile& tile, int num_sms) {
-  const bool large = tile.threads == 512 || gemv_blocks(args, 32) >= num_sms;
+// Of several: blocks of 32 rows, which share the staged x, where they leave one for every SM; of 16 warps, two of
+// three. x that must be normed first is kept where a block has rows enough for that.
+float score_tensor_several(const GemvArgs& args, const GemvChoice& choice, int num_sms) {
+  const GemvTile& tile = choice.tile;
+  if (choice.family == GemvFamily::resident) {
+    const int each = tile.rows_per_block == 32 ? 3 : 2;
+    return args.gain && gemv_blocks(args, tile.rows_per_block) >= each * num_sms ? 3.0f : 0.0f;
+  }
+  const bool large = 3 * gemv_blocks(args, 32) >= (tile.threads == 512 ? 2 : 3) * num_sms;
   return (tile.rows_per_block == 32) == large ? 2.0f : 1.0f;
 }
 
 float score(const GemvArgs& args, const GemvChoice& choice, int num_sms) {
   switch (choice.family) {
     case GemvFamily::once:
+    case GemvFamily::resident:
     case GemvFamily::ring: {
-      if (args.num_tokens > 1) return 5.0f + score_tensor_several(args, choice.tile, num_sms);
+      if (args.num_tokens > 1) return 5.0f + score_tensor_several(args, choice, num_sms);
       // For one token alone the others are faster, but for long rows.
       const bool long_rows = tensor_units(args.weight) > (is_8bit(args.weight) ? 144 : 256);
       return (long_rows ? 20.0f : 1.0f) + score_tensor_one(args, choice, num_sms);
@@ -196,10 +219,10 @@ int best_of(const GemvArgs& args, const GemvDevice& device, const GemvChoice* ch
 
 // For several tokens what goes with `one`, the choice for one of them.
 GemvChoice choose_tensor_several(const GemvArgs& args, const GemvDevice& device, const GemvChoice& one) {
-  GemvChoice choices[kNumRingConfigs];
+  constexpr int kMost = kNumRingConfigs + kNumResidentConfigs;
+  GemvChoice choices[kMost], all[kMost];
   int count = 0;
-  GemvChoice all[kNumRingConfigs];
-  for (int i = 0, most = list_tensor(args.weight, true, device, all); i < most; i++) {
+  for (int i = 0, most = list_tensor(args.weight, args.num_tokens, device, all); i < most; i++) {
     if (all[i].tile.threads == one.tile.threads) choices[count++] = all[i];
   }
   assert(count > 0);
@@ -267,6 +290,8 @@ std::size_t gemv_shared_bytes(const GemvArgs& args, const GemvChoice& choice) {
                                                     : ring_bytes<WeightFormat::bf16, XKind::normed>(c, most, tokens);
       return sums(most, c.tiles * 8) + ring;
     }
+    case GemvFamily::resident:
+      return resident_block_bytes(args.weight, kResidentConfigs[choice.tile.config], args.num_tokens);
     case GemvFamily::int4:
       if (args.weight.group >= 64 && args.num_tokens > 1) return int4_ring_bytes(warps, args.num_tokens);
       return sums(kMaxInt4Tokens, 64) + int4_staged_bytes(args.weight.cols) * std::min(args.num_tokens, kMaxInt4Tokens);
@@ -276,7 +301,7 @@ std::size_t gemv_shared_bytes(const GemvArgs& args, const GemvChoice& choice) {
 }
 
 GemvPlan plan_gemv(const GemvArgs& args, int num_sms, std::size_t max_shared_bytes) {
-  constexpr const char* kNames[] = {"fma", "several", "once", "ring", "int4", "mma"};
+  constexpr const char* kNames[] = {"fma", "several", "once", "ring", "int4", "mma", "resident"};
   const GemvDevice device = {num_sms, max_shared_bytes};
   const GemvChoice choice = choose_gemv(args, device);
   return {kNames[static_cast<int>(choice.family)],

@@ -5,7 +5,7 @@
 
 namespace edgellm::kernels {
 
-enum class GemvFamily { fma, several, once, ring, int4, mma };
+enum class GemvFamily { fma, several, once, ring, int4, mma, resident };
 struct GemvChoice {
   GemvFamily family;
   GemvTile tile;

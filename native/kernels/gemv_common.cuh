@@ -190,6 +190,8 @@ template <WeightFormat F>
 void launch_tensor_once(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 template <WeightFormat F, int kMaxTokens>
 void launch_tensor_ring(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
+template <WeightFormat F>
+void launch_tensor_resident(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 void launch_gemv_int4(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl);
 
 struct FmaConfig {
@@ -262,6 +264,9 @@ constexpr RingConfig kRingConfigs[] = {
     {8, 4, 1, false}, {16, 4, 1, false}, {16, 8, 1, false}, {16, 2, 2, false},
     {8, 4, 2, true},  {8, 2, 4, true},   {16, 4, 2, true},  {16, 2, 4, true},
 };
+// Of several tokens whose x a block keeps for all its rows, beside which it has room for one ring only.
+constexpr RingConfig kResidentConfigs[] = {{8, 4, 4, true}, {16, 4, 2, true}};
+constexpr int kNumResidentConfigs = sizeof(kResidentConfigs) / sizeof(kResidentConfigs[0]);
 constexpr int kNumOnceConfigs = sizeof(kOnceConfigs) / sizeof(kOnceConfigs[0]);
 constexpr int kNumRingConfigs = sizeof(kRingConfigs) / sizeof(kRingConfigs[0]);
 constexpr int kMaxTensorTokens = 8;  // of one launch

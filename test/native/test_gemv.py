@@ -220,7 +220,7 @@ def test_an_x_in_fp32_comes_before_any_epilogue(epilogue: str, tokens: int) -> N
             wanted = activate("silu", y[:, : rows // 2]) * y[:, rows // 2 :]
             assert torch.allclose(out.double(), wanted, rtol=5e-3, atol=1e-3), tile  # the rounding of bf16
         else:
-            blocks = K.gemv_num_blocks(weight.view, tokens, tile=tile, batch_invariant=True)
+            blocks = K.gemv_num_blocks(weight.view, tokens, tile=tile, batch_invariant=True, normed=True)
             keys = poisoned(tokens, blocks, dtype=torch.int64)
             out = poisoned(tokens, rows, dtype=torch.float32)
             K.gemv(weight.view, x_f32.to(torch.bfloat16), out, K.Epilogue.logits, block_max=keys, stream=stream(), **options)
@@ -252,7 +252,7 @@ def test_a_batch_invariant_token_has_the_same_epilogue_alone_and_among_others(fo
                 K.gemv(weight.view, own, out, K.Epilogue.residual, out_bf16=copy, **options)
                 return [out, copy]
             out = poisoned(count, rows, dtype=torch.float32)
-            blocks = K.gemv_num_blocks(weight.view, count, tile=options["tile"], batch_invariant=True)
+            blocks = K.gemv_num_blocks(weight.view, count, tile=options["tile"], batch_invariant=True, normed=True)
             keys = poisoned(count, blocks, dtype=torch.int64)
             K.gemv(weight.view, own, out, K.Epilogue.logits, gain=gain, norm_eps=EPS, block_max=keys, **options)
             unsigned = keys.cpu().numpy().view("uint64")
@@ -264,6 +264,57 @@ def test_a_batch_invariant_token_has_the_same_epilogue_alone_and_among_others(fo
         for tokens in (slice(0, 2), slice(3, 8), slice(8, 16), slice(0, 16)):
             for mine, other in zip(run(tokens), alone, strict=True):
                 assert torch.equal(mine, other[tokens]), (tile, tokens)
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("epilogue", ["store_f32", "residual", "swiglu", "logits"])
+@pytest.mark.parametrize("cols", [576, 2064])
+def test_x_that_stays_for_several_tiles_of_rows_gives_the_bits_that_it_gives_alone(
+    form: str, epilogue: str, cols: int
+) -> None:
+    """Of rows enough for three tiles a multiprocessor, and a part of one."""
+    rows = 96 * torch.cuda.get_device_properties(0).multi_processor_count + 302
+    weight, x, gain = make_weight(form, rows, cols, gate_up=epilogue == "swiglu"), random_bf16(8, cols), random_bf16(cols)
+    bias, residual = torch.randn(rows, device="cuda"), torch.randn((8, rows), device="cuda")
+    x_f32 = x.float() + 1e-3 * torch.randn((8, cols), device="cuda") if form == "bf16" else None
+
+    def run(first: int, count: int, **options: Any) -> list[Any]:
+        """The product's outputs, and of logits the largest token of each."""
+        own = x[first : first + count].contiguous()
+        options |= {"bias": bias, "gain": gain, "norm_eps": EPS, "stream": stream()}
+        if x_f32 is not None:
+            options["x_f32"] = x_f32[first : first + count].contiguous()
+        if epilogue == "swiglu":
+            out = poisoned(count, rows // 2, dtype=torch.bfloat16)
+            K.gemv(weight.view, own, out, K.Epilogue.swiglu, **options)
+            return [out]
+        if epilogue == "residual":
+            out, copy = residual[first : first + count].clone(), poisoned(count, rows, dtype=torch.bfloat16)
+            K.gemv(weight.view, own, out, K.Epilogue.residual, out_bf16=copy, **options)
+            return [out, copy]
+        out, kind = poisoned(count, rows, dtype=torch.float32), getattr(K.Epilogue, epilogue)
+        if epilogue == "store_f32":
+            K.gemv(weight.view, own, out, kind, **options)
+            return [out]
+        shape = {name: options[name] for name in ("tile", "batch_invariant") if name in options}
+        keys = poisoned(count, K.gemv_num_blocks(weight.view, count, kind, normed=True, **shape), dtype=torch.int64)
+        K.gemv(weight.view, own, out, kind, block_max=keys, **options)
+        largest = 0xFFFFFFFF - (keys.cpu().numpy().view("uint64").max(axis=1) & 0xFFFFFFFF)
+        assert largest.tolist() == out.cpu().numpy().argmax(axis=1).tolist()
+        assert_untouched(keys)
+        return [out]
+
+    for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=True)))):
+        each = [run(i, 1, tile=tile, batch_invariant=True) for i in range(8)]
+        alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
+        for count in (2, 7, 8):
+            among = run(0, count, tile=tile, batch_invariant=True)
+            assert all(torch.equal(part, one[:count]) for part, one in zip(among, alone, strict=True)), (tile, count)
+    _, y = reference(weight, x if x_f32 is None else x_f32, gain)
+    if epilogue == "store_f32":
+        for tile in range(num_tiles(weight, 8)):
+            error = (run(0, 8, tile=tile)[0].double() - y - bias.double()).abs()
+            assert bool((error <= allowed(weight, x, True) * 20 + 1e-6).all()), (tile, float(error.max()))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

@@ -36,7 +36,8 @@ def test_every_shape_has_a_kernel_whose_blocks_the_gpu_has_room_for(gpu: str, fo
         for cols in COLS:
             for tokens in TOKENS:
                 for invariant, wide in ((False, False), (False, True), (True, False), (True, True)):
-                    shape = {"rows": rows, "cols": cols, "num_tokens": tokens, "batch_invariant": invariant, "wide": wide}
+                    shape = {"rows": rows, "cols": cols, "num_tokens": tokens, "batch_invariant": invariant}
+                    shape |= {"wide": wide, "normed": wide}
                     count = plan(gpu, form, **shape)["num_tiles"]
                     assert count >= 1, shape
                     for tile in (-1, *range(count)):
@@ -77,3 +78,20 @@ def test_a_small_block_of_shared_memory_takes_eight_warps() -> None:
     long_rows = {"rows": 4096, "cols": 14336, "batch_invariant": True}
     assert plan("H100", "bf16", **long_rows)["warps"] == 16
     assert plan("RTX 4090", "bf16", **long_rows)["warps"] == 8
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8"])
+def test_a_block_keeps_the_x_of_several_tokens_where_it_is_normed_and_there_are_rows_for_it(form: str) -> None:
+    def family(gpu: str, rows: int, cols: int, tokens: int = 8, normed: bool = True, invariant: bool = True) -> str:
+        shape = {"rows": rows, "cols": cols, "num_tokens": tokens, "batch_invariant": invariant, "normed": normed}
+        return str(plan(gpu, form, wide=normed, **shape)["family"])
+
+    for invariant, tokens in ((False, 2), (False, 8), (True, 2), (True, 8), (True, 16)):
+        for rows, cols in ((16384, 2048), (28672, 4096), (128256, 4096)):  # gate and up of 1B and 8B, and the head
+            assert family("H100", rows, cols, tokens, invariant=invariant) == "resident"
+        qkv = "ring" if form == "fp8" else "resident"  # fewer rows, which 16 warps have for one token
+        assert family("H100", 6144, 4096, tokens, invariant=invariant) == qkv
+        assert family("H100", 3072, 2048, tokens, invariant=invariant) == "ring", "too few rows"
+        assert family("H100", 28672, 4096, tokens, False, invariant) == "ring", "without a norm x is not worth it"
+    assert family("H100", 28672, 4096, 1) in ("once", "ring")
+    assert family("Orin", 16384, 2048) == "resident" and family("RTX 4090", 16384, 2048) == "ring", "no room"

@@ -13,6 +13,9 @@ pytestmark = needs_gpu
 CAPACITY, EPS = 300, 1e-6
 SHAPES = [(64, 9, 3), (80, 4, 4), (96, 6, 2), (128, 16, 2), (256, 4, 1)]  # head_dim, heads, kv_heads
 LEFT_OUT = -1
+# Queries are turned in fp32 there and in fp64 here: one of them that lies between two bf16 numbers may be rounded the other
+# way, which moves a score of several units by a hundredth.
+ATOL = 1.6e-2
 
 
 def torch_type(kind: int) -> Any:
@@ -126,8 +129,7 @@ class Layer:
                 self.check_written(b, s, at, at)
                 first = max(0, at + 1 - self.window) if self.window else 0
                 expected = self.wanted(b, s, at, range(first, at + 1))
-                # Two weights of a half, each rounded to bf16, of values of opposite sign: up to 2**-9 of both values.
-                assert torch.allclose(out[b, s], expected, rtol=2**-6, atol=1.6e-2), (b, s)
+                assert torch.allclose(out[b, s], expected, rtol=2**-6, atol=ATOL), (b, s)
             places = self.after[b, :, :, prefix + before[b] :]
             assert bool(torch.isnan(places).all()), "places behind the sequence stay as they were"
 
@@ -216,7 +218,7 @@ def check_tree(layer: Layer, count: int) -> None:
             oldest = max(0, position - layer.window + 1) if layer.window else 0
             seen = [*range(oldest, prefix), *(prefix + j for depth, j in enumerate(path) if prefix + depth >= oldest)]
             expected = layer.wanted(b, i, position, seen)
-            assert torch.allclose(out[b, i], expected, rtol=2**-6, atol=8e-3), (b, i, path)
+            assert torch.allclose(out[b, i], expected, rtol=2**-6, atol=ATOL), (b, i, path)
 
 
 @pytest.mark.parametrize("tokens", [1, 65])
