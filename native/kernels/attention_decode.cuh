@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   constexpr int kTiles = kTilesInFlight<HD, F>;
   constexpr int kRowPasses = (kTileHeads + 2 + kWarps - 1) / kWarps;
   static_assert(Shared::kQueryBytes % 16 == 0);
-  extern __shared__ __align__(16) std::byte shared[];
+  extern __shared__ __align__(16) std::byte attention_shared[];
   __shared__ __align__(16) Element new_key[HD], new_value[HD];
   __shared__ __align__(16) int32_t positions[4];
   __shared__ uint64_t new_rows_arrival, arrivals;
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   const int num_outs = num_valid * HD;
   const Shared layout = {kWarps, num_own, p.cluster, num_outs};
   using QueryRow = uint16_t[kTileHeads][Shared::kQueryStride];
-  auto* queries = reinterpret_cast<QueryRow*>(shared);  // [2]: rounded, and the rest
+  auto* queries = reinterpret_cast<QueryRow*>(attention_shared);  // [2]: rounded, and the rest
   // (num_own, kWarps, layout.row()), and of each head maximum and total. First the new rows lie there.
-  auto* warp_out = reinterpret_cast<float*>(shared + Shared::kQueryBytes);
-  auto* warp_tops = reinterpret_cast<float2*>(shared + Shared::kQueryBytes + layout.sum_bytes());
+  auto* warp_out = reinterpret_cast<float*>(attention_shared + Shared::kQueryBytes);
+  auto* warp_tops = reinterpret_cast<float2*>(attention_shared + Shared::kQueryBytes + layout.sum_bytes());
   // Of every split of the cluster: the sums of the outputs that this block merges, and each head's maximum and total.
   auto* received = reinterpret_cast<float*>(warp_tops + num_own * kWarps * kTileHeads);
   auto* received_tops = reinterpret_cast<float2*>(received + layout.received());
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
   }
   __syncthreads();
   if (p.cluster > 1) cluster_arrive_relaxed();
-  // The next kernel's weights may come when all of this one's loads are under way, not between them.
+  // The next kernel's weights may come when all of a warp's loads are under way, not between them. The first that says
+  // so speaks for its block.
   if (!range.has(ahead)) start_dependents();
   wait_for_predecessor();
 

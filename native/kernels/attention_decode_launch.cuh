@@ -90,9 +90,11 @@ void launch_decode_attention_warps(const DecodeAttentionArgs& args, const Decode
   };
   int each = args.splits_per_block;
   if (each == 0) {
-    constexpr int kBlocks = kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>;
+    const auto block_bytes = shared_of_blocks<HD, F, kWarps, false>(args, 1).bytes() + kStaticSharedBytes + 1024;
+    const int with_room = std::max(1, static_cast<int>(traits.shared_bytes_of_sm / block_bytes));
+    const int most_blocks = std::min(with_room, kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>);
     const int rows = args.batch * args.kv.num_kv_heads * ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
-    each = decode_attention_splits_per_block(splits, rows, traits.num_sms, kBlocks);
+    each = decode_attention_splits_per_block(splits, rows, traits.num_sms, most_blocks);
     while (each > 1 && !fits(each)) each /= 2;
   }
   if (each > std::min(splits, kMaxCluster) || (each > 1 && !fits(each))) {

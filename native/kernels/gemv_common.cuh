@@ -244,7 +244,7 @@ constexpr std::size_t int4_staged_bytes(int cols) {  // of one token
 }
 
 // Of tensor cores, for 16-bit and fp8 weights. A token's bits depend on the number of warps only, so that the kernel
-// for one token (of either kind) and that for several agree where they have as many.
+// for one token and those for several, of either kind, agree where they have as many.
 struct OnceConfig {
   int warps;  // that share the input features
   int depth;  // units of 64 bytes of a row that a warp has at most, all in registers

@@ -1,5 +1,5 @@
 // What the tensor-core kernels for 16-bit and fp8 weights share, so that a token gets the same bits from all of them,
-// alone and beside up to seven others (gemv_tensor_once.cuh, gemv_tensor_ring.cuh).
+// alone and beside up to seven others (gemv_tensor_once.cuh, gemv_tensor_ring.cuh, gemv_tensor_resident.cuh).
 //
 // A block has kTiles tiles of 8 whole rows; its warps have contiguous shares of the input features, in units of 64
 // bytes of a row. A lane's 16 bytes of weights are, as they come from memory, fragments of the B operand of

@@ -41,8 +41,9 @@ inline const DeviceTraits& device_traits() {
 constexpr std::size_t kPlainSharedBytes = 38 * 1024;
 
 // For kernels that hold what they read in registers: loads on their way take L1, of which the default leaves less. As
-// much shared memory stays as decode attention has, too, so that an SM need not change between them, or what the
-// kernel's blocks on an SM need. `device` is the kernel's own, -1 at first: what has been asked for is not asked again.
+// much shared memory stays as decode attention of one sequence has, too, so that an SM need not change between them, or
+// what the kernel's blocks on an SM need. `device` is the kernel's own, -1 at first: what has been asked for is not
+// asked again.
 template <class Kernel>
 void prefer_l1(Kernel* kernel, std::size_t shared_bytes, int& device) {
   const DeviceTraits& traits = device_traits();

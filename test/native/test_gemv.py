@@ -274,9 +274,14 @@ def test_x_that_stays_for_several_tiles_of_rows_gives_the_bits_that_it_gives_alo
 ) -> None:
     """Of rows enough for three tiles a multiprocessor, and a part of one."""
     rows = 96 * torch.cuda.get_device_properties(0).multi_processor_count + 302
-    weight, x, gain = make_weight(form, rows, cols, gate_up=epilogue == "swiglu"), random_bf16(8, cols), random_bf16(cols)
-    bias, residual = torch.randn(rows, device="cuda"), torch.randn((8, rows), device="cuda")
-    x_f32 = x.float() + 1e-3 * torch.randn((8, cols), device="cuda") if form == "bf16" else None
+    weight, x, gain = make_weight(form, rows, cols, gate_up=epilogue == "swiglu"), random_bf16(16, cols), random_bf16(cols)
+    bias, residual = torch.randn(rows, device="cuda"), torch.randn((16, rows), device="cuda")
+    x_f32 = x.float() + 1e-3 * torch.randn((16, cols), device="cuda") if form == "bf16" else None
+    gpu = torch.cuda.get_device_properties(0)
+    planned = {"num_sms": gpu.multi_processor_count, "max_shared_bytes": gpu.shared_memory_per_block_optin}
+    planned |= {"wide": form == "bf16", "normed": True, "batch_invariant": True, "num_tokens": 8}
+    if K.plan_gemv(weight.view[0], rows, cols, **planned)["family"] != "resident":
+        pytest.skip("a block of this GPU has no room for the x of eight tokens")
 
     def run(first: int, count: int, **options: Any) -> list[Any]:
         """The product's outputs, and of logits the largest token of each."""
@@ -305,16 +310,16 @@ def test_x_that_stays_for_several_tiles_of_rows_gives_the_bits_that_it_gives_alo
         return [out]
 
     for tile in (-1, *range(int(K.gemv_num_tiles(weight.view, 1, batch_invariant=True)))):
-        each = [run(i, 1, tile=tile, batch_invariant=True) for i in range(8)]
+        each = [run(i, 1, tile=tile, batch_invariant=True) for i in range(16)]
         alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
-        for count in (2, 7, 8):
+        for count in (2, 7, 8, 9, 16):
             among = run(0, count, tile=tile, batch_invariant=True)
             assert all(torch.equal(part, one[:count]) for part, one in zip(among, alone, strict=True)), (tile, count)
-    _, y = reference(weight, x if x_f32 is None else x_f32, gain)
+    seen, y = reference(weight, (x if x_f32 is None else x_f32)[:8], gain)
     if epilogue == "store_f32":
         for tile in range(num_tiles(weight, 8)):
             error = (run(0, 8, tile=tile)[0].double() - y - bias.double()).abs()
-            assert bool((error <= allowed(weight, x, True) * 20 + 1e-6).all()), (tile, float(error.max()))
+            assert bool((error <= allowed(weight, seen, True) + 1e-6).all()), (tile, float(error.max()))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

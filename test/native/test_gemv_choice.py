@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -55,8 +56,9 @@ def test_several_tokens_get_the_warps_that_one_has(gpu: str, form: str, group: i
         pytest.skip("fp8_blocks needs groups of 64 or 128")
     for rows in ROWS:
         for cols in (cols for cols in COLS if cols % group == 0):
-            for tile in (-1, *range(plan(gpu, form, rows=rows, cols=cols, group=group, batch_invariant=True)["num_tiles"])):
-                shape = {"rows": rows, "cols": cols, "group": group, "tile": tile, "batch_invariant": True}
+            tiles = plan(gpu, form, rows=rows, cols=cols, group=group, batch_invariant=True)["num_tiles"]
+            for tile, normed in itertools.product((-1, *range(tiles)), (False, True)):
+                shape = {"rows": rows, "cols": cols, "group": group, "tile": tile, "batch_invariant": True, "normed": normed}
                 alone = plan(gpu, form, **shape)
                 for tokens in TOKENS:
                     among = plan(gpu, form, num_tokens=tokens, **shape)

@@ -11,8 +11,9 @@ constexpr int kMaxDecodeSplits = 64;
 constexpr int kPositionsPerSplit = 128;  // beyond which a sequence is split further, where that is allowed
 constexpr int kLongContext = 8192;       // beyond which blocks have eight warps
 
-// Blocks that share a sequence that attends to `length` tokens, at most `most_splits` (a power of two). It depends on
-// nothing else, so that neither the batch nor the capacity of its slot changes the order of a sequence's sums.
+// Parts in which a sequence that attends to `length` tokens is computed, at most `most_splits` (a power of two). It
+// depends on nothing else, so that neither the batch nor the capacity of its slot changes the order of a sequence's
+// sums.
 constexpr int decode_attention_splits(int length, int most_splits) {
   int splits = most_splits < kMinDecodeSplits ? most_splits : kMinDecodeSplits;
   while (splits < most_splits && length > splits * kPositionsPerSplit) splits *= 2;
@@ -28,7 +29,7 @@ constexpr int decode_attention_class(int length) {
 }
 
 // The `most_splits` with which one long sequence fills `num_sms` with about one block each: 8 to 64. More than two
-// eights are merged through more memory, and are worth that where without them half of the GPU has nothing to do.
+// eights are merged through more memory, and are worth that up to half of the GPU only.
 constexpr int decode_attention_most_splits(int num_kv_heads, int num_sms) {
   int splits = kMinDecodeSplits;
   while (splits < kMaxDecodeSplits) {

@@ -45,19 +45,21 @@ struct GemvArgs {
 
 void gemv_async(const GemvArgs& args, cudaStream_t stream, bool pdl);
 
-// Blocks of rows that gemv_async(args) uses: the row length of block_max. At most gemv_max_blocks(rows).
+// Blocks of rows that gemv_async(args) uses, of which a gain is a part: the row length of block_max. At most
+// gemv_max_blocks(rows).
 int gemv_num_blocks(const GemvArgs& args);
 constexpr int gemv_max_blocks(int rows) { return (rows + 1) / 2; }
 
 // Of what the numbers of tiles mean: another one with every change of a table of configurations or of their order.
-constexpr int kGemvTilesVersion = 3;
+constexpr int kGemvTilesVersion = 4;
 
 // Tile configurations that fit the format, cols and num_tokens of `args`; the fastest differs with the shape and GPU.
 int gemv_num_tiles(const GemvArgs& args);
 
-// What would serve `args`, of which shapes and the epilogue count, on a GPU that need not be here.
+// What would serve `args`, of which shapes, the epilogue and whether there is a gain count, on a GPU that need not be
+// here.
 struct GemvPlan {
-  const char* family;        // fma, several, once, ring, int4 or mma: how weights are read and multiplied
+  const char* family;        // fma, several, once, ring, resident, int4 or mma: how weights are read and multiplied
   int config;                // of the family's table
   int warps;                 // of a block
   int rows_per_block;        // of block_max
