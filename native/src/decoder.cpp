@@ -92,7 +92,7 @@ void Decoder::finish_load() {
         stream_.wait();
         for (const int most : kernels::kContextClasses) {
           const StepKey key = {batch, tail, 0, context_class(most)};
-          if (batch == 1 && tail == StepTail::kLogits) record_step_async(key);  // attention's kernels differ
+          if (tail == StepTail::kLogits) record_step_async(key);  // attention's kernels differ, by the batch, too
           stream_.wait();
           (void)graph(key);
           if (config_.capacity <= most) break;
