@@ -41,8 +41,7 @@ void bind_attention_decode(py::module_& module) {
         if (cluster != 0 && cluster != 1 && cluster != 8) {
           throw std::invalid_argument("cluster " + std::to_string(cluster) + " is not 0, 1 or 8");
         }
-        if (splits_per_block != 0 && splits_per_block != 1 && splits_per_block != 2 && splits_per_block != 4 &&
-            splits_per_block != 8) {
+        if (splits_per_block < 0 || splits_per_block > 8 || (splits_per_block & (splits_per_block - 1)) != 0) {
           throw std::invalid_argument("splits_per_block " + std::to_string(splits_per_block) +
                                       " is not 0, 1, 2, 4 or 8");
         }

@@ -49,11 +49,9 @@ kernels::GemvArgs gemv_args(const py::tuple& weight, const py::object& x, const 
   return args;
 }
 
-// Of which counts only that it is there.
-const __nv_bfloat16* any_gain() {
-  static const __nv_bfloat16 kGain = {};
-  return &kGain;
-}
+// Of which counts only that they are there.
+constexpr float kAnyX = 0.0F;
+const __nv_bfloat16 kAnyGain = {};
 
 }  // namespace
 
@@ -107,9 +105,8 @@ void bind_gemv(py::module_& module) {
         args.epilogue = epilogue;
         args.batch_invariant = batch_invariant;
         args.tile = tile;
-        static constexpr float kAnyX = 0.0F;  // of which only counts that it is there
         args.x_f32 = wide ? &kAnyX : nullptr;
-        args.gain = normed ? any_gain() : nullptr;
+        args.gain = normed ? &kAnyGain : nullptr;
         const kernels::GemvPlan plan = kernels::plan_gemv(args, num_sms, max_shared_bytes);
         py::dict result;
         result["family"] = plan.family;
@@ -129,7 +126,7 @@ void bind_gemv(py::module_& module) {
       [shape_only](const py::tuple& weight, int num_tokens, Epilogue epilogue, int tile, bool batch_invariant,
                    bool normed) {
         kernels::GemvArgs args = shape_only(weight, num_tokens, epilogue, tile, batch_invariant);
-        args.gain = normed ? any_gain() : nullptr;
+        args.gain = normed ? &kAnyGain : nullptr;
         return kernels::gemv_num_blocks(args);
       },
       py::arg("weight"), py::arg("num_tokens") = 1, py::arg("epilogue") = Epilogue::logits, py::arg("tile") = -1,

@@ -24,29 +24,6 @@ constexpr int kTilesInFlight = HD > 128 ? 1 : std::clamp(112 / PositionTile<HD, 
 template <int HD, KvFormat F>
 constexpr int kBlocksPerSm = kTilesInFlight<HD, F> * PositionTile<HD, F>::kRegisters + HD / 2 <= 112 ? 3 : 2;
 
-// A block's shared memory: the queries, the warps' sums of each split, and what the blocks of its cluster send it.
-// Where a block has one split, nothing of it depends on how many heads there are.
-template <int HD, bool kSeveral>
-struct DecodeAttentionShared {
-  static constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;  // heads next to each other in other banks
-  static constexpr int kQueryBytes = 2 * kTileHeads * kQueryStride * 2;
-  int num_warps, num_splits, cluster, num_outs;  // splits: of a block; outs: of its heads
-
-  // Floats that a warp has of a split.
-  __host__ __device__ int row() const { return kSeveral ? num_outs : kTileHeads * HD; }
-  // Floats that a block merges of each of its cluster's splits: its share of the outputs.
-  __host__ __device__ int share() const { return ceil_div(ceil_div(num_outs, cluster), 4) * 4; }
-  __host__ __device__ int received() const {
-    return kSeveral ? cluster * num_splits * share() : kTileHeads * HD + 4 * kMaxCluster;
-  }
-  __host__ __device__ int parts() const { return kSeveral ? cluster * num_splits : kMaxCluster; }
-  __host__ __device__ int sum_bytes() const { return num_splits * num_warps * row() * 4; }
-  __host__ __device__ int top_bytes() const { return num_splits * num_warps * kTileHeads * 8; }
-  __host__ __device__ int bytes() const {
-    return kQueryBytes + sum_bytes() + top_bytes() + received() * 4 + parts() * kTileHeads * 8;
-  }
-};
-
 // kSeveral: splits_per_block is not 1.
 template <int HD, KvFormat F, int kWarps, bool kSeveral>
 __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlocksPerSm<HD, F> : 1))
@@ -358,7 +335,7 @@ __global__ void __launch_bounds__(kWarps * 32, (kWarps == kAttentionWarps ? kBlo
       for (int r = 0; r < kMaxCluster; r++) merged.add(parts[r], highest);
       const std::size_t row = first_row + head;
       if (exchanges) {
-        // The cluster that comes first leaves its sums, the other finds them. A total of zero would look like none.
+        // The eight that comes first leaves its sums, the other finds them. A total of zero would look like none.
         uint4* place = p.exchanged + (row * HD + j % HD) / 2;
         const uint4 other = exchange(place, make_uint4(__float_as_uint(merged.top), nonzero_bits(merged.total),
                                                        __float_as_uint(merged.out[0]), __float_as_uint(merged.out[1])));

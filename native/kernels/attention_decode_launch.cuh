@@ -13,6 +13,14 @@ namespace edgellm::kernels {
 // Beside what is counted: the new token's key and value, and barriers.
 constexpr std::size_t kStaticSharedBytes = 2048;
 
+// Blocks that share a KV head's query heads, and splits of a sequence that the launch has room for.
+inline int num_chunks(const DecodeAttentionArgs& args) {
+  return ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+}
+inline int launched_splits(const DecodeAttentionArgs& args) {
+  return decode_attention_splits(args.most_attended, args.most_splits);
+}
+
 // Lets this kernel have as much shared memory as the current device gives a block, and asks for the largest cluster
 // that it can run in: 8 or, without clusters, 1.
 template <int HD, KvFormat F, int kWarps, bool kSeveral>
@@ -21,6 +29,7 @@ int largest_cluster() {
   const DeviceTraits& traits = device_traits();
   if (device == traits.device) return largest;
   const auto kernel = decode_attention_kernel<HD, F, kWarps, kSeveral>;
+  static_assert(2 * HD * sizeof(typename Kv<F>::Element) + 64 <= kStaticSharedBytes);
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(traits.max_shared_bytes - kStaticSharedBytes)));
   int blocks = 1;
@@ -42,9 +51,8 @@ template <int HD, KvFormat F, int kWarps, bool kSeveral>
 DecodeAttentionShared<HD, kSeveral> shared_of_blocks(const DecodeAttentionArgs& args, int each) {
   // A long sequence's blocks have an SM each, and a GPU's parts have too few for clusters of all of them.
   const int most = kWarps == kLongWarps ? 1 : args.cluster > 0 ? args.cluster : kMaxCluster;
-  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
-  const int cluster = std::max(1, std::min(splits, kMaxCluster) / each);
-  const int group = args.num_heads / args.kv.num_kv_heads, heads = ceil_div(group, ceil_div(group, kTileHeads));
+  const int cluster = std::max(1, std::min(launched_splits(args), kMaxCluster) / each);
+  const int heads = ceil_div(args.num_heads / args.kv.num_kv_heads, num_chunks(args));
   return {kWarps, each, cluster <= std::min(most, largest_cluster<HD, F, kWarps, kSeveral>()) ? cluster : 1,
           heads * HD};
 }
@@ -52,8 +60,7 @@ DecodeAttentionShared<HD, kSeveral> shared_of_blocks(const DecodeAttentionArgs& 
 template <int HD, KvFormat F, int kWarps, bool kSeveral>
 void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAttentionParams params,
                                     const DecodeAttentionShared<HD, kSeveral>& shared, cudaStream_t stream, bool pdl) {
-  const int chunks = ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
-  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
+  const int splits = launched_splits(args);
   const bool is_dependent = device_traits().has_dependent_launch;
   params.splits_per_block = shared.num_splits;
   params.cluster = shared.cluster;
@@ -61,7 +68,7 @@ void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAtten
   const std::size_t rows = static_cast<std::size_t>(args.batch) * args.num_heads * splits;
   params.partial_tops = reinterpret_cast<float2*>(params.partial_out + rows * HD);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(splits / shared.num_splits, args.kv.num_kv_heads * chunks, args.batch);
+  config.gridDim = dim3(splits / shared.num_splits, args.kv.num_kv_heads * num_chunks(args), args.batch);
   config.blockDim = dim3(kWarps * 32);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared.bytes());
   config.stream = stream;
@@ -83,7 +90,7 @@ template <int HD, KvFormat F, int kWarps>
 void launch_decode_attention_warps(const DecodeAttentionArgs& args, const DecodeAttentionParams& params,
                                    cudaStream_t stream, bool pdl) {
   const DeviceTraits& traits = device_traits();
-  const int splits = decode_attention_splits(args.most_attended, args.most_splits);
+  const int splits = launched_splits(args);
   const auto shared = [&](int each) { return shared_of_blocks<HD, F, kWarps, true>(args, each); };
   const auto fits = [&](int each) {
     return static_cast<std::size_t>(shared(each).bytes()) <= traits.max_shared_bytes - kStaticSharedBytes;
@@ -93,7 +100,7 @@ void launch_decode_attention_warps(const DecodeAttentionArgs& args, const Decode
     const auto block_bytes = shared_of_blocks<HD, F, kWarps, false>(args, 1).bytes() + kStaticSharedBytes + 1024;
     const int with_room = std::max(1, static_cast<int>(traits.shared_bytes_of_sm / block_bytes));
     const int most_blocks = std::min(with_room, kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>);
-    const int rows = args.batch * args.kv.num_kv_heads * ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
+    const int rows = args.batch * args.kv.num_kv_heads * num_chunks(args);
     each = decode_attention_splits_per_block(splits, rows, traits.num_sms, most_blocks);
     while (each > 1 && !fits(each)) each /= 2;
   }

@@ -89,6 +89,29 @@ struct SplitRange {
   }
 };
 
+// A block's shared memory: the queries, the warps' sums of each split, and what the blocks of its cluster send it.
+// Where a block has one split, nothing of it depends on how many heads there are.
+template <int HD, bool kSeveral>
+struct DecodeAttentionShared {
+  static constexpr int kQueryStride = HD + (12 - HD / 8 % 8) % 8 * 8;  // heads next to each other in other banks
+  static constexpr int kQueryBytes = 2 * kTileHeads * kQueryStride * 2;
+  int num_warps, num_splits, cluster, num_outs;  // splits: of a block; outs: of its heads
+
+  // Floats that a warp has of a split.
+  __host__ __device__ int row() const { return kSeveral ? num_outs : kTileHeads * HD; }
+  // Floats that a block merges of each of its cluster's splits: its share of the outputs.
+  __host__ __device__ int share() const { return ceil_div(ceil_div(num_outs, cluster), 4) * 4; }
+  __host__ __device__ int received() const {
+    return kSeveral ? cluster * num_splits * share() : kTileHeads * HD + 4 * kMaxCluster;
+  }
+  __host__ __device__ int parts() const { return kSeveral ? cluster * num_splits : kMaxCluster; }
+  __host__ __device__ int sum_bytes() const { return num_splits * num_warps * row() * 4; }
+  __host__ __device__ int top_bytes() const { return num_splits * num_warps * kTileHeads * 8; }
+  __host__ __device__ int bytes() const {
+    return kQueryBytes + sum_bytes() + top_bytes() + received() * 4 + parts() * kTileHeads * 8;
+  }
+};
+
 // The rows of qkv that a block rotates, those of its query heads first, and its sequence's position, in shared memory.
 // The next kernel's weights may be on their way to the SM already, and what a lane loads comes after them: a copy that
 // no lane waits for does not. `arrival` is an mbarrier for it, initialised by thread 0.

@@ -39,10 +39,10 @@ int tensor_units(const WeightView& w) { return ceil_div(w.cols * (is_8bit(w) ? 1
 // Shared memory of a block that keeps x, static part included. Whatever is multiplied: as bf16 weights' norms take it.
 std::size_t resident_block_bytes(const WeightView& w, const RingConfig& c, int num_tokens) {
   const int tokens = std::min(num_tokens, kMaxTensorTokens);
-  const std::size_t sums = sizeof(float) * 2 * c.warps * kMaxTensorTokens * (c.tiles * 8 + 1);
-  return sums + (w.format == WeightFormat::fp8    ? resident_bytes<WeightFormat::fp8, XKind::normed>(c, w.cols, tokens)
-                 : w.format == WeightFormat::fp16 ? resident_bytes<WeightFormat::fp16, XKind::normed>(c, w.cols, tokens)
-                                                  : resident_bytes<WeightFormat::bf16, XKind::wide>(c, w.cols, tokens));
+  return resident_static_bytes(c) +
+         (w.format == WeightFormat::fp8    ? resident_bytes<WeightFormat::fp8, XKind::normed>(c, w.cols, tokens)
+          : w.format == WeightFormat::fp16 ? resident_bytes<WeightFormat::fp16, XKind::normed>(c, w.cols, tokens)
+                                           : resident_bytes<WeightFormat::bf16, XKind::wide>(c, w.cols, tokens));
 }
 
 // Their configurations for one token, or for several: those whose number of warps leaves room for the x of as many

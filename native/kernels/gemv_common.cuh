@@ -1,6 +1,8 @@
 // What the GEMV kernels share: their parameters, which rows a block has, and what becomes of a finished sum.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "edgellm/kernels/gemv.hpp"
 #include "lora.cuh"
@@ -162,6 +164,16 @@ inline GemvParams gemv_params(const GemvArgs& args, int rows_per_block, XKind ki
           args.norm_eps,
           args.epilogue,
           args.lora};
+}
+
+// Calls `launch` with the kind of x that the call has, as a type.
+template <WeightFormat F, class Launch>
+void launch_for_x_kind(const GemvArgs& args, const Launch& launch) {
+  if constexpr (takes_wide_x(F)) {
+    if (args.gain && args.x_f32) return launch(std::integral_constant<XKind, XKind::wide>());
+  }
+  if (args.gain) return launch(std::integral_constant<XKind, XKind::normed>());
+  launch(std::integral_constant<XKind, XKind::plain>());
 }
 
 // Tokens first to first + most - 1 of a call, of whose block maxima a token has one for every `rows_per_block` rows.

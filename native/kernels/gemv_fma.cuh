@@ -269,11 +269,7 @@ void launch_fma_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_t
 
 template <WeightFormat F>
 void launch_gemv_fma(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if constexpr (takes_wide_x(F)) {
-    if (args.gain && args.x_f32) return launch_fma_configs<F, XKind::wide>(args, tile, stream, pdl);
-  }
-  if (args.gain) return launch_fma_configs<F, XKind::normed>(args, tile, stream, pdl);
-  launch_fma_configs<F, XKind::plain>(args, tile, stream, pdl);
+  launch_for_x_kind<F>(args, [&](auto kind) { launch_fma_configs<F, kind.value>(args, tile, stream, pdl); });
 }
 
 }  // namespace edgellm::kernels

@@ -101,11 +101,7 @@ void launch_once_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_
 
 template <WeightFormat F>
 void launch_tensor_once(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if constexpr (takes_wide_x(F)) {
-    if (args.gain && args.x_f32) return launch_once_configs<F, XKind::wide>(args, tile, stream, pdl);
-  }
-  if (args.gain) return launch_once_configs<F, XKind::normed>(args, tile, stream, pdl);
-  launch_once_configs<F, XKind::plain>(args, tile, stream, pdl);
+  launch_for_x_kind<F>(args, [&](auto kind) { launch_once_configs<F, kind.value>(args, tile, stream, pdl); });
 }
 
 }  // namespace edgellm::kernels

@@ -145,7 +145,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_tensor_resident_kernel(co
   }
 }
 
-// Dynamic shared memory of a block.
+// Shared memory of a block: what it has for every number of tokens, and what it is launched with.
+constexpr std::size_t resident_static_bytes(const RingConfig& c) {
+  return sizeof(float) * 2 * c.warps * kMaxTensorTokens * (c.tiles * 8 + 1);
+}
 template <WeightFormat F, XKind kKind>
 constexpr std::size_t resident_bytes(const RingConfig& c, int cols, int tokens) {
   const int units = ceil_div(cols * TensorFormat<F>::bytes, kUnitBytes);
@@ -160,9 +163,8 @@ void launch_resident_config(const GemvArgs& args, cudaStream_t stream, bool pdl)
   const DeviceTraits& traits = device_traits();
   thread_local int device = -1;
   if (device != traits.device) {
-    constexpr int kStatic = static_cast<int>(sizeof(float)) * 2 * c.warps * kMaxTensorTokens * (c.tiles * 8 + 1);
     EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(traits.max_shared_bytes) - kStatic));
+                                          static_cast<int>(traits.max_shared_bytes - resident_static_bytes(c))));
     device = traits.device;
   }
   const GemvParams params = gemv_params(args, c.tiles * 8, kKind);
@@ -179,11 +181,7 @@ void launch_resident_kind(const GemvArgs& args, const GemvTile& tile, cudaStream
 
 template <WeightFormat F>
 void launch_tensor_resident(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if constexpr (takes_wide_x(F)) {
-    if (args.gain && args.x_f32) return launch_resident_kind<F, XKind::wide>(args, tile, stream, pdl);
-  }
-  if (args.gain) return launch_resident_kind<F, XKind::normed>(args, tile, stream, pdl);
-  launch_resident_kind<F, XKind::plain>(args, tile, stream, pdl);
+  launch_for_x_kind<F>(args, [&](auto kind) { launch_resident_kind<F, kind.value>(args, tile, stream, pdl); });
 }
 
 }  // namespace edgellm::kernels

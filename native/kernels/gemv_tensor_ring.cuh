@@ -173,11 +173,8 @@ void launch_ring_configs(const GemvArgs& args, const GemvTile& tile, cudaStream_
 
 template <WeightFormat F, int kMaxTokens>
 void launch_tensor_ring(const GemvArgs& args, const GemvTile& tile, cudaStream_t stream, bool pdl) {
-  if constexpr (takes_wide_x(F)) {
-    if (args.gain && args.x_f32) return launch_ring_configs<F, XKind::wide, kMaxTokens>(args, tile, stream, pdl);
-  }
-  if (args.gain) return launch_ring_configs<F, XKind::normed, kMaxTokens>(args, tile, stream, pdl);
-  launch_ring_configs<F, XKind::plain, kMaxTokens>(args, tile, stream, pdl);
+  launch_for_x_kind<F>(args,
+                       [&](auto kind) { launch_ring_configs<F, kind.value, kMaxTokens>(args, tile, stream, pdl); });
 }
 
 }  // namespace edgellm::kernels

@@ -224,7 +224,7 @@ def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_in_a_larger_slot(
 @pytest.mark.parametrize("most", [8, 16, 64, 4])
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (80, 8), (128, 4), (128, 8), (256, 4)])
 def test_a_block_with_several_splits_computes_the_same_bits(head_dim: int, group: int, most: int, form: str) -> None:
-    """Whatever it has, with and without clusters, windows and a second of their launches after the first."""
+    """However many it has: with and without clusters, a window, and sums that two eights exchange."""
     capacity = 9501
     kv, (cos, sin) = make_cache(form, 8, 2, 2, capacity, head_dim), tables(head_dim, capacity)
     qkv = torch.randn((8, (2 * group + 4) * head_dim), device="cuda")

@@ -74,7 +74,7 @@ struct DecodeAttentionArgs {
   int most_attended = kContextClasses[0];  // tokens that the batch's longest sequence attends to, or more
   int splits_per_block = 0;                // 1, 2, 4 or 8, one after the other; 0: what the GPU does best
   int cluster = 0;                         // most blocks that merge through shared memory: 1 or 8; 0: what is best
-  bool exchanges = true;      // whether zeros are in `workspace` behind its counters, too: two clusters merge faster
+  bool exchanges = true;      // whether zeros are in `workspace` behind its counters, too: two eights merge faster
   void* workspace = nullptr;  // decode_attention_workspace_bytes, zeroed once at load
 };
 
