@@ -13,6 +13,9 @@ namespace edgellm::kernels {
 // Beside what is counted: the new token's key and value, and barriers.
 constexpr std::size_t kStaticSharedBytes = 2048;
 
+// Of a block, beside what it asks for.
+constexpr std::size_t kReservedSharedBytes = 1024;
+
 // Blocks that share a KV head's query heads, and splits of a sequence that the launch has room for.
 inline int num_chunks(const DecodeAttentionArgs& args) {
   return ceil_div(args.num_heads / args.kv.num_kv_heads, kTileHeads);
@@ -57,11 +60,20 @@ DecodeAttentionShared<HD, kSeveral> shared_of_blocks(const DecodeAttentionArgs& 
           heads * HD};
 }
 
+// Blocks that an SM has room for, each with so much dynamic shared memory.
+template <int HD, KvFormat F, int kWarps>
+int most_blocks_per_sm(std::size_t dynamic_bytes) {
+  const std::size_t bytes = dynamic_bytes + kStaticSharedBytes + kReservedSharedBytes;
+  const int with_room = std::max(1, static_cast<int>(device_traits().shared_bytes_of_sm / bytes));
+  return std::min(with_room, kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>);
+}
+
 template <int HD, KvFormat F, int kWarps, bool kSeveral>
 void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAttentionParams params,
                                     const DecodeAttentionShared<HD, kSeveral>& shared, cudaStream_t stream, bool pdl) {
   const int splits = launched_splits(args);
-  const bool is_dependent = device_traits().has_dependent_launch;
+  const DeviceTraits& traits = device_traits();
+  const bool is_dependent = traits.has_dependent_launch;
   params.splits_per_block = shared.num_splits;
   params.cluster = shared.cluster;
   if (!is_dependent) params.exchanged = nullptr;  // 128 bits at once came with clusters
@@ -72,7 +84,7 @@ void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAtten
   config.blockDim = dim3(kWarps * 32);
   config.dynamicSmemBytes = static_cast<std::size_t>(shared.bytes());
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   if (pdl && is_dependent) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
@@ -81,6 +93,20 @@ void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAtten
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(params.cluster), 1, 1};
   }
+#if CUDART_VERSION >= 12050
+  // Shared memory for the blocks that an SM gets, and no more. What is left is L1, through which their loads come; the
+  // products of several tokens leave little of it, and an SM keeps what it has where no kernel asks for something else.
+  // And an SM that the predecessor leaves early does not take two blocks where each can have one. Clusters of more than
+  // two need that choice: a GPU's parts do not always have a multiple of four SMs.
+  if (traits.has_launch_carveout && params.cluster <= 2) {
+    const int num_blocks = static_cast<int>(config.gridDim.x * config.gridDim.y * config.gridDim.z);
+    const int on_sm =
+        std::min(ceil_div(num_blocks, traits.num_sms), most_blocks_per_sm<HD, F, kWarps>(config.dynamicSmemBytes));
+    attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[config.numAttrs++].val.sharedMemCarveout = static_cast<unsigned int>(
+        shared_memory_percent(on_sm * (config.dynamicSmemBytes + kStaticSharedBytes + kReservedSharedBytes)));
+  }
+#endif
   config.attrs = attributes;
   EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, decode_attention_kernel<HD, F, kWarps, kSeveral>, params));
   EDGELLM_CUDA_TRY(cudaGetLastError());
@@ -97,9 +123,8 @@ void launch_decode_attention_warps(const DecodeAttentionArgs& args, const Decode
   };
   int each = args.splits_per_block;
   if (each == 0) {
-    const auto block_bytes = shared_of_blocks<HD, F, kWarps, false>(args, 1).bytes() + kStaticSharedBytes + 1024;
-    const int with_room = std::max(1, static_cast<int>(traits.shared_bytes_of_sm / block_bytes));
-    const int most_blocks = std::min(with_room, kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>);
+    const auto alone = static_cast<std::size_t>(shared_of_blocks<HD, F, kWarps, false>(args, 1).bytes());
+    const int most_blocks = most_blocks_per_sm<HD, F, kWarps>(alone);
     const int rows = args.batch * args.kv.num_kv_heads * num_chunks(args);
     each = decode_attention_splits_per_block(splits, rows, traits.num_sms, most_blocks);
     while (each > 1 && !fits(each)) each /= 2;

@@ -16,6 +16,7 @@ struct DeviceTraits {
   std::size_t max_shared_bytes = 0;  // a block, statically allocated ones included
   std::size_t shared_bytes_of_sm = 0;
   bool has_dependent_launch = false;  // also thread block clusters: both came with compute capability 9.0
+  bool has_launch_carveout = false;   // a launch can say how much shared memory an SM is to have: CUDA 12.5
 };
 
 inline const DeviceTraits& device_traits() {
@@ -32,6 +33,9 @@ inline const DeviceTraits& device_traits() {
     EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
     traits.shared_bytes_of_sm = static_cast<std::size_t>(shared_bytes);
     traits.has_dependent_launch = major >= 9;
+    int driver = 0;
+    EDGELLM_CUDA_TRY(cudaDriverGetVersion(&driver));
+    traits.has_launch_carveout = driver >= 12050;
     traits.device = device;
   }
   return traits;
@@ -40,17 +44,22 @@ inline const DeviceTraits& device_traits() {
 // Dynamic shared memory that a kernel may have without asking for more, less what it has statically.
 constexpr std::size_t kPlainSharedBytes = 38 * 1024;
 
-// For kernels that hold what they read in registers: loads on their way take L1, of which the default leaves less. As
-// much shared memory stays as decode attention of one sequence has, too, so that an SM need not change between them, or
-// what the kernel's blocks on an SM need. `device` is the kernel's own, -1 at first: what has been asked for is not
-// asked again.
+// The part of an SM's shared memory, in percent, that its blocks need, which take `bytes` together. L1 gets the rest:
+// loads on their way to registers take it. Not less than decode attention of one sequence has, too, so that an SM need
+// not change between them.
+inline int shared_memory_percent(std::size_t bytes) {
+  const std::size_t wanted = bytes > 20 * 1024 ? bytes : 20 * 1024, all = device_traits().shared_bytes_of_sm;
+  return wanted < all ? static_cast<int>((100 * wanted + all - 1) / all) : 100;
+}
+
+// For kernels that hold what they read in registers: the default leaves L1 less. `device` is the kernel's own, -1 at
+// first: what has been asked for is not asked again.
 template <class Kernel>
 void prefer_l1(Kernel* kernel, std::size_t shared_bytes, int& device) {
   const DeviceTraits& traits = device_traits();
   if (device == traits.device) return;
-  const std::size_t wanted = shared_bytes > 20 * 1024 ? shared_bytes : 20 * 1024;
-  const int percent = static_cast<int>((100 * wanted + traits.shared_bytes_of_sm - 1) / traits.shared_bytes_of_sm);
-  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
+  EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        shared_memory_percent(shared_bytes)));
   device = traits.device;
 }
 
