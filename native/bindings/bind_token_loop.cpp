@@ -1,6 +1,7 @@
 // What every decoder has: steps, runs, prefixes. NumPy arrays in and out, the GIL released while the device works.
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -15,9 +16,16 @@ namespace py = pybind11;
 namespace edgellm {
 namespace {
 
-// batch: (slot, token_ids, position, num_logits, adapter) a sequence. The rows live in the decoder until its next step.
-py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, int, int, int>>& batch) {
-  auto& decoder = self.cast<TokenLoop&>();
+// The first rows of the decoder's logits, which its next step overwrites. They outlive it, and a larger buffer.
+py::array logit_rows(const TokenLoop& decoder, int rows) {
+  using Buffer = std::shared_ptr<const PinnedBuffer>;
+  const py::capsule owner(new Buffer(decoder.logits_memory()),
+                          [](void* buffer) { delete static_cast<Buffer*>(buffer); });
+  return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().num_rows()}}, decoder.logits(), owner);
+}
+
+// batch: (slot, token_ids, position, num_logits, adapter) a sequence.
+py::array step(TokenLoop& decoder, const std::vector<std::tuple<int, Ints, int, int, int>>& batch) {
   std::vector<SequenceStep> steps;
   steps.reserve(batch.size());
   for (const auto& [slot, token_ids, position, num_logits, adapter] : batch) {
@@ -28,8 +36,7 @@ py::array step(const py::object& self, const std::vector<std::tuple<int, Ints, i
     const py::gil_scoped_release release;
     rows = decoder.step(steps);
   }
-  const py::ssize_t vocab = decoder.config().num_rows();
-  return py::array_t<float>({py::ssize_t{rows}, vocab}, decoder.logits(), self);
+  return logit_rows(decoder, rows);
 }
 
 }  // namespace
@@ -69,15 +76,13 @@ void bind_token_loop(py::module_& module) {
           py::arg("slot"), py::arg("data"), py::arg("length"))
       .def(
           "verify_tree",
-          [](const py::object& self, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
-            auto& decoder = self.cast<TokenLoop&>();
+          [](TokenLoop& decoder, int slot, int position, const Ints& token_ids, const Ints& parents, int adapter) {
             int rows = 0;
             {
               const py::gil_scoped_release release;
               rows = decoder.verify_tree(slot, position, span_of(token_ids), span_of(parents), adapter);
             }
-            return py::array_t<float>({py::ssize_t{rows}, py::ssize_t{decoder.config().num_rows()}}, decoder.logits(),
-                                      self);
+            return logit_rows(decoder, rows);
           },
           py::arg("slot"), py::arg("position"), py::arg("token_ids"), py::arg("parents"), py::arg("adapter") = 0)
       .def(

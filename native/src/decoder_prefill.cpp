@@ -82,7 +82,7 @@ void Decoder::prefill_chunk_async(const SequenceStep& item, const PromptChunk& c
     const float* own_residual = residual + static_cast<std::size_t>(count - chunk.num_logits + done) * hidden;
     record_head_async(rows, residual_bf16 + offset, own_residual, false, false);
     EDGELLM_CUDA_TRY(cudaMemcpyAsync(
-        host_logits_.as<float>() + static_cast<std::size_t>(first_row + done) * vocab, arena_.get<float>("logits"),
+        host_logits_->as<float>() + static_cast<std::size_t>(first_row + done) * vocab, arena_.get<float>("logits"),
         static_cast<std::size_t>(rows) * vocab * sizeof(float), cudaMemcpyDeviceToHost, stream));
   }
 }

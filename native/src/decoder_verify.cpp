@@ -37,7 +37,7 @@ void Decoder::verify_async(int slot, int position, std::span<const std::int32_t>
                            std::span<const std::int32_t> parents, int first_row, int adapter) {
   run_step_async(prepare_verify_async(slot, position, token_ids, parents, adapter));
   const auto vocab = static_cast<std::size_t>(config_.num_rows());
-  EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + static_cast<std::size_t>(first_row) * vocab,
+  EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_->as<float>() + static_cast<std::size_t>(first_row) * vocab,
                                    arena_.get<float>("logits"), token_ids.size() * vocab * sizeof(float),
                                    cudaMemcpyDeviceToHost, stream_.get()));
 }

@@ -44,6 +44,13 @@ Shape::Shape(std::span<const std::int64_t> dims) : rank_(static_cast<int>(dims.s
   if (std::any_of(dims.begin(), dims.end(), [](std::int64_t d) { return d < 0; })) {
     throw std::invalid_argument("shape " + to_string() + " has a negative size");
   }
+  // So that no number of bytes is more than an int64 holds, and a tensor's end lies where its shape says.
+  std::int64_t left = kMaxElements;
+  for (const std::int64_t dim : dims) left /= std::max<std::int64_t>(dim, 1);
+  if (left == 0) {
+    throw std::invalid_argument("shape " + to_string() + " has more than " + std::to_string(kMaxElements) +
+                                " elements");
+  }
 }
 
 std::int64_t Shape::num_elements() const noexcept {

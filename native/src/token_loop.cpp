@@ -134,7 +134,7 @@ void TokenLoop::decode_async(std::span<const SequenceStep> batch, std::span<cons
 
 void TokenLoop::copy_logits_async(const float* rows, std::size_t first_row, std::size_t count) {
   const auto vocab = static_cast<std::size_t>(config_.num_rows());
-  EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_.as<float>() + first_row * vocab, rows, count * vocab * sizeof(float),
+  EDGELLM_CUDA_TRY(cudaMemcpyAsync(host_logits_->as<float>() + first_row * vocab, rows, count * vocab * sizeof(float),
                                    cudaMemcpyDeviceToHost, stream_.get()));
 }
 
@@ -150,8 +150,8 @@ std::int32_t* TokenLoop::take_inputs(std::size_t count) {
 
 void TokenLoop::reserve_logits(int num_rows) {
   if (num_rows <= num_logit_rows_) return;
-  host_logits_ =
-      PinnedBuffer(static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
+  host_logits_ = std::make_shared<PinnedBuffer>(static_cast<std::size_t>(num_rows) *
+                                                static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
   num_logit_rows_ = num_rows;
 }
 

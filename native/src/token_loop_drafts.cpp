@@ -95,8 +95,8 @@ void TokenLoop::accept_path(int slot, int position, std::span<const std::int32_t
     }
     moves |= node != i;
   }
-  if (!moves) return;
   guarded([&] {
+    if (!moves) return;
     wait_for_run();
     inputs_used_ = 0;
     VerifyInputs path{};

@@ -62,7 +62,7 @@ def test_every_cuda_call_is_checked_or_says_that_it_is_not() -> None:
     """EDGELLM_CUDA_TRY or EDGELLM_CUDA_WARN around it, or `(void)`, or its code in hand."""
     call = re.compile(r"\bcuda[A-Z]\w+\(")
     found = []
-    for path in sorted(NATIVE.glob("*/*.c*")) + sorted(NATIVE.glob("include/edgellm/**/*.hpp")):
+    for path in sorted(NATIVE.glob("*/*.[ch]*")) + sorted(NATIVE.glob("include/edgellm/**/*.hpp")):
         if path.parent.name in ("cmake", "nvinfer_double", "test_driver"):
             continue
         statement = ""

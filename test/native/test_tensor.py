@@ -32,6 +32,13 @@ def test_what_cannot_be_a_tensor_is_refused_by_name() -> None:
         NATIVE.Tensor.borrow(4096, "float64", [1])
     with pytest.raises(ValueError, match=r"shape \[2, -1\] has a negative size"):
         NATIVE.Tensor.borrow(4096, "int8", [2, -1])
+    for dims in ([1 << 32, 1 << 32], [1 << 62], [0, 1 << 62], [(1 << 59) + 1]):  # bytes beyond an int64
+        with pytest.raises(ValueError, match=rf"shape \[.*{dims[-1]}\] has more than {1 << 59} elements"):
+            NATIVE.Tensor.borrow(4096, "float32", dims)
+        with pytest.raises(ValueError, match="has more than"):
+            NATIVE.Tensor.borrow(4096, "int8", [4]).reshape(dims)
+    with pytest.raises(ValueError, match=rf"needs {1 << 62} bytes; the tensor has 8"):
+        NATIVE.Tensor.borrow(4096, "int64", [1]).reshape([1 << 59])
     with pytest.raises(ValueError, match="rank 7 exceeds 6"):
         NATIVE.Tensor.borrow(4096, "int8", [1] * 7)
 

@@ -23,9 +23,10 @@ enum class MemoryKind : std::uint8_t { kDevice, kPinned };
 class Shape {
  public:
   static constexpr int kMaxRank = 6;
+  static constexpr std::int64_t kMaxElements = std::int64_t{1} << 59;  // empty dimensions count as one
   Shape() = default;
   Shape(std::initializer_list<std::int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
-  explicit Shape(std::span<const std::int64_t> dims);  // throws std::invalid_argument: rank, negative size
+  explicit Shape(std::span<const std::int64_t> dims);  // throws std::invalid_argument: rank, sizes
 
   int rank() const noexcept { return rank_; }
   std::int64_t operator[](int axis) const noexcept { return dims_[static_cast<std::size_t>(axis)]; }

@@ -6,6 +6,7 @@
 #include <compare>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -69,7 +70,9 @@ class TokenLoop {
   int step(std::span<const SequenceStep> batch);
   // (num_logit_rows, vocab) fp32 in pinned host memory; the address changes only when a step needs more rows than any
   // before it and than there are slots.
-  const float* logits() const noexcept { return host_logits_.as<float>(); }
+  const float* logits() const noexcept { return host_logits_->as<float>(); }
+  // What keeps that address valid.
+  std::shared_ptr<const PinnedBuffer> logits_memory() const noexcept { return host_logits_; }
   int num_logit_rows() const noexcept { return num_logit_rows_; }
 
   // Computes a draft whose nodes follow the prefix of `position` tokens, parents before their children (a root has -1;
@@ -170,8 +173,8 @@ class TokenLoop {
   Stream stream_;
   std::map<StepKey, Graph> graphs_;
   PinnedBuffer host_inputs_;
-  std::size_t inputs_used_ = 0;  // ints
-  PinnedBuffer host_logits_;
+  std::size_t inputs_used_ = 0;                // ints
+  std::shared_ptr<PinnedBuffer> host_logits_;  // shared with the arrays that show its rows
 
  private:
   void decode_async(std::span<const SequenceStep> batch, std::span<const int> members, std::span<const int> rows);
