@@ -73,15 +73,16 @@ def plan_on_gpu(bundle: Bundle, config: EngineConfig) -> tuple[int, int] | None:
     """Bytes that the CUDA executor would plan for `bundle`, and those free on the GPU; None where it will not run."""
     if unusable_reason():
         return None
-    from edgellm_ros.executors.cuda import plan_memory, unsupported_reason
+    from edgellm_ros.executors.cuda import plan_here, unsupported_reason
 
     if unsupported_reason(bundle):
         return None
     try:
-        info = native.load().device_info()
+        module = native.load()
+        info = module.device_info()
     except DeviceError:  # the GPU's own line says it
         return None
-    plan = plan_memory(bundle, config, l2_bytes=info["l2_bytes"] if info["integrated"] else None)
+    _, plan = plan_here(bundle, config, module, info)
     return plan["total"], free_device_memory(info)
 
 

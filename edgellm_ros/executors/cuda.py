@@ -65,9 +65,10 @@ def unsupported_reason(bundle: Bundle) -> str:
 
 
 def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = None) -> dict[str, int]:
-    """Bytes of device memory by purpose, and their "total", that `bundle` would take; takes none and needs no GPU.
+    """Bytes of device memory by purpose, and their "total", that `bundle` would take on a GPU that is not here.
 
-    l2_bytes: of the GPU's L2 cache, whose memory is not HBM (no Jetson has that); None: its memory is HBM.
+    Takes none and needs no GPU; `plan_here` plans for the one that is. l2_bytes: of the GPU's L2 cache, whose memory is
+    not HBM (no Jetson has that); None: its memory is HBM. cuBLASLt is taken to be there.
 
     Raises UnsupportedError without the native module or for a model that the kernels cannot run, ConfigError for
     settings that the bundle cannot have.
@@ -78,6 +79,18 @@ def plan_memory(bundle: Bundle, config: EngineConfig, l2_bytes: int | None = Non
         settings = module.decide(settings, l2_bytes, bus_bits=0)
     plan: dict[str, int] = module.plan_memory(settings)
     return plan
+
+
+def plan_here(bundle: Bundle, config: EngineConfig, module: Any, info: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+    """The native DecoderConfig, with what it leaves to the GPU, and its plan, as `plan_memory`'s; takes no memory.
+
+    For the executor and for `edgellm doctor`, which promises what the executor will take. module: native.load();
+    info: its device_info(). Raises as `plan_memory` does.
+    """
+    settings = module.decide(
+        _settings(bundle, config), info["l2_bytes"], info["bus_bits"], not native.products_reason(module)
+    )
+    return settings, module.plan_memory(settings)
 
 
 class CudaExecutor(NativeExecutor):
@@ -91,12 +104,8 @@ class CudaExecutor(NativeExecutor):
         """
         module = native.load()
         vocab_map = bundle.vocab_map()
-        settings = _settings(bundle, config)
         info: dict[str, Any] = module.device_info()
-        missing = native.products_reason(module)
-        with_products = module.decide(settings, info["l2_bytes"], info["bus_bits"])
-        settings = module.decide(settings, info["l2_bytes"], info["bus_bits"], not missing)
-        plan: dict[str, int] = module.plan_memory(settings)
+        settings, plan = plan_here(bundle, config, module, info)
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         free = free_device_memory(info)
         _log.info("GPU memory planned: %s; %.0f MB are free", planned, free / 1e6)
@@ -104,7 +113,8 @@ class CudaExecutor(NativeExecutor):
             _log.info("weights without kernels are widened: %s", line)
         _check_memory(plan, free, settings)
         self._decoder: Any = module.Decoder(settings)
-        if missing and with_products.needs_cublaslt:
+        missing = native.products_reason(module)
+        if missing and module.decide(_settings(bundle, config), info["l2_bytes"], info["bus_bits"]).needs_cublaslt:
             how = "slowly" if settings.needs_cublaslt else "more slowly where they are long"
             remedy = native.products_remedy(module, missing)
             _log.warning("prompts are read %s: no cuBLASLt (%s); %s", how, missing, remedy)

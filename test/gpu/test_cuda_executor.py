@@ -202,6 +202,16 @@ def test_the_engine_takes_no_memory_after_load(gpu_bundle: Callable[..., Bundle]
         assert module.allocation_count() == loaded
 
 
+def test_rows_of_logits_outlive_the_buffer_that_a_larger_step_replaces(open_cuda: OpenCuda) -> None:
+    executor = open_cuda("gpu_llama", "fp16", max_slots=1)
+    ids = prompt(200)
+    rows = executor.step([step(0, ids[:3], 0, 3)])
+    kept = rows.copy()
+    every = executor.step([step(0, ids, 0, 200)])
+    assert every.ctypes.data != rows.ctypes.data, "200 rows were no more than there was room for"
+    assert np.array_equal(rows, kept)
+
+
 @pytest.mark.alone
 def test_the_plan_names_every_purpose_and_bounds_what_is_taken(open_cuda: OpenCuda) -> None:
     module = native.load()

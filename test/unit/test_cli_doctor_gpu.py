@@ -6,19 +6,28 @@ import enum
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edgellm_ros import native
+from edgellm_ros.benchmark.random_bundle import RandomBundle
 from edgellm_ros.cli import gpu_checks
 from edgellm_ros.cli.check import Check, State
 from edgellm_ros.cli.engine_checks import check_tensorrt
 from edgellm_ros.cli.gpu_checks import check_gpus
-from edgellm_ros.errors import DeviceError
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import ConfigError, DeviceError
+from edgellm_ros.executors import cuda
 
 GIB = 2**30
+NATIVE, NO_MODULE = native.import_module()
+# Whether its memory is the CPU's too, MiB of L2 cache, bits of the memory's bus, why there is no cuBLASLt.
+GPUS = {
+    "RTX 4090": (False, 72, 384, ""), "L4": (False, 48, 192, ""), "Orin": (True, 4, 128, ""),
+    "Thor": (True, 32, 256, ""), "H200": (False, 60, 6016, ""), "H200, no cuBLASLt": (False, 60, 6016, "no such file"),
+}  # fmt: skip
 
 
 class Status(enum.IntEnum):
@@ -215,27 +224,64 @@ def test_the_drivers_version_is_read_of_the_open_modules_too(
     assert checks()["driver"].found.startswith(f"{version}, for CUDA ")
 
 
-@pytest.mark.parametrize(("integrated", "planned"), [(False, 3 * GIB), (True, 2 * GIB)])
-def test_the_cuda_executors_plan_is_that_of_the_gpus_memory(
-    integrated: bool, planned: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_bundles_plan_is_told_of_the_gpus_cache_its_memorys_bus_and_the_library(
+    gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a Jetson, whose memory is no HBM, by the size of its L2 cache."""
-    from edgellm_ros.config import EngineConfig
-    from edgellm_ros.executors import cuda
-
+    integrated, l2_mib, bus_bits, lacks = GPUS[gpu]
     bundle: Any = object()
     assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None  # no module
-    module = install_native(monkeypatch, capability=(9, 0))
-    told = {**module.device_info(), "integrated": integrated, "l2_bytes": 4 << 20}
+    module = install_native(monkeypatch, capability=(9, 0), no_products=lacks)
+    told = {**module.device_info(), "integrated": integrated, "l2_bytes": l2_mib << 20, "bus_bits": bus_bits}
     module.device_info = lambda: told
+    module.decide = lambda settings, *gpu: (settings, *gpu)
+    plans = {("undecided", l2_mib << 20, bus_bits, not lacks): {"total": 3 * GIB}}
+    module.plan_memory = lambda settings: plans[settings]
     monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: 7 * GIB)
-    monkeypatch.setattr(native, "load", lambda: module)
     monkeypatch.setattr(cuda, "unsupported_reason", lambda bundle: "")
-    plan = {None: 3 * GIB, 4 << 20: 2 * GIB}
-    monkeypatch.setattr(cuda, "plan_memory", lambda bundle, config, l2_bytes: {"total": plan[l2_bytes]})
-    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) == (planned, (7 if integrated else 5) * GIB)
+    monkeypatch.setattr(cuda, "_settings", lambda bundle, config: "undecided")
+    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) == (3 * GIB, (7 if integrated else 5) * GIB)
     monkeypatch.setattr(cuda, "unsupported_reason", lambda bundle: "heads of 48")
     assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None
+
+
+@pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)
+@pytest.mark.parametrize("shape", ["llama-1b", "llama-8b"])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_memory_that_doctor_says_is_enough_is_enough_for_the_executor(
+    gpu: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, by the native module's own plan; the GPU and the decoder that would take memory are stand-ins."""
+
+    class Taken(Exception):
+        pass
+
+    def take(settings: Any) -> None:
+        # As Decoder's constructor does, which asks the GPU itself.
+        assert NATIVE.plan_memory(NATIVE.decide(settings, *traits))["total"] == needed
+        raise Taken
+
+    integrated, l2_mib, bus_bits, lacks = GPUS[gpu]
+    traits = (l2_mib << 20, bus_bits, not lacks)
+    info = {"integrated": integrated, "l2_bytes": l2_mib << 20, "bus_bits": bus_bits}
+    module = SimpleNamespace(
+        CUDA_MAJOR=13, products_reason=lambda: lacks, device_info=lambda: info, decide=NATIVE.decide,
+        plan_memory=NATIVE.plan_memory, Decoder=take,
+    )  # fmt: skip
+    monkeypatch.setattr(native, "import_module", lambda: (NATIVE, ""))
+    monkeypatch.setattr(native, "load", lambda: module)
+    monkeypatch.setattr(gpu_checks, "unusable_reason", lambda: "")
+    monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: info["free_bytes"])
+    bundle, config = RandomBundle(shape, "int4"), EngineConfig()
+    undecided = cuda._settings(bundle, config)
+    needed = NATIVE.plan_memory(NATIVE.decide(undecided, *traits))["total"]
+    if gpu != "H200" and (gpu, shape) != ("RTX 4090", "llama-1b"):  # whose cache holds the largest weight as a whole
+        assert needed != NATIVE.plan_memory(undecided)["total"], "the same as with HBM tests nothing"
+    for free, refusal in ((needed, Taken), (needed - 1, ConfigError)):
+        info["free_bytes"] = free
+        assert gpu_checks.plan_on_gpu(bundle, config) == (needed, free)
+        with pytest.raises(refusal):
+            cuda.CudaExecutor(bundle, config)
 
 
 def test_without_either_the_kernel_module_names_the_card(tmp_path: Path) -> None:
