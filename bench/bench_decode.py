@@ -33,6 +33,7 @@ from edgellm_ros.benchmark.tuning import tune  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.executors import SequenceStep  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
+from edgellm_ros.executors.cuda_tiles import MAX_BATCH  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ class Result:
     gb_per_s: float
     share: float  # of the read bandwidth
     prefill_ms: dict[int, float]
-    torch_ms: float  # 0: not measured
+    torch_ms: float  # of one sequence, whatever the batch; 0: not measured
     load_s: float
     memory_mb: float
     tiles: dict[str, int]  # that --tune chose
@@ -64,13 +65,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llama-1b", "qwen3-4b", "llama-8b"])
     parser.add_argument("--weights", nargs="+", choices=SCHEMES, default=["bf16", "int8", "int4"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--batch", nargs="+", type=_batch, default=[1], metavar="N",
+        help=f"sequences that decode together, 1 to {MAX_BATCH}",
+    )  # fmt: skip
     parser.add_argument("--context", nargs="+", type=int, default=[512])
     parser.add_argument("--batching", choices=("fast", "exact"), default="fast", help="EngineConfig.decode_batching")
     parser.add_argument("--kv-cache", choices=("auto", "bf16", "fp16", "fp8"), default="auto", help="EngineConfig's")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", nargs="*", type=int, default=[512, 2048])
-    parser.add_argument("--torch", action="store_true", help="torch.compile in bf16 as well (a minute a shape)")
+    parser.add_argument("--torch", action="store_true", help="torch.compile too: bf16, one sequence (a minute a shape)")
     parser.add_argument("--tune", action="store_true", help="search the tile of every decode product first")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -142,7 +146,10 @@ def measure(
 def print_result(r: Result) -> None:
     """One line, and the tiles under it."""
     prefill = ", ".join(f"{length}: {ms:.1f} ms" for length, ms in r.prefill_ms.items())
-    peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({r.torch_ms / r.ms_per_token:.2f} x)" if r.torch_ms else ""
+    peer = ""
+    if r.torch_ms:  # a step of several sequences has no ratio to it
+        ratio = f"{r.torch_ms / r.ms_per_token:.2f} x" if r.batch == 1 else "of one sequence"
+        peer = f"; torch.compile bf16 {r.torch_ms:.3f} ({ratio})"
     print(
         f"{r.shape:9} {r.weights:8} batch {r.batch} context {r.context:5}  {r.ms_per_token:7.3f} ms/token (device "
         f"{r.device_ms:.3f}, sampled {r.sampled_ms:.3f}, no graph {r.plain_ms:.3f} = {r.plain_ms / r.device_ms:.2f} x, "
@@ -153,6 +160,13 @@ def print_result(r: Result) -> None:
     )
     if r.tiles:
         print(f"{'':9} built-in tiles: device {r.untuned_ms:.3f}; chosen {r.tiles}", flush=True)
+
+
+def _batch(text: str) -> int:
+    """Raises ArgumentTypeError, which argparse shows, for what is no batch."""
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_BATCH:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: 1 to {MAX_BATCH}")
+    return int(text)
 
 
 def _time_prefill(executor: CudaExecutor, ids: np.ndarray, chunk: int) -> float:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
@@ -28,16 +29,14 @@ from rich.table import Table
 
 from edgellm_ros import LLM, EngineConfig, Request, SamplingParams
 
-try:
+if TYPE_CHECKING:
     from edgellm_ros.ros.client import ChatStream, LLMClient
-except ModuleNotFoundError as error:
-    raise SystemExit(f"no ROS 2, or no interfaces yet: `make demo`, then . tools/env.sh ({error})") from error
 
 # Words without meaning, some 440 tokens: long enough to decode well into the context.
 _PROMPT = "A robot moves a red cube, a green ball and a blue cone from one table to another. " * 24
 
 
-def main() -> None:
+def main() -> int:
     """Run all measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", required=True)
@@ -48,6 +47,15 @@ def main() -> None:
     parser.add_argument("--goals", type=int, default=2000, help="short goals for the memory's growth")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    try:  # not above: --help needs no ROS
+        from edgellm_ros.ros.client import LLMClient
+    except ModuleNotFoundError as error:
+        print(
+            f"error: the Python module {error.name} is missing: no ROS 2 is sourced, or the interfaces are not built; "
+            "run `make demo`, then . tools/env.sh",
+            file=sys.stderr,
+        )
+        return 2
     os.environ.setdefault("ROS_DOMAIN_ID", "77")
     os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
     node = _start_node(args)
@@ -65,6 +73,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=100).print(table)
+    return 0
 
 
 def _start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -166,4 +175,4 @@ def _growth(client: LLMClient, pid: int, args: argparse.Namespace) -> list[tuple
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -123,6 +123,7 @@ class Run:
     batch: int
     load_s: float  # hashes and self-test included, as LLM.open does it
     interleaved: bool = False  # rounds of the engine and of the executor alone in turns, with two copies loaded
+    planned_parts: dict[str, int] | None = None  # purpose -> bytes, of info.memory_bytes; None where not known
     resident_bytes: int = 0  # of the process with one copy, all contexts computed once
     peak_bytes: int = 0
     device_bytes: int | None = None  # what the GPU has less free; None on a CPU, and where it has more
@@ -150,6 +151,7 @@ class Run:
             "interleaved": self.interleaved,
             "memory": {
                 "planned_bytes": info.memory_bytes,
+                "planned_parts": self.planned_parts,
                 "resident_bytes": self.resident_bytes,
                 "peak_bytes": self.peak_bytes,
                 "device_bytes": self.device_bytes,

@@ -28,6 +28,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import ConfigError
 from edgellm_ros.executors.base import ON_GPU, Executor, ExecutorInfo
+from edgellm_ros.executors.cuda_tiles import MAX_BATCH
 from edgellm_ros.executors.native_executor import NativeExecutor
 from edgellm_ros.llm import LLM
 from edgellm_ros.memory import available_memory
@@ -134,6 +135,8 @@ class Benchmark:
     ) -> None:
         """All rounds with the engine, the executor, or both in turns; the first round of each figure warms up."""
         plan, name, chunk = self._plan, run.info.name, self._plan.config.prefill_chunk
+        if executor is not None:
+            run.planned_parts = planned_parts(executor)
         for prefill in run.prefill:
             length = prefill.prompt_tokens
             for i in range(plan.rounds + 1):
@@ -208,9 +211,15 @@ class Benchmark:
 def check_batches(batches: tuple[int, ...], executor: str) -> None:
     """Raise ConfigError for a batch that a run on the device of `executor` cannot hold."""
     module, _ = native.import_module()
-    if executor in ON_GPU and module is not None and max(batches) > module.MAX_BATCH:
-        most = f"the {executor} executor decodes at once, {module.MAX_BATCH}"
-        raise ConfigError(f"--batch {max(batches)} is more than {most}")
+    most = MAX_BATCH if module is None else module.MAX_BATCH
+    if executor in ON_GPU and max(batches) > most:
+        raise ConfigError(f"--batch {max(batches)} is more than the {executor} executor decodes at once, {most}")
+
+
+def planned_parts(executor: Executor) -> dict[str, int] | None:
+    """Bytes of `executor`'s planned memory by purpose; None where it plans only their sum, as onnxruntime does."""
+    plan: dict[str, int] | None = getattr(executor, "memory_plan", None)
+    return None if plan is None else {name: size for name, size in plan.items() if name != "total"}
 
 
 def fits_twice(info: ExecutorInfo) -> bool:

@@ -123,6 +123,9 @@ def _print_run(run: dict[str, Any], report: dict[str, Any], console: Console) ->
     if memory["device_bytes"] is not None:
         parts.append(f"taken on the GPU {memory['device_bytes'] / 1e6:,.0f} MB")
     console.print(", ".join(parts))
+    if planned := memory["planned_parts"]:
+        sizes = (f"{name.replace('_', ' ')} {size / 1e6:,.0f} MB" for name, size in planned.items())
+        console.print(f"planned for {', '.join(sizes)}", soft_wrap=True)
     if read:
         console.print(f"reads {read['gb_per_s']:.1f} GB/s ({read['method']})")
     if any(row["executor"] or row["engine"] for row in run["prefill"]):

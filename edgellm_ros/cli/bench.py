@@ -93,6 +93,8 @@ def execute(args: argparse.Namespace) -> int:
     bundle, source = _open(args, executors)
     plan = _plan(args, executors, bundle)
     benchmark = Benchmark(bundle, source, plan)
+    if "cuda" in executors:
+        _require_gpu(args)
     if "tensorrt" in executors:
         _require_engine(args, bundle, benchmark.capacity)
     report = begin_report(args.command, bundle, plan)
@@ -183,33 +185,36 @@ def _executors(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle, Path | Bundle]:
-    """The bundle, and what to load it from."""
-    from edgellm_ros import native
+    """The bundle, and what to load it from; no GPU is looked for."""
     from edgellm_ros.benchmark.random_bundle import RandomBundle
     from edgellm_ros.bundle import Bundle
 
     if args.bundle is not None:
         if args.weights is not None:
             raise ConfigError(f"--weights {args.weights} goes with --shape; a bundle has its own weights, see inspect")
-        bundle = Bundle.open(args.bundle, verify=False)  # loading verifies it
-    reason = native.unavailable_reason() if "cuda" in executors else ""
-    if args.bundle is not None:
-        if reason:
-            raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
-        return bundle, args.bundle
+        return Bundle.open(args.bundle, verify=False), args.bundle  # loading verifies it
     others = [name for name in executors if name != "cuda"]
     if others:
         raise UnsupportedError(
             f"executor is {others[0]!r}: --shape {args.shape} is random weights without an ONNX graph, which only cuda "
             "runs; use --executor cuda, or --bundle with an exported model"
         )
+    random = RandomBundle(args.shape, args.weights or "bf16")
+    return random, random
+
+
+def _require_gpu(args: argparse.Namespace) -> None:
+    """Raise UnsupportedError where the cuda executor cannot run; after all that is wrong on any machine."""
+    from edgellm_ros import native
+
+    reason = native.unavailable_reason()
+    if reason and args.bundle is not None:
+        raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
     if reason:
         raise UnsupportedError(
             f"--shape {args.shape} is random weights without an ONNX graph, which only the cuda executor runs: "
             f"{reason}; use --bundle with an exported model on a CPU"
         )
-    random = RandomBundle(args.shape, args.weights or "bf16")
-    return random, random
 
 
 def _require_engine(args: argparse.Namespace, bundle: Bundle, capacity: int) -> None:

@@ -276,6 +276,10 @@ def test_a_batch_that_the_gpu_cannot_decode_at_once_is_refused(monkeypatch: pyte
     for executor in ("cuda", "tensorrt"):
         with pytest.raises(ConfigError, match=f"--batch 9 is more than the {executor} executor decodes at once, 8"):
             measure.check_batches((1, 9), executor)
+    monkeypatch.setattr("edgellm_ros.native.import_module", lambda: (None, "it is not built"))
+    measure.check_batches((1, 9), "onnxruntime")
+    with pytest.raises(ConfigError, match="--batch 9 is more than the cuda executor decodes at once, 8"):
+        measure.check_batches((1, 9), "cuda")
 
 
 @pytest.mark.parametrize(("batching", "agree", "together"), [("exact", True, 1), ("exact", False, 0), ("fast", False, 1)])

@@ -66,6 +66,7 @@ def test_json_has_every_figure_with_what_it_needs_to_mean_something(
         assert run["ratios"] is None  # nothing feeds itself on a CPU
         assert run["load_s"] > 0 and run["memory"]["device_bytes"] is None
         assert 0 < run["memory"]["resident_bytes"] <= run["memory"]["peak_bytes"]
+        assert run["memory"]["planned_parts"] is None  # onnxruntime plans a sum only
         assert 64 + 16 <= run["capacity"] <= 256 and run["memory"]["planned_bytes"] > 0
         assert [(row["batch"], row["context"]) for row in run["decode"]] == [(run["batch"], 32), (run["batch"], 64)]
         for row in run["prefill"]:
@@ -147,14 +148,17 @@ def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
 
     class Native(RunFakeExecutor):
         decoder = SimpleNamespace(use_graphs=switched.append)
+        memory_plan: dict[str, int]
 
     def create(bundle: Bundle, config: EngineConfig) -> Native:
         made = Native(config.max_slots, config.max_context, allowed=128)
-        made.info = dataclasses.replace(made.info, name=name)
+        made.info = dataclasses.replace(made.info, name=name, memory_bytes=1_302_000_000)
+        made.memory_plan = {"weights": 1_200_000_000, "kv_cache": 102_000_000, "total": 1_302_000_000}
         return made
 
     monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
     monkeypatch.setattr("edgellm_ros.benchmark.measure.NativeExecutor", Native)
+    monkeypatch.setattr("edgellm_ros.benchmark.measure.fits_twice", lambda info: name == "tensorrt")
     file = tmp_path / "report.json"
     options = ("--rounds", "2", "--new-tokens", "8", "--prompt-tokens", "20", "--context", "40", "20", "--batch", "1", "2")
     assert main(["bench", "--bundle", str(write_bundle(tmp_path / "bundle")), *options, "--json", str(file)]) == 0
@@ -168,11 +172,15 @@ def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
         for way in ("graph_ms", "plain_launches_ms", "drawn_on_device_ms", "drawn_on_host_ms"):
             check_spread(ratios[way], 2)
         assert ratios["host_over_device"] > 0
+        memory = run["memory"]
+        assert memory["planned_parts"] == {"weights": 1_200_000_000, "kv_cache": 102_000_000}
+        assert sum(memory["planned_parts"].values()) == memory["planned_bytes"]
     taken = [run["memory"]["device_bytes"] for run in report["runs"]]
     assert taken == ([5_000_000, None] if name == "tensorrt" else [None, None])
     shown = capsys.readouterr().out
     assert shown.count("after 20 tokens: plain launches take") == 2
     assert shown.count("taken on the GPU") == (name == "tensorrt")
+    assert shown.count("\nplanned for weights 1,200 MB, kv cache 102 MB\n") == 2
 
 
 def test_the_plot_is_an_svg_with_a_point_for_each_context(path: str, tmp_path: Path) -> None:
@@ -322,6 +330,28 @@ def test_what_only_a_gpu_runs_is_refused_by_name_without_one(
 ) -> None:
     assert main(["bench", *(path if option == "PATH" else option for option in options)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [("--shape", "llama-1b"), ("--bundle", "PATH", "--executor", "cuda")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--temperature", "-1"), "temperature is -1"),
+        (("--batch", "9"), "--batch 9 is more than the cuda executor decodes at once, 8"),
+        (("--max-context", "100", "--context", "4096"), "leave no room for a prompt in 100 tokens"),
+        (("--max-context", "200", "--context", "4096"), "max_context 200 is too small for what is to be measured"),
+        (("--context", "40000"), "needs 40130 tokens"),
+    ],
+)
+def test_a_bad_value_is_told_before_a_gpu_is_looked_for(
+    model: tuple[str, ...], options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(native, "import_module", lambda: (None, "the native module is not built"))
+    monkeypatch.setattr(native, "unavailable_reason", lambda: pytest.fail("looked for a GPU"))
+    assert main(["bench", *(path if option == "PATH" else option for option in (*model, *options))]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--bundle", "b", "--shape", "llama-1b"), ("--shape", "gpt-2")])
