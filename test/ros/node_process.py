@@ -112,6 +112,14 @@ class Probe:
         if self._owns:
             rclpy.try_shutdown()
 
+    def on_its_thread(self, function: Callable[[], None]) -> None:
+        """Run `function` where the node's callbacks run.
+
+        A goal must be sent there: rclpy notes a request after it has sent it, and drops an answer that another thread
+        has read by then (ros2/rclpy issue 1123).
+        """
+        self._executor.create_task(function)
+
     def call(self, kind: Any, name: str, request: Any, timeout_s: float = 30.0) -> Any:
         """Response of a service of the target."""
         if name not in self._clients:

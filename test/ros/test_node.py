@@ -48,8 +48,12 @@ def test_feedback_counts_without_gaps_and_begins_at_once(node):
         feedbacks, done = [], threading.Event()
         goal = Chat.Goal(prompt=PROMPT)
         goal.sampling.max_tokens = max_tokens
-        future = client.send_goal_async(goal, lambda m: feedbacks.append(m.feedback))
-        future.add_done_callback(lambda f: f.result().get_result_async().add_done_callback(lambda _: done.set()))
+
+        def send() -> None:
+            future = client.send_goal_async(goal, lambda m: feedbacks.append(m.feedback))
+            future.add_done_callback(lambda f: f.result().get_result_async().add_done_callback(lambda _: done.set()))
+
+        probe.on_its_thread(send)
         assert done.wait(30)
         return feedbacks
 
