@@ -148,11 +148,10 @@ def _cancel(client: LLMClient, args: argparse.Namespace) -> list[tuple[str, str,
 
 
 def _time_cancel(stream: ChatStream) -> float:
-    """Seconds from the cancel call to its response, on the client's own action handle."""
+    """Seconds from the cancel call to its response, on the client's own action handle and thread."""
     done = threading.Event()
     started = time.perf_counter()
-    future = stream._handle.cancel_goal_async()
-    future.add_done_callback(lambda _: done.set())
+    stream._sender.send(lambda: stream._handle.cancel_goal_async().add_done_callback(lambda _: done.set()))
     assert done.wait(10.0), "no answer to a cancel"
     return time.perf_counter() - started
 

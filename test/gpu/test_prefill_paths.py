@@ -155,7 +155,7 @@ def test_a_weight_that_is_dequantised_in_parts_on_two_streams_gives_what_decodin
 def test_fp8_weights_that_a_prompt_with_an_adapter_copies_in_parts_give_what_decoding_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without an adapter they are multiplied as they are. gate_up, of 235 MB in bf16, goes in parts of 64."""
+    """Without an adapter they are multiplied as they are. gate_up, of 235 MB in bf16, goes in parts of 32."""
     wide = dataclasses.replace(random_bundle.SHAPES["llama-8b"], num_layers=2, vocab_size=4096, max_context=256)
     monkeypatch.setitem(random_bundle.SHAPES, "wide", wide)
     monkeypatch.setattr(cuda, "_COPIED_BYTES", 64 << 20)
