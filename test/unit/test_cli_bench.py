@@ -1,4 +1,4 @@
-"""`edgellm bench`: a real measurement of a small model, its JSON, its plot, and a refusal for what cannot be measured."""
+"""`edgellm bench`: a real measurement of a small model, its JSON and its plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import ConfigError, DeviceError
 
-NO_GPU = native.unavailable_reason()
 SVG = "{http://www.w3.org/2000/svg}"
 FAST = ("--rounds", "2", "--new-tokens", "16")
 
@@ -281,86 +280,6 @@ def test_ctrl_c_before_anything_was_measured_is_just_the_exit_code(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--rounds", "0"), "--rounds 0: allowed is 1 to 1000"),
-        (("--new-tokens", "1"), "--new-tokens 1: allowed is 2 to 65536"),
-        (("--batch", "1", "65"), "--batch 65: allowed is 1 to 64"),
-        (("--context", "1"), "--context 1: allowed is 2 to 1048576"),
-        (("--prompt-tokens", "-3"), "--prompt-tokens -3: allowed is 2 to 1048576"),
-        (("--prompt-tokens", "400", "--context", "20"), "needs 401 tokens"),
-        (("--context", "4096"), "but the bundle holds 256; lower them"),
-        (("--max-context", "64", "--context", "50", "--new-tokens", "20"), "max_context 64 is too small"),
-        (("--new-tokens", "300"), "leave no room for a prompt in 256 tokens"),
-        (("--weights", "int8"), "--weights int8 goes with --shape"),
-        (("--plot", "speed.pdf"), "the name must end in .svg or .png"),
-        (("--plot", "no/such/speed.svg"), "there is no directory no/such"),
-        (("--json", "no/such/report.json"), "there is no directory no/such"),
-        (("--json", "."), "--json . is a directory; name a file in it"),
-        (("--json", "/proc/report.json"), "--json /proc/report.json cannot be written ("),
-        (("--plot", "/proc/version.svg"), "--plot /proc/version.svg cannot be written ("),
-        (("--executor", "tensorrt"), "executor is 'tensorrt'"),
-        (("--num-threads", "-1"), "num_threads is -1"),
-        (("--temperature", "-1"), "temperature is -1"),
-    ],
-)
-def test_a_mistake_is_one_line_with_the_value_and_the_remedy(
-    options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--bundle", path, *options]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--shape", "llama-1b"), "which only the cuda executor runs: "),
-        (("--shape", "llama-1b"), "use --bundle with an exported model on a CPU"),
-        (("--shape", "qwen3-4b", "--weights", "int4", "--executor", "onnxruntime"), "executor is 'onnxruntime': "),
-        (("--shape", "llama-8b", "--compare", "onnxruntime", "cuda"), "--shape llama-8b is random weights without an"),
-        (("--bundle", "PATH", "--executor", "cuda"), "executor is 'cuda': "),
-        (("--bundle", "PATH", "--compare", "onnxruntime", "cuda"), "use onnxruntime or auto"),
-    ],
-)
-def test_what_only_a_gpu_runs_is_refused_by_name_without_one(
-    options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", *(path if option == "PATH" else option for option in options)]) == 2
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("model", [("--shape", "llama-1b"), ("--bundle", "PATH", "--executor", "cuda")])
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--temperature", "-1"), "temperature is -1"),
-        (("--batch", "9"), "--batch 9 is more than the cuda executor decodes at once, 8"),
-        (("--max-context", "100", "--context", "4096"), "leave no room for a prompt in 100 tokens"),
-        (("--max-context", "200", "--context", "4096"), "max_context 200 is too small for what is to be measured"),
-        (("--context", "40000"), "needs 40130 tokens"),
-    ],
-)
-def test_a_bad_value_is_told_before_a_gpu_is_looked_for(
-    model: tuple[str, ...], options: tuple[str, ...], words: str, path: str, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(native, "import_module", lambda: (None, "the native module is not built"))
-    monkeypatch.setattr(native, "unavailable_reason", lambda: pytest.fail("looked for a GPU"))
-    assert main(["bench", *(path if option == "PATH" else option for option in (*model, *options))]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("options", [(), ("--bundle", "b", "--shape", "llama-1b"), ("--shape", "gpt-2")])
-def test_a_model_is_named_once(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", *options])
-    assert stop.value.code == 2 and "--shape" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("new_tokens", "longest"), [(128, 3966), (4092, 2), (4093, 4097), (5000, 3190)])
 def test_many_new_tokens_leave_a_plot_contexts(
     new_tokens: int, longest: int, path: str, monkeypatch: pytest.MonkeyPatch
@@ -379,17 +298,6 @@ def test_many_new_tokens_leave_a_plot_contexts(
     monkeypatch.setattr(Benchmark, "__init__", begin)
     assert main(["bench", "--bundle", path, "--new-tokens", str(new_tokens), "--plot", "speed.svg"]) == 2
     assert plans[0].contexts[-1] == longest and plans[0].contexts[0] >= 1
-
-
-def test_auto_that_will_take_a_gpu_refuses_at_once_what_it_cannot_decode(
-    path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
-    monkeypatch.setattr("edgellm_ros.executors.cuda.unsupported_reason", lambda bundle: "")
-    monkeypatch.setattr(native, "import_module", lambda: (SimpleNamespace(MAX_BATCH=8), ""))
-    monkeypatch.setattr(Benchmark, "measure", lambda *args: pytest.fail("measured before the refusal"))
-    assert main(["bench", "--bundle", path, "--batch", "1", "16"]) == 2
-    assert "--batch 16 is more than the cuda executor decodes at once, 8" in capsys.readouterr().err
 
 
 def test_a_cpus_benchmark_does_not_ask_the_gpu(
