@@ -64,3 +64,4 @@ def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path
     for *_, wrong, compared, contexts, graphs in found:
         assert wrong == "0" and int(compared) > 3000
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128
+    assert "rows outlive their buffer: 1; refused after an error: 5 of 5\n" in done.stdout

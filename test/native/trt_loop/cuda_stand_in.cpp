@@ -16,7 +16,8 @@
 namespace stand_in {
 namespace {
 std::vector<Launch>* captured = nullptr;
-}
+bool fails = false;
+}  // namespace
 
 void launch(Launch body) {
   if (captured != nullptr) {
@@ -27,6 +28,8 @@ void launch(Launch body) {
 }
 
 bool is_capturing() { return captured != nullptr; }
+
+void fail_from_now_on() { fails = true; }
 
 void require(bool condition, const char* message) {
   if (condition) return;
@@ -86,7 +89,7 @@ cudaError_t cudaMemcpy3DAsync(const cudaMemcpy3DParms* given, cudaStream_t) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
   stand_in::require(!stand_in::is_capturing(), "the host waits for a stream that captures");
-  return cudaSuccess;
+  return stand_in::fails ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -7,7 +7,10 @@
 #include <array>
 #include <cstdio>
 #include <random>
+#include <string>
 
+#include "edgellm/cuda_try.hpp"
+#include "stand_in.hpp"
 #include "toy_engine.hpp"
 
 namespace {
@@ -40,6 +43,44 @@ class Walk {
     run(slots);
     if (trees_) verify(slots.front());
     copy();
+  }
+
+  // Whether rows of logits that somebody holds stay what they were when a step needs a larger buffer.
+  bool rows_outlive_their_buffer() {
+    const std::vector<std::int32_t> few = {1, 2}, many(24, 3);
+    decoder_.step(std::vector<SequenceStep>{{0, few, 0, 2}});
+    const auto memory = decoder_.logits_memory();
+    const float* rows = decoder_.logits();
+    const std::vector<float> kept(rows, rows + 2 * toy::kVocab);
+    decoder_.step(std::vector<SequenceStep>{{0, many, 0, 24}});
+    return decoder_.logits() != rows && std::equal(kept.begin(), kept.end(), rows);
+  }
+
+  // How many of five calls are refused after a device error, in the words of the first.
+  int refused_after_an_error() {
+    const std::vector<std::int32_t> token = {1};
+    const std::vector<SequenceStep> batch = {{0, token, 0}};
+    const std::vector<std::int32_t> stays = {0}, moves = {1};
+    stand_in::fail_from_now_on();
+    const auto error_of = [](auto&& call) -> std::string {
+      try {
+        call();
+      } catch (const edgellm::CudaError& error) {
+        return error.what();
+      }
+      return "";
+    };
+    const std::string first = error_of([&] { decoder_.step(batch); });
+    int refused = 0;
+    const auto count = [&](auto&& call) {
+      refused += !first.empty() && error_of(call).find(first) != std::string::npos;
+    };
+    count([&] { decoder_.step(batch); });
+    count([&] { decoder_.copy_prefix(0, 1, 1); });
+    count([&] { decoder_.verify_tree(0, 1, token, {}); });
+    count([&] { decoder_.accept_path(0, 1, stays); });
+    count([&] { decoder_.accept_path(0, 1, moves); });
+    return refused;
   }
 
   int compared() const { return compared_; }
@@ -249,5 +290,9 @@ int main() {
       }
     }
   }
+  Walk last(true, true, true, 3);
+  const bool outlive = last.rows_outlive_their_buffer();
+  std::printf("rows outlive their buffer: %d; refused after an error: %d of 5\n", outlive,
+              last.refused_after_an_error());
   return wrong == 0 ? 0 : 1;
 }
