@@ -13,8 +13,10 @@ namespace edgellm::kernels {
 // Beside what is counted: the new token's key and value, and barriers.
 constexpr std::size_t kStaticSharedBytes = 2048;
 
-// Of a block, beside what it asks for.
-constexpr std::size_t kReservedSharedBytes = 1024;
+// What a block takes of an SM's shared memory: also a kilobyte that is CUDA's own.
+constexpr std::size_t block_shared_bytes(std::size_t dynamic_bytes) {
+  return dynamic_bytes + kStaticSharedBytes + 1024;
+}
 
 // Blocks that share a KV head's query heads, and splits of a sequence that the launch has room for.
 inline int num_chunks(const DecodeAttentionArgs& args) {
@@ -63,7 +65,7 @@ DecodeAttentionShared<HD, kSeveral> shared_of_blocks(const DecodeAttentionArgs& 
 // Blocks that an SM has room for, each with so much dynamic shared memory.
 template <int HD, KvFormat F, int kWarps>
 int most_blocks_per_sm(std::size_t dynamic_bytes) {
-  const std::size_t bytes = dynamic_bytes + kStaticSharedBytes + kReservedSharedBytes;
+  const std::size_t bytes = block_shared_bytes(dynamic_bytes);
   const int with_room = std::max(1, static_cast<int>(device_traits().shared_bytes_of_sm / bytes));
   return std::min(with_room, kWarps == kLongWarps ? 1 : kBlocksPerSm<HD, F>);
 }
@@ -103,8 +105,8 @@ void launch_decode_attention_blocks(const DecodeAttentionArgs& args, DecodeAtten
     const int on_sm =
         std::min(ceil_div(num_blocks, traits.num_sms), most_blocks_per_sm<HD, F, kWarps>(config.dynamicSmemBytes));
     attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-    attributes[config.numAttrs++].val.sharedMemCarveout = static_cast<unsigned int>(
-        shared_memory_percent(on_sm * (config.dynamicSmemBytes + kStaticSharedBytes + kReservedSharedBytes)));
+    attributes[config.numAttrs++].val.sharedMemCarveout =
+        static_cast<unsigned int>(shared_memory_percent(on_sm * block_shared_bytes(config.dynamicSmemBytes)));
   }
 #endif
   config.attrs = attributes;

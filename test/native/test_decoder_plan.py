@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edgellm_ros import native
+from edgellm_ros.executors.cuda_tiles import MAX_BATCH
 
 NATIVE, NO_MODULE = native.import_module()
 pytestmark = pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)
@@ -41,6 +42,11 @@ def settings(model: dict[str, Any], **changed: Any) -> Any:
     for name, value in values.items():
         setattr(config, name, value)
     return config
+
+
+def test_what_is_known_without_the_module_is_what_it_has() -> None:
+    assert NATIVE.MAX_BATCH == MAX_BATCH
+
 
 
 def test_the_module_runs_without_a_gpu_and_names_what_it_was_compiled_for() -> None:
