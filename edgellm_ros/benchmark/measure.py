@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros import executors
+from edgellm_ros import executors, native
 from edgellm_ros.benchmark import engine_path, executor_path
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes, prefill_flops
 from edgellm_ros.benchmark.figures import Decode, Prefill, Run
@@ -210,8 +210,10 @@ class Benchmark:
 
 def check_batches(batches: tuple[int, ...], executor: str) -> None:
     """Raise ConfigError for a batch that a run on the device of `executor` cannot hold."""
-    if executor in ON_GPU and max(batches) > MAX_BATCH:
-        raise ConfigError(f"--batch {max(batches)} is more than the {executor} executor decodes at once, {MAX_BATCH}")
+    module, _ = native.import_module()
+    most = MAX_BATCH if module is None else module.MAX_BATCH  # which a module older than this file may lack
+    if executor in ON_GPU and max(batches) > most:
+        raise ConfigError(f"--batch {max(batches)} is more than the {executor} executor decodes at once, {most}")
 
 
 def planned_parts(executor: Executor) -> dict[str, int] | None:
