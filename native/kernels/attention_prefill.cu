@@ -128,12 +128,12 @@ struct Rows {
 
   // Volatile: what is needed again after the loop is read again, so that it holds no registers meanwhile.
   __device__ __forceinline__ Rows(const Params& p, int rows_per_block)
-      : first(static_cast<int>(gridDim.x - 1 - blockIdx.x) * rows_per_block),  // late rows, the longest way, go first
+      : first(static_cast<int>(gridDim.y - 1 - blockIdx.y) * rows_per_block),  // see launch_rows
         group(p.num_heads / p.num_kv_heads),
         first_token(*static_cast<const volatile int32_t*>(p.starts + blockIdx.z)),
         base(*static_cast<const volatile int32_t*>(p.positions + blockIdx.z)),
         num_heads(p.num_heads),
-        first_head(static_cast<int>(blockIdx.y) * group) {
+        first_head(static_cast<int>(blockIdx.x) * group) {
     count = (*static_cast<const volatile int32_t*>(p.starts + blockIdx.z + 1) - first_token) * group;
   }
   __device__ __forceinline__ int position(int row) const { return base + min(first + row, count - 1) / group; }
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && HD <= 128 ? 3 : 2)
   const int copied_row = threadIdx.x / kRowThreads<HD>, copied_column = threadIdx.x % kRowThreads<HD> * 8;
   const std::size_t head_size = static_cast<std::size_t>(p.capacity) * HD;
   const Element* from = static_cast<const Element*>(p.cache) +
-                        (static_cast<std::size_t>(p.slots[blockIdx.z]) * 2 * p.num_kv_heads + blockIdx.y) * head_size +
+                        (static_cast<std::size_t>(p.slots[blockIdx.z]) * 2 * p.num_kv_heads + blockIdx.x) * head_size +
                         static_cast<std::size_t>(begin + copied_row) * HD + copied_column;
   bf16* copied = key_tile + copied_row * kStride<HD> + copied_column;
 
@@ -337,8 +337,9 @@ void launch_rows(const PrefillAttentionArgs& args, const Params& p, cudaStream_t
   static_assert(kBytes <= 99 * 1024);
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)));
   const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
-  launch(kernel, dim3(ceil_div(num_rows, kWarps * kRowTiles * 16), args.kv.num_kv_heads, args.num_sequences),
-         dim3(kThreads), kBytes, stream, pdl, p);
+  // Blocks start in this order: the late rows of all heads, which have the longest way, before the early ones of any.
+  const dim3 grid(args.kv.num_kv_heads, ceil_div(num_rows, kWarps * kRowTiles * 16), args.num_sequences);
+  launch(kernel, grid, dim3(kThreads), kBytes, stream, pdl, p);
 }
 
 template <int HD, KvFormat F>

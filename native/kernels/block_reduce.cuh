@@ -32,10 +32,4 @@ __device__ __forceinline__ float block_max(float v) {
   return largest;
 }
 
-__device__ __forceinline__ uint32_t pack_fp8(const float4& v) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(v.x, v.y), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(v.z, v.w), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
-}
-
 }  // namespace edgellm::kernels

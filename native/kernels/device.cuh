@@ -56,6 +56,15 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
   return v;
 }
 
+// Eight neighbouring floats that no kernel writes; 16-byte aligned.
+__device__ __forceinline__ void load_eight_constants(const float* p, float* v) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(p + i));
+    v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+  }
+}
+
 // Written by the predecessor: volatile, so that the compiler does not move it above wait_for_predecessor.
 __device__ __forceinline__ uint4 load_activation(const void* p) {
   uint4 v;
@@ -86,6 +95,14 @@ __device__ __forceinline__ void unpack_bf16(const uint4& v, float* out) {  // ou
   out[4] = low_float(v.z), out[5] = high_float(v.z), out[6] = low_float(v.w), out[7] = high_float(v.w);
 }
 
+// As one store, which the compiler does not always make of a struct's.
+__device__ __forceinline__ void store_whole(void* p, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_whole(void* p, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0],{%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -99,6 +116,11 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 }
 __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   return bits_as<uint32_t>(__floats2half2_rn(low, high));
+}
+__device__ __forceinline__ uint32_t pack_fp8(const float4& v) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(v.x, v.y), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(v.z, v.w), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
 }
 __device__ __forceinline__ float2 unpack_fp16(uint32_t two) { return __half22float2(bits_as<half2>(two)); }
 

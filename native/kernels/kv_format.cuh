@@ -17,6 +17,9 @@ struct Kv<KvFormat::bf16> {
   static __device__ __forceinline__ Eight load(const Element* p) { return load_l2(static_cast<const void*>(p)); }
   static __device__ __forceinline__ Eight zeros() { return make_uint4(0, 0, 0, 0); }
   static __device__ __forceinline__ void unpack(const Eight& v, float* out) { unpack_bf16(v, out); }
+  static __device__ __forceinline__ Eight pack(const float* v) {
+    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+  }
 };
 
 template <>
@@ -35,6 +38,14 @@ struct Kv<KvFormat::fp16> {
       const float2 two = unpack_fp16(words[i]);
       out[2 * i] = two.x, out[2 * i + 1] = two.y;
     }
+  }
+  static __device__ __forceinline__ Eight pack(const float* v) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      words[i] = bits_as<uint32_t>(__halves2half2(from_float(v[2 * i]), from_float(v[2 * i + 1])));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
   }
 };
 
@@ -58,6 +69,9 @@ struct Kv<KvFormat::fp8> {
       const float2 two = unpack_fp16(fp8x2_to_fp16x2(words[i / 2] >> (16 * (i & 1))));
       out[2 * i] = two.x * (1.0f / kFp8ToFp16), out[2 * i + 1] = two.y * (1.0f / kFp8ToFp16);
     }
+  }
+  static __device__ __forceinline__ Eight pack(const float* v) {
+    return make_uint2(pack_fp8(make_float4(v[0], v[1], v[2], v[3])), pack_fp8(make_float4(v[4], v[5], v[6], v[7])));
   }
 };
 

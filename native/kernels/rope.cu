@@ -11,39 +11,53 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Eight neighbouring elements of a row of qkv, as they are before RoPE.
-__device__ __forceinline__ void load_eight(const RopeKvWriteArgs& p, std::size_t token, int column, int width,
-                                           float row_scale, float* v) {
-  const std::size_t at = token * width + column;
-  if (p.qkv_is_f32) {
-    const float* from = static_cast<const float*>(p.qkv) + at;
-    const float4 low = bits_as<float4>(load_activation(from)), high = bits_as<float4>(load_activation(from + 4));
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+// Eight neighbouring elements of qkv as they lie in memory: two are loaded before the first is looked at.
+template <bool kF32>
+struct Eight {
+  uint4 words[kF32 ? 2 : 1];
+};
+
+template <bool kF32>
+__device__ __forceinline__ Eight<kF32> load_eight(const void* qkv, std::size_t at) {
+  Eight<kF32> eight;
+  if constexpr (kF32) {
+    eight.words[0] = load_activation(static_cast<const float*>(qkv) + at);
+    eight.words[1] = load_activation(static_cast<const float*>(qkv) + at + 4);
   } else {
-    unpack_bf16(load_activation(static_cast<const bf16*>(p.qkv) + at), v);
+    eight.words[0] = load_activation(static_cast<const bf16*>(qkv) + at);
   }
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    if (p.scales.columns) v[i] *= row_scale * __ldg(p.scales.columns + column + i);
-    if (p.bias) v[i] += __ldg(p.bias + column + i);
-  }
+  return eight;
 }
 
-// As one store. `to` is aligned to eight elements.
-template <class Cache>
-__device__ __forceinline__ void store_eight(typename Cache::Element* to, const float* v) {
-  struct alignas(8 * sizeof(typename Cache::Element)) Eight {
-    typename Cache::Element e[8];
-  } eight;
+// As they are before RoPE; `column` is the first one's.
+template <bool kF32>
+__device__ __forceinline__ void unpack_eight(const RopeKvWriteArgs& p, const Eight<kF32>& eight, int column,
+                                             float row_scale, float* v) {
+  if constexpr (kF32) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) eight.e[i] = Cache::from_float(v[i]);
-  *reinterpret_cast<Eight*>(to) = eight;
+    for (int i = 0; i < 2; i++) {
+      const float4 four = bits_as<float4>(eight.words[i]);
+      v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+    }
+  } else {
+    unpack_bf16(eight.words[0], v);
+  }
+  float more[8];
+  if (p.scales.columns) {
+    load_eight_constants(p.scales.columns + column, more);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= row_scale * more[i];
+  }
+  if (p.bias) {
+    load_eight_constants(p.bias + column, more);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += more[i];
+  }
 }
 
 // kLanes threads a head, of which each holds eight dims of the lower half and the eight that they rotate with.
-template <KvFormat F, int kLanes>
-__global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWriteArgs p) {
+template <KvFormat F, bool kF32, int kLanes>
+__global__ void __launch_bounds__(kThreads, 5) rope_kv_write_kernel(const RopeKvWriteArgs p) {
   using Cache = Kv<F>;
   start_dependents();
   wait_for_predecessor();
@@ -56,14 +70,17 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
   const int i = static_cast<int>(threadIdx.x % kLanes) * 8;  // first dim
   const int position = *static_cast<const volatile int32_t*>(p.positions + token);
   const int slot = *static_cast<const volatile int32_t*>(p.slots + token);
-  // No return before the shuffles.
-  const bool active = inside && i < half && position >= 0 && position < p.kv.capacity;
+  // No return before the shuffles; and what is loaded does not wait for the position.
   const float row_scale = p.scales.rows ? __ldcg(p.scales.rows + token) : 1.0f;
   float low[8] = {}, high[8] = {};
-  if (active) {
-    load_eight(p, token, h * head_dim + i, width, row_scale, low);
-    load_eight(p, token, h * head_dim + half + i, width, row_scale, high);
+  if (inside && i < half) {
+    const int column = h * head_dim + i;
+    const std::size_t at = static_cast<std::size_t>(token) * width + column;
+    const Eight<kF32> low_words = load_eight<kF32>(p.qkv, at), high_words = load_eight<kF32>(p.qkv, at + half);
+    unpack_eight<kF32>(p, low_words, column, row_scale, low);
+    unpack_eight<kF32>(p, high_words, column + half, row_scale, high);
   }
+  const bool active = inside && i < half && position >= 0 && position < p.kv.capacity;
   const bool is_value = h >= p.num_heads + num_kv;
   const bf16* gain = is_value ? nullptr : h < p.num_heads ? p.rope.q_gain : p.rope.k_gain;
   if (p.rope.q_gain || p.rope.k_gain) {
@@ -101,8 +118,8 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
   }
   if (h < p.num_heads) {
     bf16* out = p.q_out + (static_cast<std::size_t>(token) * p.num_heads + h) * head_dim + i;
-    store_eight<Kv<KvFormat::bf16>>(out, low);
-    store_eight<Kv<KvFormat::bf16>>(out + half, high);
+    store_whole(out, Kv<KvFormat::bf16>::pack(low));
+    store_whole(out + half, Kv<KvFormat::bf16>::pack(high));
     return;
   }
   const std::size_t head_size = static_cast<std::size_t>(p.kv.capacity) * head_dim;
@@ -110,11 +127,11 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_kernel(const RopeKvWri
   typename Cache::Element* to = static_cast<typename Cache::Element*>(p.kv.data) +
                                 (static_cast<std::size_t>(slot) * 2 * num_kv + (h - p.num_heads)) * head_size +
                                 static_cast<std::size_t>(position) * head_dim + i;
-  store_eight<Cache>(to, low);
-  store_eight<Cache>(to + half, high);
+  store_whole(to, Cache::pack(low));
+  store_whole(to + half, Cache::pack(high));
 }
 
-template <KvFormat F>
+template <KvFormat F, bool kF32>
 void launch_rope(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
   const int num_rows = args.num_heads + 2 * args.kv.num_kv_heads;
   const auto run = [&](auto kernel, int lanes) {
@@ -122,18 +139,24 @@ void launch_rope(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
     const unsigned count = static_cast<unsigned>(args.num_tokens) * static_cast<unsigned>(num_rows);
     launch(kernel, dim3((count + per_block - 1) / per_block), dim3(kThreads), 0, stream, pdl, args);
   };
-  if (args.kv.head_dim <= 64) return run(rope_kv_write_kernel<F, 4>, 4);
-  if (args.kv.head_dim <= 128) return run(rope_kv_write_kernel<F, 8>, 8);
-  run(rope_kv_write_kernel<F, 16>, 16);
+  if (args.kv.head_dim <= 64) return run(rope_kv_write_kernel<F, kF32, 4>, 4);
+  if (args.kv.head_dim <= 128) return run(rope_kv_write_kernel<F, kF32, 8>, 8);
+  run(rope_kv_write_kernel<F, kF32, 16>, 16);
+}
+
+template <KvFormat F>
+void launch_input(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
+  if (args.qkv_is_f32) return launch_rope<F, true>(args, stream, pdl);
+  launch_rope<F, false>(args, stream, pdl);
 }
 
 }  // namespace
 
 void rope_kv_write_async(const RopeKvWriteArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.kv.head_dim <= 256 && args.kv.head_dim % 16 == 0);
-  if (args.kv.format == KvFormat::fp8) return launch_rope<KvFormat::fp8>(args, stream, pdl);
-  if (args.kv.format == KvFormat::fp16) return launch_rope<KvFormat::fp16>(args, stream, pdl);
-  launch_rope<KvFormat::bf16>(args, stream, pdl);
+  if (args.kv.format == KvFormat::fp8) return launch_input<KvFormat::fp8>(args, stream, pdl);
+  if (args.kv.format == KvFormat::fp16) return launch_input<KvFormat::fp16>(args, stream, pdl);
+  launch_input<KvFormat::bf16>(args, stream, pdl);
 }
 
 }  // namespace edgellm::kernels

@@ -18,16 +18,23 @@ __device__ __forceinline__ uint4 swiglu_eight(const SwigluArgs& p, std::size_t t
   const uint4 gate_words = load_activation(row), up_words = load_activation(row + p.width);
   unpack_bf16(gate_words, gate);
   unpack_bf16(up_words, up);
+  if (p.scales.columns) {
+    float gate_scales[8], up_scales[8];
+    load_eight_constants(p.scales.columns + column, gate_scales);
+    load_eight_constants(p.scales.columns + p.width + column, up_scales);
+#pragma unroll
+    for (int j = 0; j < 8; j++) gate[j] *= row_scale * gate_scales[j], up[j] *= row_scale * up_scales[j];
+  }
+  if (p.bias) {
+    float gate_bias[8], up_bias[8];
+    load_eight_constants(p.bias + column, gate_bias);
+    load_eight_constants(p.bias + p.width + column, up_bias);
+#pragma unroll
+    for (int j = 0; j < 8; j++) gate[j] += gate_bias[j], up[j] += up_bias[j];
+  }
   uint32_t words[4];
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    if (p.scales.columns) {
-      gate[j] *= row_scale * __ldg(p.scales.columns + column + j);
-      up[j] *= row_scale * __ldg(p.scales.columns + p.width + column + j);
-    }
-    if (p.bias) gate[j] += p.bias[column + j], up[j] += p.bias[p.width + column + j];
-    gate[j] = gated(p.activation, gate[j], up[j]);
-  }
+  for (int j = 0; j < 8; j++) gate[j] = gated(p.activation, gate[j], up[j]);
 #pragma unroll
   for (int j = 0; j < 4; j++) words[j] = pack_bf16(gate[2 * j], gate[2 * j + 1]);
   return make_uint4(words[0], words[1], words[2], words[3]);

@@ -10,7 +10,7 @@ struct RopeKvWriteArgs {
   const void* qkv = nullptr;  // (num_tokens, (num_heads + 2 * kv_heads) * head_dim), float or bf16
   bool qkv_is_f32 = false;
   ProductScales scales;         // of qkv
-  const float* bias = nullptr;  // ((num_heads + 2 * kv_heads) * head_dim) added first, or null
+  const float* bias = nullptr;  // ((num_heads + 2 * kv_heads) * head_dim) added first, or null; 16-byte aligned
   KvLayer kv;
   RopeTables rope;
   const int32_t* slots = nullptr;      // (num_tokens)

@@ -9,7 +9,7 @@ namespace edgellm::kernels {
 struct SwigluArgs {
   const __nv_bfloat16* gate_up = nullptr;  // (num_tokens, 2 * width)
   ProductScales scales;                    // of gate_up
-  const float* bias = nullptr;             // (2 * width) added to gate_up, or null
+  const float* bias = nullptr;             // (2 * width) added to gate_up, or null; 16-byte aligned
   __nv_bfloat16* out = nullptr;            // (num_tokens, width), or null: then out_fp8
   std::uint8_t* out_fp8 = nullptr;         // (num_tokens, width) E4M3
   float* out_scales = nullptr;             // (num_tokens), of out_fp8; may be scales.rows

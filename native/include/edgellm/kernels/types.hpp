@@ -58,7 +58,7 @@ struct KvLayer {
 // for a product that needs none.
 struct ProductScales {
   const float* rows = nullptr;     // (num_tokens), of the activations
-  const float* columns = nullptr;  // (out_features), of the weight's rows
+  const float* columns = nullptr;  // (out_features), of the weight's rows; 16-byte aligned
 };
 
 // Rotary tables and the optional RMSNorm of each query and key head (Qwen3, Gemma 3).
