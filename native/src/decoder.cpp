@@ -101,6 +101,7 @@ void Decoder::finish_load() {
     }
     stream_.wait();
     inputs_used_ = 0;
+    warm_up_prompts();
     if (config_.max_verify_tokens > 0) warm_up_verify();
   });
   ready_ = true;

@@ -1,11 +1,14 @@
 // Many tokens of one sequence: matrix products of all of them, or through the decode kernels where there are few tokens
 // or where cuBLASLt is needed and not there. How a product is computed is decoder_products.cpp's.
 #include <algorithm>
+#include <span>
+#include <vector>
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
 #include "edgellm/kernels/embedding.hpp"
+#include "edgellm/kernels/lora.hpp"
 #include "edgellm/kernels/rms_norm.hpp"
 #include "edgellm/kernels/rope.hpp"
 #include "edgellm/kernels/swiglu.hpp"
@@ -26,6 +29,31 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
     prefill_chunk_async(item, chunk, row, products);
     row += chunk.num_logits;
   }
+}
+
+// CUDA loads a kernel's code, which takes memory, when it first runs; no request is to be the one that finds none left.
+// The decode kernels differ from one number of tokens to the next, the others between short and long chunks only.
+void Decoder::warm_up_prompts() {
+  const int longest = std::min(config_.max_tokens, config_.capacity);
+  const int shortest_multiplied = std::min(longest, config_.min_gemm_tokens);
+  const std::vector<std::int32_t> zeros(static_cast<std::size_t>(longest), 0);
+  const auto run = [&](int length, int adapter) {
+    if (length < 2) return;  // one token is a decode step
+    prefill_async({0, std::span(zeros).first(static_cast<std::size_t>(length)), 0, 1, adapter}, 0);
+    stream_.wait();
+    inputs_used_ = 0;
+  };
+  const int last_decoded = products_reason_.empty() ? config_.min_gemm_tokens - 1 : kernels::kMaxGemvTokens;
+  for (int length = 2; length <= std::min({longest, last_decoded, kernels::kMaxGemvTokens}); ++length) run(length, 0);
+  for (const int length : {shortest_multiplied, std::min(longest, config_.max_packed_tokens), longest}) run(length, 0);
+  for (int rows = 1; rows <= kMaxLogitRows; ++rows) {
+    record_head_async(rows, arena_.get<__nv_bfloat16>("residual_bf16"), arena_.get<float>("residual"), false, false);
+  }
+  if (config_.max_adapters > 0) {
+    kernels::load_lora_prefill();  // no adapter is loaded yet, so that this prompt has only the products of one
+    run(shortest_multiplied, 1);
+  }
+  stream_.wait();
 }
 
 void Decoder::prefill_chunk_async(const SequenceStep& item, const PromptChunk& chunk, int first_row, bool products) {

@@ -164,6 +164,10 @@ void Decoder::warm_up_verify() {
       (void)graph(key);
     }
   }
+  upload_verify_inputs_async({});  // a path of no nodes
+  cache_.keep_path_async(*arena_.get<VerifyInputs>("verify_inputs"), stream_.get());
+  stream_.wait();
+  inputs_used_ = 0;
 }
 
 std::vector<float> Decoder::time_verify(int slot, int position, int num_tokens, int num_steps) {

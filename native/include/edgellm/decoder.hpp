@@ -122,6 +122,7 @@ class Decoder final : public TokenLoop {
   bool map_args_async(const LinearView& linear, kernels::GemvArgs& args, bool pdl);
   void warm_up_verify();
   void prefill_async(const SequenceStep& item, int first_row);
+  void warm_up_prompts();
   void prefill_chunk_async(const SequenceStep& item, const PromptChunk& chunk, int first_row, bool products);
   // num_rows: so many of the last tokens go on after the keys and values, and come out as the first rows of
   // residual_bf16; or none.

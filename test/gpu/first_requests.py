@@ -1,0 +1,146 @@
+"""A process of its own whose executor gets everything that can be asked of it, each for the first time.
+
+Its arguments: a bundle's directory or a random model's shape, its weights' format, EngineConfig's settings as JSON, how many
+tokens the longest prompt has, and what to tell, as JSON. "memory": by how many bytes the GPU's free memory fell during each
+kind of request, and whether the module allocated anything. "kernels": by torch's profiler, which kernels ran that had not
+run while loading.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm_ros import native
+from edgellm_ros.benchmark.random_bundle import RandomBundle
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.core import SamplingParams
+from edgellm_ros.executors import RunSequence, SequenceStep
+from edgellm_ros.executors.cuda import CudaExecutor
+from edgellm_ros.executors.lora import LoraTensors, make_adapter
+
+RNG = np.random.default_rng(1)
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    "everything": {
+        "temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2,
+        "logit_bias": {5: 2.0}, "logprobs": 5,
+    },
+}  # fmt: skip
+
+
+def tokens(length: int) -> npt.NDArray[np.int32]:
+    return RNG.integers(5, 300, length).astype(np.int32)
+
+
+def run(executor: CudaExecutor, batch: int, params: dict[str, Any]) -> None:
+    one = SamplingParams(seed=3, **params)
+    assert executor.run is not None
+    executor.run.start([RunSequence(slot, 10, [7], tokens(10), one, 3, False) for slot in range(batch)])
+    for i in range(5):
+        if i < 4:
+            executor.run.launch()
+        if i > 0:
+            executor.run.read()
+
+
+def verify(executor: CudaExecutor) -> None:
+    for count in range(2, executor.max_tree_nodes + 1):
+        executor.step([SequenceStep(0, tokens(count), 20, count)])
+        executor.verify_tree(0, 20, tokens(count), np.array([-1] + [0] * (count - 1), np.int32))
+        executor.accept_path(0, 20, [0, count - 1])
+
+
+def move_prefixes(executor: CudaExecutor) -> None:
+    last = executor.info.num_slots - 1
+    executor.copy_prefix(0, last, 20)
+    executor.load_prefix(last, executor.save_prefix(0, 30), 30)
+
+
+def load_adapter(executor: CudaExecutor, bundle: Bundle) -> int:
+    model = bundle.manifest.model
+    width = model.num_heads * model.head_dim
+    shapes = {"q_proj": (width, model.hidden_size), "o_proj": (model.hidden_size, width)}
+    parts = tuple(
+        LoraTensors(layer, target, *(RNG.standard_normal(size, np.float32) for size in ((8, cols), (rows, 8))), 0.1)
+        for layer in range(model.num_layers)
+        for target, (rows, cols) in shapes.items()
+    )
+    return executor.load_adapter("one", make_adapter(parts)).index
+
+
+def request_everything(executor: CudaExecutor, bundle: Bundle, longest: int, max_loras: int) -> Iterator[str]:
+    """Makes requests of one kind after another, and then names what they were."""
+    slots = executor.info.num_slots
+    lengths = [*range(2, 35), 64, 127, 128, 129, 200, longest]
+    for length in lengths:
+        executor.step([SequenceStep(0, tokens(length), 0)])
+    yield "prompts"
+    for rows in range(2, 17):
+        executor.step([SequenceStep(0, tokens(60), 0, rows)])
+    yield "rows of logits"
+    for batch in range(1, slots + 1):
+        executor.step([SequenceStep(slot, tokens(1), 60) for slot in range(batch)])
+    yield "single steps"
+    executor.step([SequenceStep(slot, tokens(1 + 9 * slot), 0) for slot in range(slots)])
+    yield "steps of every length"
+    for name, params in SAMPLING.items():
+        for batch in range(1, slots + 1):
+            run(executor, batch, params)
+        yield name
+    verify(executor)
+    yield "drafts"
+    move_prefixes(executor)
+    yield "prefixes"
+    if max_loras:
+        adapter = load_adapter(executor, bundle)
+        yield "loading an adapter"
+        for length in lengths:
+            executor.step([SequenceStep(0, tokens(length), 0, 1, adapter)])
+        executor.step([SequenceStep(slot, tokens(1), 60, 1, slot % 2 * adapter) for slot in range(slots)])
+        yield "an adapter"
+
+
+def measure_memory(executor: CudaExecutor, requests: Iterator[str]) -> dict[str, Any]:
+    module = native.load()
+    allocations, free, fell = module.allocation_count(), module.device_info()["free_bytes"], {}
+    for name in requests:
+        now = module.device_info()["free_bytes"]
+        fell[name], free = free - now, now
+    return {"allocated": module.allocation_count() != allocations, "fell": fell}
+
+
+def kernels_of(profiler: Any) -> set[str]:
+    names = {event.name for event in profiler.events() if event.device_type.name == "CUDA"}
+    return {name for name in names if not name.startswith(("Memcpy", "Memset"))}
+
+
+def main(source: str, weights: str, settings: dict[str, Any], longest: int, what: str) -> None:
+    bundle = Bundle.open(source) if Path(source).is_dir() else RandomBundle(source, weights)
+    config = EngineConfig(executor="cuda", **settings)
+    if what == "memory":
+        executor = CudaExecutor(bundle, config)
+        told = measure_memory(executor, request_everything(executor, bundle, longest, config.max_loras))
+    else:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as loading:
+            executor = CudaExecutor(bundle, config)
+        with profile(activities=[ProfilerActivity.CUDA]) as running:
+            names = list(request_everything(executor, bundle, longest, config.max_loras))
+        before, now = kernels_of(loading), kernels_of(running)
+        told = {"kinds": names, "at load": len(before), "run": len(now), "new": sorted(now - before)}
+    print(json.dumps(told))
+    executor.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
