@@ -52,7 +52,7 @@ for part in "${parts[@]}"; do
     test)  # side by side, then those that look at the GPU's free memory
       pytest="$python -m pytest -q -rfE --tb=short -p no:cacheprovider ${PYTEST_ARGS:-test/native test/gpu}"
       TAIL=150 run test "${TEST_S:-400}" $pytest -m "not alone" -n "${WORKERS:-8}"
-      TAIL=60 run alone 90 $pytest -m alone
+      TAIL=60 run alone 120 $pytest -m alone
       ;;
     sanitize)  # every path once: a line for each kind of model and tool
       TAIL=200 run sanitize 590 "$python" tools/sanitize.py ${SANITIZE_ARGS:-}

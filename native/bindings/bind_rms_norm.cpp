@@ -35,7 +35,7 @@ void bind_rms_norm(py::module_& module) {
         } else {
           args.delta = input.as<const __nv_bfloat16>({tokens, hidden});
         }
-        args.bias = optional<const float>(bias, "bias", {hidden});
+        args.bias = features(bias, "bias", hidden);
         args.residual = required<float>(residual, "residual", {tokens, hidden});
         args.residual_bf16 = optional<__nv_bfloat16>(residual_bf16, "residual_bf16", {tokens, hidden});
         args.gain = optional<const __nv_bfloat16>(gain, "gain", {hidden});

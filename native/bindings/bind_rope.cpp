@@ -25,7 +25,7 @@ void rope_kv_write(const py::object& qkv, const py::object& kv, const py::object
     args.qkv = input.as<const __nv_bfloat16>({tokens, width});
   }
   args.scales = product_scales(row_scales, column_scales, tokens, width);
-  args.bias = optional<const float>(bias, "bias", {width});
+  args.bias = features(bias, "bias", width);
   args.slots = required<const std::int32_t>(slots, "slots", {tokens});
   args.positions = required<const std::int32_t>(positions, "positions", {tokens});
   args.q_out = required<__nv_bfloat16>(q_out, "q_out", {tokens, num_heads * head_dim});

@@ -19,7 +19,7 @@ void bind_swiglu(py::module_& module) {
         kernels::SwigluArgs args;
         args.gate_up = required<const __nv_bfloat16>(gate_up, "gate_up", {tokens, 2 * width});
         args.scales = product_scales(row_scales, column_scales, tokens, 2 * width);
-        args.bias = optional<const float>(bias, "bias", {2 * width});
+        args.bias = features(bias, "bias", 2 * width);
         if (to.is_bfloat()) {
           args.out = to.as<__nv_bfloat16>({tokens, width});
         } else {

@@ -73,13 +73,20 @@ struct WeightTuple {
   }
 };
 
+// A number for each feature, which kernels load 16 bytes at a time; None is null.
+inline const float* features(const pybind11::object& object, const char* name, std::int64_t width) {
+  const auto* values = optional<const float>(object, name, {width});
+  if (reinterpret_cast<std::uintptr_t>(values) % 16 != 0) DeviceArray(object, name).fail("must be 16-byte aligned");
+  return values;
+}
+
 // Both or none.
 inline kernels::ProductScales product_scales(const pybind11::object& rows, const pybind11::object& columns,
                                              std::int64_t num_tokens, std::int64_t width) {
   if (rows.is_none() != columns.is_none()) throw std::invalid_argument("row_scales and column_scales go together");
   kernels::ProductScales scales;
   scales.rows = optional<const float>(rows, "row_scales", {num_tokens});
-  scales.columns = optional<const float>(columns, "column_scales", {width});
+  scales.columns = features(columns, "column_scales", width);
   return scales;
 }
 

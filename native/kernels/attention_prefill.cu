@@ -339,6 +339,7 @@ void launch_rows(const PrefillAttentionArgs& args, const Params& p, cudaStream_t
   const int num_rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
   // Blocks start in this order: the late rows of all heads, which have the longest way, before the early ones of any.
   const dim3 grid(args.kv.num_kv_heads, ceil_div(num_rows, kWarps * kRowTiles * 16), args.num_sequences);
+  assert(grid.y <= 65535);
   launch(kernel, grid, dim3(kThreads), kBytes, stream, pdl, p);
 }
 

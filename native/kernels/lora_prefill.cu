@@ -165,10 +165,4 @@ void lora_prefill_async(const LoraPrefillArgs& args, cudaStream_t stream, bool p
          dim3(kWarps * 32), 0, stream, pdl, args);
 }
 
-void load_lora_prefill() {
-  cudaFuncAttributes attributes = {};
-  EDGELLM_CUDA_TRY(cudaFuncGetAttributes(&attributes, lora_prefill_down_kernel));
-  EDGELLM_CUDA_TRY(cudaFuncGetAttributes(&attributes, lora_prefill_up_kernel));
-}
-
 }  // namespace edgellm::kernels

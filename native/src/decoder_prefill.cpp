@@ -8,7 +8,6 @@
 #include "edgellm/decoder.hpp"
 #include "edgellm/kernels/attention_prefill.hpp"
 #include "edgellm/kernels/embedding.hpp"
-#include "edgellm/kernels/lora.hpp"
 #include "edgellm/kernels/rms_norm.hpp"
 #include "edgellm/kernels/rope.hpp"
 #include "edgellm/kernels/swiglu.hpp"
@@ -23,7 +22,8 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
   const auto length = static_cast<int>(item.token_ids.size());
   // By the whole step, so that its last chunk, however short, is computed as the others are.
   const bool is_short = length > kMaxBatch && length <= most_multiplied_nodes_;  // but no copy is needed
-  const bool products = products_reason_.empty() && (is_short || length >= config_.min_gemm_tokens);
+  const bool is_long = length >= config_.min_gemm_tokens && config_.min_gemm_tokens <= config_.max_tokens;
+  const bool products = products_reason_.empty() && (is_short || is_long);
   int row = first_row;
   for (const PromptChunk& chunk : cut_prompt(length, item.num_logits, config_.max_tokens, products)) {
     prefill_chunk_async(item, chunk, row, products);
@@ -32,27 +32,39 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
 }
 
 // CUDA loads a kernel's code, which takes memory, when it first runs; no request is to be the one that finds none left.
-// The decode kernels differ from one number of tokens to the next, the others between short and long chunks only.
+// The decode kernels differ from one number of tokens to the next, down to the one that a pass of several leaves.
+// Products have had their algorithms loaded when those were tried; what else a prompt has differs between short and
+// long ones.
 void Decoder::warm_up_prompts() {
   const int longest = std::min(config_.max_tokens, config_.capacity);
-  const int shortest_multiplied = std::min(longest, config_.min_gemm_tokens);
+  const bool multiplied = products_reason_.empty() && config_.min_gemm_tokens <= longest;
   const std::vector<std::int32_t> zeros(static_cast<std::size_t>(longest), 0);
-  const auto run = [&](int length, int adapter) {
-    if (length < 2) return;  // one token is a decode step
-    prefill_async({0, std::span(zeros).first(static_cast<std::size_t>(length)), 0, 1, adapter}, 0);
+  const auto run = [&](int length, int num_logits, int adapter) {
+    if (length < 2 || length > longest) return;  // one token is a decode step
+    prefill_async({0, std::span(zeros).first(static_cast<std::size_t>(length)), 0, num_logits, adapter}, 0);
     stream_.wait();
     inputs_used_ = 0;
   };
-  const int last_decoded = products_reason_.empty() ? config_.min_gemm_tokens - 1 : kernels::kMaxGemvTokens;
-  for (int length = 2; length <= std::min({longest, last_decoded, kernels::kMaxGemvTokens}); ++length) run(length, 0);
-  for (const int length : {shortest_multiplied, std::min(longest, config_.max_packed_tokens), longest}) run(length, 0);
+  const int last_decoded = multiplied ? config_.min_gemm_tokens - 1 : longest;
+  for (int length = 2; length <= std::min(last_decoded, kernels::kMaxGemvTokens + 1); ++length) {
+    run(length, std::min(length, kMaxLogitRows), 0);  // of the last layer so many rows
+  }
+  const int shortest = multiplied ? config_.min_gemm_tokens : 2;
+  run(shortest, 1, 0);
+  if (longest != shortest) run(longest, 1, 0);
   for (int rows = 1; rows <= kMaxLogitRows; ++rows) {
     record_head_async(rows, arena_.get<__nv_bfloat16>("residual_bf16"), arena_.get<float>("residual"), false, false);
   }
-  if (config_.max_adapters > 0) {
-    kernels::load_lora_prefill();  // no adapter is loaded yet, so that this prompt has only the products of one
-    run(shortest_multiplied, 1);
-  }
+  stream_.wait();
+  if (config_.max_adapters == 0 || config_.max_lora_rank == 0) return;
+  // Of zeros, for one product: all kernels that a prompt with an adapter has.
+  const int hidden = config_.hidden_size, width = config_.q_width();
+  const std::vector<float> numbers(static_cast<std::size_t>(std::max(hidden, width)), 0.0F);
+  const AdapterTensors one = {
+      0, "o_proj", {numbers.data(), DType::kFloat32, {1, width}}, {numbers.data(), DType::kFloat32, {hidden, 1}}, 1.0F};
+  adapters_.load(1, std::span(&one, 1), stream_.get());
+  run(shortest, 1, 1);
+  adapters_.unload(1, stream_.get());
   stream_.wait();
 }
 

@@ -1,4 +1,7 @@
-"""A process of its own whose executor gets everything that can be asked of it, each for the first time.
+"""A process of its own whose executor gets requests of many kinds, each for the first time.
+
+Prompts, steps, runs, drafts and prefixes, and all but the last with an adapter too; not asked for are logits of more than 16 of a
+prompt's tokens, for which the host takes memory.
 
 Its arguments: a bundle's directory or a random model's shape, its weights' format, EngineConfig's settings as JSON, how many
 tokens the longest prompt has, and what to tell, as JSON. "memory": by how many bytes the GPU's free memory fell during each
@@ -41,36 +44,43 @@ def tokens(length: int) -> npt.NDArray[np.int32]:
     return RNG.integers(5, 300, length).astype(np.int32)
 
 
-def run(executor: CudaExecutor, batch: int, params: dict[str, Any]) -> None:
+def run(executor: CudaExecutor, batch: int, params: dict[str, Any], adapter: int = 0) -> None:
+    masked = "logprobs" in params
     one = SamplingParams(seed=3, **params)
     assert executor.run is not None
-    executor.run.start([RunSequence(slot, 10, [7], tokens(10), one, 3, False) for slot in range(batch)])
+    executor.run.start([RunSequence(slot, 10, [7], tokens(10), one, 3, masked, adapter) for slot in range(batch)])
     for i in range(5):
         if i < 4:
+            if masked:
+                executor.run.set_mask(batch - 1, np.arange(executor.info.vocab_size) % 2 == i % 2)
             executor.run.launch()
         if i > 0:
             executor.run.read()
 
 
-def verify(executor: CudaExecutor) -> None:
+def verify(executor: CudaExecutor, adapter: int = 0) -> None:
     for count in range(2, executor.max_tree_nodes + 1):
-        executor.step([SequenceStep(0, tokens(count), 20, count)])
-        executor.verify_tree(0, 20, tokens(count), np.array([-1] + [0] * (count - 1), np.int32))
+        executor.step([SequenceStep(0, tokens(count), 20, count, adapter)])
+        executor.verify_tree(0, 20, tokens(count), np.array([-1] + [0] * (count - 1), np.int32), adapter)
         executor.accept_path(0, 20, [0, count - 1])
 
 
 def move_prefixes(executor: CudaExecutor) -> None:
-    last = executor.info.num_slots - 1
-    executor.copy_prefix(0, last, 20)
-    executor.load_prefix(last, executor.save_prefix(0, 30), 30)
+    last, length = executor.info.num_slots - 1, executor.info.capacity - 1
+    executor.copy_prefix(0, last, length)
+    executor.load_prefix(last, executor.save_prefix(0, length), length)
 
 
 def load_adapter(executor: CudaExecutor, bundle: Bundle) -> int:
     model = bundle.manifest.model
-    width = model.num_heads * model.head_dim
-    shapes = {"q_proj": (width, model.hidden_size), "o_proj": (model.hidden_size, width)}
+    hidden, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes = {
+        "q_proj": (heads, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, heads),
+        "gate_proj": (model.intermediate_size, hidden), "up_proj": (model.intermediate_size, hidden),
+        "down_proj": (hidden, model.intermediate_size),
+    }  # fmt: skip
     parts = tuple(
-        LoraTensors(layer, target, *(RNG.standard_normal(size, np.float32) for size in ((8, cols), (rows, 8))), 0.1)
+        LoraTensors(layer, target, *(RNG.standard_normal(size, np.float32) for size in ((8, cols), (rows, 8))), 0.01)
         for layer in range(model.num_layers)
         for target, (rows, cols) in shapes.items()
     )
@@ -84,8 +94,9 @@ def request_everything(executor: CudaExecutor, bundle: Bundle, longest: int, max
     for length in lengths:
         executor.step([SequenceStep(0, tokens(length), 0)])
     yield "prompts"
-    for rows in range(2, 17):
-        executor.step([SequenceStep(0, tokens(60), 0, rows)])
+    for length in (*range(3, 17), 60):
+        for rows in range(2, min(length, 17)):
+            executor.step([SequenceStep(0, tokens(length), 0, rows)])
     yield "rows of logits"
     for batch in range(1, slots + 1):
         executor.step([SequenceStep(slot, tokens(1), 60) for slot in range(batch)])
@@ -100,13 +111,20 @@ def request_everything(executor: CudaExecutor, bundle: Bundle, longest: int, max
     yield "drafts"
     move_prefixes(executor)
     yield "prefixes"
-    if max_loras:
-        adapter = load_adapter(executor, bundle)
-        yield "loading an adapter"
-        for length in lengths:
-            executor.step([SequenceStep(0, tokens(length), 0, 1, adapter)])
-        executor.step([SequenceStep(slot, tokens(1), 60, 1, slot % 2 * adapter) for slot in range(slots)])
-        yield "an adapter"
+    if not max_loras:
+        return
+    adapter = load_adapter(executor, bundle)
+    yield "loading an adapter"
+    for length in lengths:
+        executor.step([SequenceStep(0, tokens(length), 0, 1, adapter)])
+    executor.step([SequenceStep(slot, tokens(1), 60, 1, slot % 2 * adapter) for slot in range(slots)])
+    for params in SAMPLING.values():
+        run(executor, slots, params, adapter)
+    verify(executor, adapter)
+    yield "an adapter"
+    executor.unload_adapter("one")
+    run(executor, slots, SAMPLING["greedy"])
+    yield "no adapter again"
 
 
 def measure_memory(executor: CudaExecutor, requests: Iterator[str]) -> dict[str, Any]:

@@ -64,3 +64,12 @@ def test_rows_of_zeros_have_a_scale_and_stay_zeros() -> None:
     out, scales = poisoned(3, 32, dtype=torch.uint8), torch.full((3,), float("nan"), device="cuda")
     K.swiglu(zeros, out, stream=stream(), out_scales=scales)
     assert bool((fp8_values(out, scales) == 0).all())
+
+
+@pytest.mark.parametrize("name", ["bias", "column_scales"])
+def test_features_that_are_not_aligned_are_refused(name: str) -> None:
+    gate_up, out = random_bf16(3, 16), poisoned(3, 8, dtype=torch.bfloat16)
+    features = torch.randn(17, device="cuda")[1:]
+    more = {"row_scales": torch.ones(3, device="cuda")} if name == "column_scales" else {}
+    with pytest.raises(ValueError, match=f"{name} must be 16-byte aligned"):
+        K.swiglu(gate_up, out, stream=stream(), **{name: features}, **more)

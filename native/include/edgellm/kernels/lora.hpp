@@ -68,7 +68,5 @@ struct LoraPrefillArgs {
 
 // A token's result does not depend on how many there are.
 void lora_prefill_async(const LoraPrefillArgs& args, cudaStream_t stream, bool pdl);
-// Has CUDA load its code, which takes memory and would be done by the first call.
-void load_lora_prefill();
 
 }  // namespace edgellm::kernels

@@ -14,7 +14,7 @@ struct RopeKvWriteArgs {
   KvLayer kv;
   RopeTables rope;
   const int32_t* slots = nullptr;      // (num_tokens)
-  const int32_t* positions = nullptr;  // (num_tokens); a negative one marks a row to skip
+  const int32_t* positions = nullptr;  // (num_tokens); a negative one: the row is read, and not written
   __nv_bfloat16* q_out = nullptr;      // (num_tokens, num_heads * head_dim)
   int num_tokens = 0;
   int num_heads = 0;
