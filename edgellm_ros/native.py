@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_ros import __version__
-from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.errors import DeviceError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
+GPU_FAILS = "the GPU fails"  # begins a reason that is an error of the device, not something that is missing
+SICK_REMEDY = "nvidia-smi shows what holds its memory, dmesg what its driver says"
 _BUILD = "make native, or pip install or colcon build again, on this machine"
 _TEGRA = {(7, 2), (8, 7), (10, 1), (11, 0)}  # run only code that was compiled for exactly them (or PTX)
 
@@ -50,14 +52,17 @@ def import_module() -> tuple[Any, str]:
 
 
 def unavailable_reason() -> str:
-    """Why the native module cannot be used here, with the remedy; empty when it can."""
+    """Why the native module cannot be used here, with the remedy; empty when it can. Begins with GPU_FAILS if so."""
     module, reason = import_module()
     if module is None:
         return reason
     count, reason = module.count_devices()
     if not count:
         return f"no NVIDIA GPU: {reason}"
-    info: dict[str, Any] = module.device_info()
+    try:
+        info: dict[str, Any] = module.device_info()
+    except DeviceError as error:
+        return f"{GPU_FAILS}: {error}; {SICK_REMEDY}"
     reason = capability_reason(module, info["compute_capability"])
     return f"{info['name']} {reason}" if reason else ""
 
@@ -94,10 +99,10 @@ def runs_on(architectures: Sequence[str], ptx: str, capability: tuple[int, int])
 
 
 def load() -> Any:
-    """The module, ready to compute. Raises UnsupportedError with the reason and the remedy."""
+    """The module, ready to compute. Raises UnsupportedError, or DeviceError for a GPU that fails, with the reason."""
     reason = unavailable_reason()
     if reason:
-        raise UnsupportedError(reason)
+        raise (DeviceError if reason.startswith(GPU_FAILS) else UnsupportedError)(reason)
     module, _ = import_module()
     _preload_cublaslt(module.CUDA_MAJOR)
     if module.FAST_COMPILE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
@@ -34,8 +35,13 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
 
             executor = CudaExecutor(bundle, config)
         elif config.executor == "cuda":
-            raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
+            failed = reason.startswith(native.GPU_FAILS)
+            raise (DeviceError if failed else UnsupportedError)(
+                f"executor is 'cuda': {reason}; use onnxruntime or auto"
+            )
         else:
+            if reason.startswith(native.GPU_FAILS):
+                _log.warning("there is a GPU, and the CPU is used: %s", reason)
             reasons.append(f"cuda: {reason}")
     if executor is None:
         from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
@@ -77,8 +83,6 @@ def _tensorrt(bundle: Bundle, config: EngineConfig) -> tuple[Executor | None, st
 
 def _cuda_reason(bundle: Bundle) -> str:
     """Why the CUDA executor cannot run `bundle` here; empty when it can."""
-    from edgellm_ros import native
-
     reason = native.unavailable_reason()
     if reason:
         return reason

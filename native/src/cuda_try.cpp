@@ -1,5 +1,6 @@
 #include "edgellm/cuda_try.hpp"
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 
@@ -41,6 +42,9 @@ void throw_cuda_error(cudaError_t code, const char* call, const char* file, int 
 void warn_cuda_error(cudaError_t code, const char* call, const char* file, int line) noexcept {
   (void)cudaGetLastError();
   if (code == cudaErrorCudartUnloading) return;  // the process ends, and with it everything that was to be freed
+  // From now on every call fails with it: hundreds of events and graphs would bury the first error's message.
+  static std::atomic<bool> told = false;
+  if (ends_the_context(code) && told.exchange(true)) return;
   try {
     std::fprintf(stderr, "edgellm: %s\n", describe(code, call, file, line).c_str());
   } catch (...) {  // out of memory for the message: the code alone must do

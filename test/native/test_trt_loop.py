@@ -65,3 +65,6 @@ def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path
         assert wrong == "0" and int(compared) > 3000
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128
     assert "rows outlive their buffer: 1; refused after an error: 5 of 5\n" in done.stdout
+    # Of the hundreds of events, graphs and buffers that cannot be freed then, one line.
+    (told,) = re.findall(r"^edgellm: .*", done.stderr, re.MULTILINE)
+    assert "failed: stand-in (an error of the stand-in)" in told

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 
 import edgellm_ros
 from edgellm_ros import native
+from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
-from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import DeviceError, UnsupportedError
+from edgellm_ros.executors import create_executor
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +79,28 @@ def test_a_gpu_that_is_too_old_is_told_so_even_when_ptx_would_load(monkeypatch: 
     native.import_module.cache_clear()
     fake_module(monkeypatch, ("80",), "", (8, 9))
     assert native.unavailable_reason() == ""
+
+
+def test_a_gpu_that_fails_is_named_and_auto_goes_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Callable[[str], Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise DeviceError("cudaMemGetInfo failed: cudaErrorMemoryAllocation (out of memory)")
+
+    fake_module(monkeypatch, ("80",), "", (8, 9))
+    module: Any = sys.modules["edgellm_ros._native"]
+    module.device_info, module.TENSORRT_HEADERS = fail, False
+    module.find_tensorrt = lambda path: ("", (0, 0, 0), "libnvinfer.so.10 was not found")
+    said = "the GPU fails: cudaMemGetInfo failed: cudaErrorMemoryAllocation"
+    with pytest.raises(DeviceError, match=f"{said}.*nvidia-smi"):
+        native.load()
+    with pytest.raises(DeviceError, match=f"executor is 'cuda': {said}.*; use onnxruntime or auto"):
+        create_executor(tiny_bundle("llama"), EngineConfig(executor="cuda"))
+    with caplog.at_level(logging.WARNING):
+        executor = create_executor(tiny_bundle("llama"), EngineConfig(max_slots=1))
+    assert executor.info.name == "onnxruntime"
+    assert f"there is a GPU, and the CPU is used: {said}" in caplog.text
+    executor.close()
 
 
 def test_a_module_of_another_python_is_told_apart_from_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ bool is_capturing() { return captured != nullptr; }
 
 void fail_from_now_on() { fails = true; }
 
+// After an error that ends the context every call fails with it, those that free something too.
+cudaError_t state() { return fails ? cudaErrorLaunchFailure : cudaSuccess; }
+
 void require(bool condition, const char* message) {
   if (condition) return;
   std::printf("wrong use: %s\n", message);
@@ -62,7 +65,7 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
 }
 cudaError_t cudaFree(void* data) {
   std::free(data);
-  return cudaSuccess;
+  return stand_in::state();
 }
 cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMemcpyKind, cudaStream_t) {
@@ -89,7 +92,7 @@ cudaError_t cudaMemcpy3DAsync(const cudaMemcpy3DParms* given, cudaStream_t) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
   stand_in::require(!stand_in::is_capturing(), "the host waits for a stream that captures");
-  return stand_in::fails ? cudaErrorLaunchFailure : cudaSuccess;
+  return stand_in::state();
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -143,11 +146,11 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
-  return cudaSuccess;
+  return stand_in::state();
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   delete executable;
-  return cudaSuccess;
+  return stand_in::state();
 }
 
 }  // extern "C"
