@@ -23,7 +23,12 @@ class EngineConfig:
         "of these that can run here.",
         choices=("auto", "onnxruntime", "cuda", "tensorrt"),
     )
-    max_slots: int = setting(4, "Sequences that decode together.", minimum=1, maximum=64)
+    max_slots: int = setting(
+        4,
+        "Sequences that decode together; on a GPU eight at a time, and more take turns.",
+        minimum=1,
+        maximum=64,
+    )
     max_context: int = setting(
         0,
         "Tokens a slot can hold, prompt and answer together; 0 is the bundle's own limit, at most 4096.",

@@ -106,6 +106,12 @@ class CudaExecutor(NativeExecutor):
         vocab_map = bundle.vocab_map()
         info: dict[str, Any] = module.device_info()
         settings, plan = plan_here(bundle, config, module, info)
+        if config.max_slots > module.MAX_BATCH:
+            _log.warning(
+                "max_slots is %d: %d sequences decode in one step, more take turns, and the host waits for each turn",
+                config.max_slots,
+                module.MAX_BATCH,
+            )
         planned = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in plan.items())
         free = free_device_memory(info)
         _log.info("GPU memory planned: %s; %.0f MB are free", planned, free / 1e6)

@@ -22,8 +22,9 @@ class Taken(Exception):
 
 
 def open_with(
-    monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int, lacks: str = "", **others: Any
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, free: int, integrated: bool, available: int, lacks: str = "", max_slots: int = 4,
+    **others: Any,
+) -> None:  # fmt: skip
     """others: what the module has in place of what takes memory, or decides."""
 
     def take(settings: Any) -> None:
@@ -38,7 +39,7 @@ def open_with(
 
     module = SimpleNamespace(
         device_info=lambda: {"free_bytes": free, "integrated": integrated, "l2_bytes": 4 << 20, "bus_bits": 128},
-        CUDA_MAJOR=13, plan_memory=plan, **{"Decoder": take, "decide": decide} | others,
+        CUDA_MAJOR=13, MAX_BATCH=8, plan_memory=plan, **{"Decoder": take, "decide": decide} | others,
     )  # fmt: skip
     settings = SimpleNamespace(
         num_slots=4, capacity=4096, kv_bytes_per_token=24_576, max_tokens=512, max_adapters=0,
@@ -51,7 +52,7 @@ def open_with(
     monkeypatch.setattr(cuda.native, "products_reason", lambda module: lacks)
     monkeypatch.setattr(cuda, "widenings", lambda *arguments: [])
     monkeypatch.setattr(memory, "available_memory", lambda: available)
-    cuda.CudaExecutor(bundle, EngineConfig())
+    cuda.CudaExecutor(bundle, EngineConfig(max_slots=max_slots))
 
 
 @pytest.mark.parametrize(
@@ -142,3 +143,12 @@ def test_files_that_a_container_holds_in_memory_are_not_taken_from_its_limit(
     assert memory.available_memory() == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_memory() > 100_000_000
+
+
+@pytest.mark.parametrize(("max_slots", "told"), [(8, False), (9, True)])
+def test_more_slots_than_decode_in_one_step_are_warned_of(
+    max_slots: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Taken):
+        open_with(monkeypatch, 9_000_000_000, False, 0, max_slots=max_slots)
+    assert ("max_slots is 9: 8 sequences decode in one step, more take turns" in caplog.text) is told
