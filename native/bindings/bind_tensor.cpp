@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -69,9 +70,15 @@ void bind_tensor(py::module_& module) {
           py::arg("shape"), "Another shape over the same memory, in place; never allocates.")
       .def("to_numpy", &to_numpy, "A copy in host memory; bfloat16 as its bits in uint16, float8 in uint8. Waits.")
       .def("copy_from", &copy_from, py::arg("array"), "Fill from a NumPy array of the same dtype and size. Waits.")
-      .def_static("view", &tensor_view, py::arg("array"), py::arg("stream") = 1,
-                  "A view of another library's dense, writable device array, which it keeps alive. `stream` waits for "
-                  "the work that the array's library has put on its own; 1 is the legacy default stream.")
+      .def_static(
+          "view",
+          [](const py::object& array, std::optional<std::intptr_t> stream) {
+            return tensor_view(array, stream.value_or(1));
+          },
+          py::arg("array"), py::arg("stream") = 1,
+          "A view of another library's dense, writable device array, which it keeps alive. `stream` waits for "
+          "the work that the array's library has put on its own; 1 and None are the legacy default stream, 2 the "
+          "per-thread default one, more is a stream's address. With -1 nothing waits: the caller orders the work.")
       .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),

@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -11,6 +13,17 @@
 #include "dlpack.hpp"
 
 namespace edgellm::dlpack {
+
+// Row-major without gaps: the last axis' stride is `unit`. Nobody follows the strides of an empty array, and libraries
+// differ in what they write there.
+inline bool is_dense(std::span<const std::int64_t> shape, const std::int64_t* strides, std::int64_t unit) {
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return true;
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    if (shape[i] > 1 && strides[i] != unit) return false;
+    unit *= shape[i];
+  }
+  return true;
+}
 
 class Imported {
  public:
@@ -68,12 +81,8 @@ class Imported {
   void check_dense(const std::string& name) const {
     const DLTensor& view = tensor();
     if (view.dtype.lanes != 1) throw std::invalid_argument(name + " has a vector type");
-    std::int64_t dense = 1;
-    for (int i = view.ndim - 1; i >= 0; --i) {
-      if (view.strides != nullptr && view.shape[i] > 1 && view.strides[i] != dense) {
-        throw std::invalid_argument(name + " is not contiguous");
-      }
-      dense *= view.shape[i];
+    if (view.strides != nullptr && !is_dense({view.shape, static_cast<std::size_t>(view.ndim)}, view.strides, 1)) {
+      throw std::invalid_argument(name + " is not contiguous");
     }
   }
 

@@ -31,6 +31,11 @@ constexpr std::array<dlpack::DLDataType, 8> kDlpackTypes{{{dlpack::kFloat, 32, 1
                                                           {dlpack::kInt, 64, 1},
                                                           {dlpack::kFloat8E4M3Fn, 8, 1}}};
 
+// Both protocols number streams alike.
+constexpr std::intptr_t kNoSynchronisation = -1;
+constexpr const char* kAmbiguousStream =
+    "stream 0 is ambiguous; 1 is the legacy default stream, 2 the per-thread default one";
+
 DType from_dlpack_type(const dlpack::DLDataType& type) {
   for (std::size_t i = 0; i < kDlpackTypes.size(); ++i) {
     if (kDlpackTypes[i].code == type.code && kDlpackTypes[i].bits == type.bits) return static_cast<DType>(i);
@@ -129,26 +134,65 @@ py::object view_of_dlpack(const py::object& array, std::intptr_t stream) {
   return borrow(data, dtype, dims, owner);
 }
 
-py::object view_of_interface(const py::object& array, std::uintptr_t stream) {
-  const auto interface = array.attr("__cuda_array_interface__").cast<py::dict>();
-  const auto shape = interface["shape"].cast<std::vector<std::int64_t>>();
-  const py::dtype type(interface["typestr"].cast<std::string>());
-  const auto [address, read_only] = interface["data"].cast<std::pair<std::uintptr_t, bool>>();
-  if (read_only) throw std::invalid_argument("the array is read-only; copy it first");
+// A field of __cuda_array_interface__. Throws std::invalid_argument with its name and what is allowed.
+template <typename T>
+T field_of(const py::dict& interface, const char* name, const std::string& allowed) {
+  const std::string where = std::string("the array's __cuda_array_interface__ has ");
+  if (!interface.contains(name)) throw std::invalid_argument(where + "no " + name + "; it must be " + allowed);
+  const py::object value = interface[name];
+  try {
+    return value.cast<T>();
+  } catch (const py::cast_error&) {
+    throw std::invalid_argument(where + name + " " + std::string(py::repr(value)) + "; it must be " + allowed);
+  }
+}
+
+bool has_field(const py::dict& interface, const char* name) {
+  return interface.contains(name) && !interface[name].is_none();
+}
+
+DType from_typestr(const std::string& typestr) {
+  const py::dtype type(typestr);
   const DType dtype = dtype_from_name(py::str(type.attr("name")));
-  if (interface.contains("strides") && !interface["strides"].is_none()) {
-    auto expected = static_cast<std::int64_t>(size_of(dtype));
-    const auto strides = interface["strides"].cast<std::vector<std::int64_t>>();  // in bytes
-    for (std::size_t i = shape.size(); i-- > 0;) {
-      if (shape[i] > 1 && strides.at(i) != expected) throw std::invalid_argument("the array is not contiguous");
-      expected *= shape[i];
+  if (!type.attr("isnative").cast<bool>()) {
+    throw std::invalid_argument("the array's typestr is " + typestr + "; allowed is this machine's byte order, " +
+                                std::string(py::str(numpy_dtype(dtype).attr("str"))));
+  }
+  return dtype;
+}
+
+py::object view_of_interface(const py::object& array, std::intptr_t stream) {
+  const auto interface = array.attr("__cuda_array_interface__").cast<py::dict>();
+  const auto shape = field_of<std::vector<std::int64_t>>(interface, "shape", "a tuple of integers");
+  const DType dtype = from_typestr(field_of<std::string>(interface, "typestr", "a string of NumPy's, as <f4"));
+  const auto [address, read_only] =
+      field_of<std::pair<std::uintptr_t, bool>>(interface, "data", "(address, whether it is read-only)");
+  if (read_only) throw std::invalid_argument("the array is read-only; copy it first");
+  if (has_field(interface, "mask")) {
+    const py::object mask = interface["mask"];  // named by its type: to print a device array is to wait for it
+    throw std::invalid_argument("the array's mask is a " + std::string(Py_TYPE(mask.ptr())->tp_name) +
+                                "; allowed is None, since a Tensor would show what is masked");
+  }
+  if (has_field(interface, "strides")) {
+    const auto strides = field_of<std::vector<std::int64_t>>(interface, "strides", "None or a tuple of integers");
+    if (strides.size() != shape.size()) {
+      throw std::invalid_argument("the array's strides are " + std::string(py::repr(interface["strides"])) +
+                                  " for shape " + std::string(py::repr(interface["shape"])) +
+                                  "; allowed are None or one for each dimension");
+    }
+    if (!dlpack::is_dense(shape, strides.data(), static_cast<std::int64_t>(size_of(dtype)))) {  // in bytes
+      throw std::invalid_argument("the array is not contiguous");
     }
   }
   // The producer's stream (1: legacy default, 2: per-thread default) has work on the array; None says that it has not.
-  if (interface.contains("stream") && !interface["stream"].is_none()) {
-    Event done;
-    done.record(reinterpret_cast<cudaStream_t>(interface["stream"].cast<std::uintptr_t>()));
-    EDGELLM_CUDA_TRY(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), done.get(), 0));
+  if (has_field(interface, "stream")) {
+    const auto producer = field_of<std::uintptr_t>(interface, "stream", "None, 1, 2 or a stream's address");
+    if (producer == 0) throw std::invalid_argument("the array's " + std::string(kAmbiguousStream));
+    if (stream != kNoSynchronisation) {
+      Event done;
+      done.record(reinterpret_cast<cudaStream_t>(producer));
+      EDGELLM_CUDA_TRY(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), done.get(), 0));
+    }
   }
   return borrow(reinterpret_cast<void*>(address), dtype, shape, array);
 }
@@ -171,7 +215,7 @@ py::capsule to_dlpack(const py::object& self, const py::object& stream, const py
                       const py::object& dl_device, const py::object& copy) {
   const auto& tensor = self.cast<const Tensor&>();
   if (!stream.is_none() && stream.cast<std::intptr_t>() == 0) {
-    throw std::invalid_argument("stream 0 is ambiguous; 1 is the legacy default stream, 2 the per-thread one");
+    throw std::invalid_argument(kAmbiguousStream);
   }
   if (!copy.is_none() && copy.cast<bool>()) refuse_buffer("a Tensor is exported without a copy; copy what you get");
   if (!dl_device.is_none() && !dl_device.equal(dlpack_device(tensor))) {
@@ -216,8 +260,13 @@ py::dict cuda_array_interface(const Tensor& tensor) {
   return interface;
 }
 
-py::object tensor_view(const py::object& array, std::uintptr_t stream) {
-  if (py::hasattr(array, "__dlpack__")) return view_of_dlpack(array, static_cast<std::intptr_t>(stream));
+py::object tensor_view(const py::object& array, std::intptr_t stream) {
+  if (stream == 0) throw std::invalid_argument(kAmbiguousStream);
+  if (stream < kNoSynchronisation) {
+    throw std::invalid_argument("stream is " + std::to_string(stream) +
+                                "; allowed are None, -1 (no synchronisation), 1, 2 and a stream's address");
+  }
+  if (py::hasattr(array, "__dlpack__")) return view_of_dlpack(array, stream);
   if (py::hasattr(array, "__cuda_array_interface__")) return view_of_interface(array, stream);
   throw py::type_error("the array has neither __dlpack__ nor __cuda_array_interface__");
 }

@@ -25,7 +25,8 @@ pybind11::tuple dlpack_device(const Tensor& tensor);
 pybind11::dict cuda_array_interface(const Tensor& tensor);
 
 // A borrowing Python Tensor over another library's dense device array, which it keeps alive. `stream` waits for the
-// work that the producer has put on its own; 1 is the legacy default stream.
-pybind11::object tensor_view(const pybind11::object& array, std::uintptr_t stream);
+// work that the producer has put on its own: 1 is the legacy default stream, 2 the per-thread one, with -1 nothing
+// waits.
+pybind11::object tensor_view(const pybind11::object& array, std::intptr_t stream);
 
 }  // namespace edgellm

@@ -107,10 +107,30 @@ def test_a_dense_array_is_viewed_where_it_is_and_released_once(
     assert producer.releases == 1
 
 
-def test_the_legacy_default_stream_waits_unless_another_is_named() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [({}, 1), ({"stream": None}, 1), ({"stream": 1}, 1), ({"stream": 2}, 2), ({"stream": 1 << 46}, 1 << 46), ({"stream": -1}, -1)],
+)
+def test_the_legacy_default_stream_waits_unless_another_or_none_is_named(arguments: dict[str, Any], asked: int) -> None:
     producer = Producer()
-    NATIVE.Tensor.view(producer)
-    assert producer.streams == [1]
+    NATIVE.Tensor.view(producer, **arguments)
+    assert producer.streams == [asked]
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (0, "stream 0 is ambiguous; 1 is the legacy default stream, 2 the per-thread default one"),
+        (-2, "stream is -2; allowed are None, -1 .no synchronisation., 1, 2 and a stream's address"),
+    ],
+)
+def test_a_stream_that_the_protocol_does_not_have_is_refused_before_the_producer_is_asked(stream: int, message: str) -> None:
+    producer = Producer()
+    with pytest.raises(ValueError, match=message):
+        NATIVE.Tensor.view(producer, stream=stream)
+    assert producer.streams == []
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        NATIVE.Tensor.view(producer, stream="1")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +161,23 @@ def test_a_later_major_version_is_refused_untouched() -> None:
 
 def test_a_stride_of_a_dimension_of_one_means_nothing() -> None:
     assert NATIVE.Tensor.view(Producer(shape=(1, 5), strides=(77, 1))).shape == (1, 5)
-    assert NATIVE.Tensor.view(Producer(shape=(0, 5), strides=(5, 1))).num_bytes == 0
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    # first what a Tensor's own export says, then products of the extents, then other orders
+    [((2, 0, 3), (3, 3, 1)), ((2, 0, 3), (0, 3, 1)), ((0, 5), (5, 1)), ((3, 0), (1, 1)), ((3, 0), (1, 3)), ((0,), (7,))],
+)
+def test_the_strides_of_an_empty_array_mean_nothing(
+    shape: tuple[int, ...], strides: tuple[int, ...], versioned: bool
+) -> None:
+    producer = Producer(shape=shape, strides=strides, versioned=versioned)
+    view = NATIVE.Tensor.view(producer)
+    assert (view.shape, view.num_bytes) == (shape, 0)
+    del view
+    gc.collect()
+    assert producer.releases == 1
 
 
 def test_a_producers_own_error_passes_through() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -105,6 +106,9 @@ def test_a_view_of_a_torch_tensor_is_its_memory_and_keeps_it(dtype: str) -> None
     assert torch.cuda.memory_allocated() < before
 
 
+GOOD = {"shape": (3, 5), "typestr": "<f4", "data": (4096, False), "strides": None, "stream": None}
+
+
 class OnlyInterface:
     """An array of a library that has __cuda_array_interface__ and no DLPack."""
 
@@ -113,8 +117,11 @@ class OnlyInterface:
 
 
 @needs_gpu
+@pytest.mark.parametrize("arguments", [{}, {"stream": None}, {"stream": 1}, {"stream": -1}])
 @pytest.mark.parametrize("protocol", ["dlpack", "interface"])
-def test_a_view_waits_for_what_the_arrays_library_still_computes(protocol: str) -> None:
+def test_a_view_waits_for_what_the_arrays_library_still_computes_unless_told_not_to(
+    protocol: str, arguments: dict[str, Any]
+) -> None:
     torch = pytest.importorskip("torch")
     array = torch.zeros(989, device="cuda")
     torch.cuda.synchronize()
@@ -126,8 +133,21 @@ def test_a_view_waits_for_what_the_arrays_library_still_computes(protocol: str) 
         if protocol == "interface":
             interface = dict(array.__cuda_array_interface__, stream=side.cuda_stream)
             producer = OnlyInterface(**interface)
-        view = NATIVE.Tensor.view(producer)
+        view = NATIVE.Tensor.view(producer, **arguments)
+    assert np.all(view.to_numpy() == (0 if arguments.get("stream") == -1 else 7))
+    torch.cuda.synchronize()
     assert np.all(view.to_numpy() == 7)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5), (0,), (3, 0)])
+def test_an_empty_tensor_comes_back_as_it_went(shape: tuple[int, ...]) -> None:
+    tensor = NATIVE.Tensor("float32", shape)
+    interface = OnlyInterface(**tensor.__cuda_array_interface__)
+    for view in (NATIVE.Tensor.view(tensor), NATIVE.Tensor.view(interface)):
+        assert (view.data, view.dtype, view.shape) == (tensor.data, "float32", shape)
+        assert NATIVE.Tensor.view(view).shape == shape
+        assert view.to_numpy().shape == shape
 
 
 @needs_gpu
@@ -165,16 +185,90 @@ def test_numpy_shares_pinned_memory() -> None:
 
 
 def test_an_interface_is_viewed_only_when_dense_and_writable() -> None:
-    good = {"shape": (3, 5), "typestr": "<f4", "data": (4096, False), "strides": None, "stream": None}
-    view = NATIVE.Tensor.view(OnlyInterface(**good))
+    view = NATIVE.Tensor.view(OnlyInterface(**GOOD))
     assert (view.data, view.dtype, view.shape, view.owns) == (4096, "float32", (3, 5), False)
-    assert NATIVE.Tensor.view(OnlyInterface(**{**good, "strides": (20, 4)})).num_bytes == 60
+    assert NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "strides": (20, 4)})).num_bytes == 60
     with pytest.raises(ValueError, match="not contiguous"):
-        NATIVE.Tensor.view(OnlyInterface(**{**good, "strides": (40, 4)}))
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "strides": (40, 4)}))
     with pytest.raises(ValueError, match="read-only; copy it first"):
-        NATIVE.Tensor.view(OnlyInterface(**{**good, "data": (4096, True)}))
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "data": (4096, True)}))
     with pytest.raises(ValueError, match="dtype is float64; allowed are"):
-        NATIVE.Tensor.view(OnlyInterface(**{**good, "typestr": "<f8"}))
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "typestr": "<f8"}))
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((2, 0, 3), (12, 12, 4)), ((2, 0, 3), (0, 12, 4)), ((3, 0), (4, 4)), ((0,), (28,))])
+def test_the_strides_of_an_empty_interface_mean_nothing(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    view = NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "shape": shape, "strides": strides, "data": (0, False)}))
+    assert (view.shape, view.num_bytes) == (shape, 0)
+
+
+def test_a_byte_order_counts_only_where_there_are_several_bytes() -> None:
+    native_order, other = ("<", ">") if sys.byteorder == "little" else (">", "<")
+    for code, dtype in (("f4", "float32"), ("f2", "float16"), ("i4", "int32"), ("i8", "int64")):
+        assert NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "typestr": native_order + code})).dtype == dtype
+        message = rf"typestr is {other}{code}; allowed is this machine's byte order, {native_order}{code}"
+        with pytest.raises(ValueError, match=message):
+            NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "typestr": other + code}))
+    for order in "|<>":
+        assert NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "typestr": f"{order}i1"})).dtype == "int8"
+        assert NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "typestr": f"{order}u1"})).dtype == "uint8"
+
+
+def test_a_mask_is_refused_and_none_is_no_mask() -> None:
+    assert NATIVE.Tensor.view(OnlyInterface(**GOOD, mask=None)).shape == (3, 5)
+    mask = OnlyInterface(**{**GOOD, "typestr": "|u1"})
+    with pytest.raises(ValueError, match=r"mask is a .*OnlyInterface; allowed is None"):
+        NATIVE.Tensor.view(OnlyInterface(**GOOD, mask=mask))
+
+
+@pytest.mark.parametrize("strides", [(), (4,), (60, 20, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5)])
+def test_strides_must_be_as_many_as_the_dimensions(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    message = re.escape(f"strides are {strides} for shape {shape}; allowed are None or one for each dimension")
+    with pytest.raises(ValueError, match=message):
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "shape": shape, "strides": strides}))
+
+
+@pytest.mark.parametrize("name", ["shape", "typestr", "data"])
+def test_a_field_that_every_interface_has_is_missed_by_name(name: str) -> None:
+    fields = {key: value for key, value in GOOD.items() if key != name}
+    with pytest.raises(ValueError, match=f"__cuda_array_interface__ has no {name}; it must be "):
+        NATIVE.Tensor.view(OnlyInterface(**fields))
+
+
+def test_strides_and_stream_may_be_missing() -> None:
+    fields = {name: GOOD[name] for name in ("shape", "typestr", "data")}
+    assert NATIVE.Tensor.view(OnlyInterface(**fields)).shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shape", 15), ("shape", (3.0, 5)), ("typestr", None), ("data", 4096), ("data", None), ("strides", 4), ("stream", "1"), ("stream", -1)],
+)
+def test_a_field_of_another_type_is_refused_with_its_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"__cuda_array_interface__ has {name} {re.escape(repr(value))}; it must be "):
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, name: value}))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"stream": None}, {"stream": -1}])
+def test_an_arrays_stream_0_is_refused_even_by_who_does_not_wait(arguments: dict[str, Any]) -> None:
+    message = "the array's stream 0 is ambiguous; 1 is the legacy default stream, 2 the per-thread default one"
+    with pytest.raises(ValueError, match=message):
+        NATIVE.Tensor.view(OnlyInterface(**{**GOOD, "stream": 0}), **arguments)
+
+
+def test_streams_of_a_view_of_an_interface_are_the_protocols() -> None:
+    for stream in (None, -1, 1, 2, 1 << 46):  # the array says that nothing is to be waited for
+        assert NATIVE.Tensor.view(OnlyInterface(**GOOD), stream=stream).shape == (3, 5)
+    with pytest.raises(ValueError, match="stream 0 is ambiguous"):
+        NATIVE.Tensor.view(OnlyInterface(**GOOD), stream=0)
+    with pytest.raises(ValueError, match="stream is -2; allowed are None, -1"):
+        NATIVE.Tensor.view(OnlyInterface(**GOOD), stream=-2)
+
+
+def test_minus_one_never_touches_the_arrays_stream() -> None:
+    nowhere = OnlyInterface(**{**GOOD, "stream": 1 << 46})  # an event on it would fail, or worse
+    assert NATIVE.Tensor.view(nowhere, stream=-1).shape == (3, 5)
 
 
 def test_what_is_no_device_array_is_refused_by_name() -> None:
