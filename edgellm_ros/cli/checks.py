@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from edgellm_ros.cli.check import Check, State, read_text
 from edgellm_ros.cli.engine_checks import check_engines, check_tensorrt
-from edgellm_ros.cli.gpu_checks import check_gpus, plan_on_gpu
+from edgellm_ros.cli.gpu_checks import check_gpus, kernels_reason, plan_on_gpu
 from edgellm_ros.cli.inspect import human_bytes
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import BundleError
@@ -144,7 +144,7 @@ def _memory_available() -> int:
 def check_bundle(path: Path, available: int, config: EngineConfig | None = None) -> Iterator[Check]:
     """Whether a bundle opens with every file as exported, and fits with the engine's defaults.
 
-    `available` bytes where the CPU will run it; what is free on the GPU where its kernels will.
+    `available` bytes where the CPU will run it; what is free on the GPU where its kernels, or an engine, will.
     """
     from edgellm_ros.bundle import Bundle
 
@@ -156,11 +156,27 @@ def check_bundle(path: Path, available: int, config: EngineConfig | None = None)
     manifest = bundle.manifest
     yield Check("bundle", "files", State.OK, f"{manifest.model.name}: {len(manifest.files)} files as exported")
     config = config or EngineConfig()
-    yield _check_memory(bundle, available, config)
-    yield check_engines(bundle, config)
+    engine, engine_memory = check_engines(bundle, config)
+    reason = kernels_reason(bundle)
+    if reason:
+        yield _check_kernels(reason, config, engine_memory is not None)
+    gpu = plan_on_gpu(bundle, config) if not reason else engine_memory
+    yield _check_memory(bundle, available, config, gpu, bool(reason))
+    yield engine
 
 
-def _check_memory(bundle: Bundle, available: int, config: EngineConfig) -> Check:
+def _check_kernels(reason: str, config: EngineConfig, has_engine: bool) -> Check:
+    """What the executor `auto` does where the kernels do not run a bundle; an error only where they were asked for."""
+    found = f"not used for this bundle: {reason}"
+    if config.executor == "cuda":
+        return Check("bundle", "kernels", State.FAILED, found, "use the executor onnxruntime or auto")
+    instead = "tensorrt runs the engine" if has_engine else "onnxruntime runs it on the CPU"
+    return Check("bundle", "kernels", State.MISSING, found, f"not needed: {instead}")
+
+
+def _check_memory(
+    bundle: Bundle, available: int, config: EngineConfig, gpu: tuple[int, int] | None, gpu_is_idle: bool
+) -> Check:
     from edgellm_ros.bundle import DECODER, DECODER_ORT
 
     model = bundle.manifest.model
@@ -171,7 +187,9 @@ def _check_memory(bundle: Bundle, available: int, config: EngineConfig) -> Check
     slots = f"{config.max_slots} slots of {capacity} tokens"
     needed, remedy = weights + cache, "load it with a smaller max_slots or max_context"
     found = f"about {human_bytes(weights)} + {human_bytes(cache)} of KV cache ({slots}), {human_bytes(available)} free"
-    if (gpu := plan_on_gpu(bundle, config)) is not None:
+    if gpu_is_idle:
+        found += " on the CPU"
+    if gpu is not None:
         needed, available = gpu
         found = f"about {human_bytes(needed)} of the GPU's memory ({slots}), {human_bytes(available)} free"
         remedy += ", or with kv_cache fp8"

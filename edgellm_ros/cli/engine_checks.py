@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgellm_ros import native, trt_plugins
 from edgellm_ros.cli.check import Check, State
-from edgellm_ros.cli.gpu_checks import SICK_REMEDY, unusable_reason
+from edgellm_ros.cli.gpu_checks import shorten_reason
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import DeviceError, UnsupportedError
 
@@ -27,7 +28,7 @@ def check_tensorrt() -> Iterator[Check]:
         yield Check("GPU", "TensorRT", State.MISSING, reason, "not needed on a CPU; part of JetPack on a Jetson")
         return
     found = f"{'.'.join(map(str, version)) or 'not TensorRT'} ({path}), headers {module.TENSORRT_HEADERS}"
-    reason = reason or unusable_reason()
+    reason = reason or shorten_reason(native.unavailable_reason())
     if reason:
         yield Check("GPU", "TensorRT", State.MISSING, f"{found}; not used: {reason}")
         return
@@ -61,15 +62,19 @@ def _check_plugins(version: tuple[int, ...]) -> Iterator[Check]:
     yield Check("GPU", "TensorRT plugins", State.OK, f"{library}: {use}")
 
 
-def check_engines(bundle: Bundle, config: EngineConfig) -> Check:
-    """Which engine of a bundle would be loaded, or why none."""
-    from edgellm_ros.executors.engine_preflight import choose_engine, probe_machine
+def check_engines(bundle: Bundle, config: EngineConfig) -> tuple[Check, tuple[int, int] | None]:
+    """Which engine of a bundle would be loaded, with the GPU's bytes that it takes and those free; or why none."""
+    from edgellm_ros.executors.engine_preflight import choose_engine, memory_needed, probe_machine
 
     try:
         machine = probe_machine()
     except DeviceError as error:
-        return Check("bundle", "engine", State.MISSING, f"the GPU fails: {error}", SICK_REMEDY)
+        found = f"{native.GPU_FAILS}: {error}"
+        return Check("bundle", "engine", State.MISSING, found, native.SICK_REMEDY), None
+    machine = replace(machine, reason=shorten_reason(machine.reason))
     chosen, reasons = choose_engine(bundle, config, machine)
     if chosen is not None:
-        return Check("bundle", "engine", State.OK, f"{chosen.key} fits this machine")
-    return Check("bundle", "engine", State.MISSING, "; ".join(reasons), "not needed: another executor is used")
+        memory = sum(memory_needed(chosen, bundle, config).values()), machine.free_bytes
+        return Check("bundle", "engine", State.OK, f"{chosen.key} fits this machine"), memory
+    remedy = "not needed: another executor is used"
+    return Check("bundle", "engine", State.MISSING, "; ".join(reasons), remedy), None

@@ -6,6 +6,7 @@ cuda-python (the extra `cuda`) tells most; without it the native module is asked
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from edgellm_ros.config import EngineConfig
 
 _CUDA_PYTHON = "pip install 'edgellm_ros[cuda]' to see compute capability and memory"
-SICK_REMEDY = "nvidia-smi shows what holds its memory, dmesg what its driver says"
+_CHOICE = "CUDA_VISIBLE_DEVICES"
 _PROC = Path("/proc/driver/nvidia")
 _TEGRA = Path("/etc/nv_tegra_release")
 
@@ -61,17 +62,29 @@ def check_gpus() -> Iterator[Check]:
         yield _check_products(module)
 
 
-def unusable_reason() -> str:
-    """`native.unavailable_reason()`, of a GPU that fails too: doctor is asked just then."""
-    try:
-        return native.unavailable_reason()
-    except DeviceError as error:
-        return f"the GPU fails: {error}; {SICK_REMEDY}"
+def shorten_reason(reason: str) -> str:
+    """`native.unavailable_reason()` for lines beside the kernels' and the card's, which say error and remedy."""
+    if reason.startswith(native.GPU_FAILS):
+        return native.GPU_FAILS
+    module, _ = native.import_module()
+    if module is None or module.count_devices()[0] < 2 or reason != native.unavailable_reason():
+        return reason
+    return reason.rpartition(": ")[0]  # its remedy is that of a machine with this card alone
+
+
+def kernels_reason(bundle: Bundle) -> str:
+    """Why the kernels do not run `bundle` where there is a GPU for them; empty where they do, or there is none."""
+    reason = native.unavailable_reason()
+    if reason:
+        return native.GPU_FAILS if reason.startswith(native.GPU_FAILS) else ""
+    from edgellm_ros.executors.cuda import unsupported_reason
+
+    return unsupported_reason(bundle)
 
 
 def plan_on_gpu(bundle: Bundle, config: EngineConfig) -> tuple[int, int] | None:
     """Bytes that the CUDA executor would plan for `bundle`, and those free on the GPU; None where it will not run."""
-    if unusable_reason():
+    if native.unavailable_reason():
         return None
     from edgellm_ros.executors.cuda import plan_here, unsupported_reason
 
@@ -113,7 +126,7 @@ def survey_native(module: Any) -> Survey | None:
     try:
         info = module.device_info()
     except DeviceError as error:
-        return Survey((), (0, 0), f"the GPU fails: {error}", SICK_REMEDY)
+        return Survey((), (0, 0), f"{native.GPU_FAILS}: {error}", native.SICK_REMEDY)
     gpu = Gpu(info["name"], tuple(info["compute_capability"]), info["total_bytes"], free_device_memory(info))
     return Survey((gpu,), _version(info["driver_cuda_version"]), remedy=_CUDA_PYTHON)
 
@@ -164,17 +177,53 @@ def _check_kernels(survey: Survey, module: Any, not_loaded: str) -> Check:
     if module.FAST_COMPILE:
         built += ", without optimisation (for tests; `make native` builds what is fast)"
     if not survey.gpus:
-        return Check("GPU", name, State.MISSING, f"{built}; not used: no GPU")
+        failure = survey.reason.partition(":")[0] if survey.remedy else ""  # the card's line says the rest
+        return Check("GPU", name, State.MISSING, f"{built}; not used: {failure or 'no GPU'}")
     used = survey.gpus[0]  # the one that CUDA takes when nobody chooses
+    place = _place(survey, module)
     if used.capability:
         reason = native.capability_reason(module, used.capability)
         if reason:
             what, _, remedy = reason.rpartition(": ")
-            return Check("GPU", name, State.MISSING, f"{built}; not used: {used.name} {what}", remedy)
-    reason = unusable_reason()
+            found = f"{built}; not used: {used.name}{place} {what}"
+            return Check("GPU", name, State.MISSING, found, _other_card(survey, module, remedy))
+    reason = native.unavailable_reason()
+    if reason.startswith(native.GPU_FAILS) and place:
+        found = f"{built}; not used: {used.name}{place}: {reason}"
+        return Check("GPU", name, State.MISSING, found, _other_card(survey, module))
     if reason:
         return Check("GPU", name, State.MISSING, f"{built}; not used: {reason}")
-    return Check("GPU", name, State.OK, f"{built}; used by the executor `cuda`")
+    where = f" on {used.name}{place}" if place else ""
+    return Check("GPU", name, State.OK, f"{built}; used by the executor `cuda`{where}")
+
+
+def _place(survey: Survey, module: Any) -> str:
+    """What makes the first card the one that is used; empty where it is the only one."""
+    num_cards = _num_cards(survey, module)
+    if num_cards < 2:
+        return ""
+    chosen = os.environ.get(_CHOICE)
+    return f" (device 0 of {_CHOICE}={chosen})" if chosen else f" (device 0 of {num_cards})"
+
+
+def _num_cards(survey: Survey, module: Any) -> int:
+    """Cards of this machine, as far as is known: CUDA lists only those that CUDA_VISIBLE_DEVICES names."""
+    hidden_too = len(survey_proc(_PROC).gpus) if os.environ.get(_CHOICE) else 0
+    counted: int = module.count_devices()[0]
+    return max(len(survey.gpus), counted, hidden_too)
+
+
+def _other_card(survey: Survey, module: Any, otherwise: str = "") -> str:
+    """The remedy for a first card that cannot be used: another one that can, else `otherwise`."""
+    chosen = os.environ.get(_CHOICE)  # "1,0" or UUIDs: then every card of the survey has its name there
+    names = chosen.split(",") if chosen else [str(index) for index in range(len(survey.gpus))]
+    for name, gpu in list(zip(names, survey.gpus, strict=False))[1:]:
+        if gpu.capability and not native.capability_reason(module, gpu.capability):
+            return f"{_CHOICE}={name.strip()} uses {gpu.name}"
+    if _num_cards(survey, module) == len(survey.gpus):
+        return otherwise
+    unknown = f"let {_CHOICE} choose another card, if one fits"
+    return f"{unknown}, or {otherwise}" if otherwise else unknown
 
 
 def _check_products(module: Any) -> Check:

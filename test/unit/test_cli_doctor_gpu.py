@@ -104,6 +104,7 @@ def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.runtime"):  # PyTorch for CUDA brings it
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(native, "import_module", lambda: (None, "the native module is not built: make native"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpu_checks, "_PROC", tmp_path / "nvidia")
     monkeypatch.setattr(gpu_checks, "_TEGRA", tmp_path / "nv_tegra_release")
 
@@ -266,11 +267,11 @@ def test_memory_that_doctor_says_is_enough_is_enough_for_the_executor(
     info = {"integrated": integrated, "l2_bytes": l2_mib << 20, "bus_bits": bus_bits}
     module = SimpleNamespace(
         CUDA_MAJOR=13, products_reason=lambda: lacks, device_info=lambda: info, decide=NATIVE.decide,
-        plan_memory=NATIVE.plan_memory, Decoder=take,
+        plan_memory=NATIVE.plan_memory, MAX_BATCH=NATIVE.MAX_BATCH, Decoder=take,
     )  # fmt: skip
     monkeypatch.setattr(native, "import_module", lambda: (NATIVE, ""))
     monkeypatch.setattr(native, "load", lambda: module)
-    monkeypatch.setattr(gpu_checks, "unusable_reason", lambda: "")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
     monkeypatch.setattr("edgellm_ros.memory.available_memory", lambda: info["free_bytes"])
     bundle, config = RandomBundle(shape, "int4"), EngineConfig()
     undecided = cuda._settings(bundle, config)
@@ -315,4 +316,8 @@ def test_a_gpu_that_fails_is_a_line_of_the_report_and_not_its_end(
     assert line.state is State.MISSING and "the GPU fails: memory.cpp:12: cudaMemGetInfo" in line.found
     assert "nvidia-smi shows what holds its memory" in line.found + line.remedy
     (tensorrt,) = check_tensorrt()
-    assert tensorrt.state is State.MISSING and "not used: the GPU fails" in tensorrt.found
+    assert tensorrt.state is State.MISSING and tensorrt.found.endswith("not used: the GPU fails")
+    kernels = found["CUDA kernels"]
+    assert kernels.state is State.MISSING and "not used: the GPU fails" in kernels.found
+    said = " ".join(check.found + check.remedy for check in (*found.values(), tensorrt))
+    assert said.count("cudaMemGetInfo") == said.count("nvidia-smi") == 1 and "no GPU" not in said
