@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 
 # Query heads, KV heads, head_dim.
-SHAPES = {"8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256), "phi3": (32, 32, 96)}
+SHAPES = {
+    "8b": (32, 8, 128), "1b": (32, 8, 64), "0.5b": (14, 2, 64), "gemma3": (4, 1, 256), "phi3": (32, 32, 96),
+    "1.8b": (32, 8, 80),
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 TRIED = (1, 2, 4, 8, 16, 32, 64)  # most_splits
 EACH = (1, 2, 4)  # splits_per_block; 8 does not fit everywhere
@@ -97,4 +99,4 @@ def time_us(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

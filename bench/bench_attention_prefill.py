@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 
-HEADS = {"1b": (32, 8, 64), "8b": (32, 8, 128), "gemma3": (4, 1, 256)}
+HEADS = {  # query heads, KV heads, head_dim
+    "1b": (32, 8, 64), "8b": (32, 8, 128), "gemma3": (4, 1, 256), "1.8b": (32, 8, 80), "phi3": (32, 32, 96)
+}  # fmt: skip
+TOKENS = (512, 2048, 8192)
 
 
 def main() -> None:
@@ -16,7 +18,7 @@ def main() -> None:
     print_machine()
     print("shape  tokens       us  TFLOP/s | torch us  TFLOP/s")
     for shape, (heads, kv_heads, head_dim) in HEADS.items():
-        for tokens in (512, 2048, 8192):
+        for tokens in TOKENS:
             kv = torch.randn((1, 2, kv_heads, tokens, head_dim), device="cuda", dtype=torch.float16)
             q = torch.randn((tokens, heads * head_dim), device="cuda", dtype=torch.bfloat16)
             out = torch.empty_like(q)
@@ -43,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

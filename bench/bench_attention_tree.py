@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from bench_attention_decode import NUM_CALLS, SHAPES
 from bench_attention_decode import time_us as decode_us
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 
 
 def main() -> None:
@@ -59,4 +58,4 @@ def time_us(heads: int, kv_heads: int, head_dim: int, context: int, tokens: int,
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from gpu_or_exit import load_module  # noqa: E402
+from gpu_or_exit import load_module, run_script  # noqa: E402
 
 from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes  # noqa: E402
 from edgellm_ros.benchmark.executor_path import time_decode, time_prompt  # noqa: E402
@@ -191,4 +191,4 @@ def _torch_ms(shape: str, context: int, num_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,8 +6,7 @@ import argparse
 import struct
 from typing import Any
 
-import torch
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 
 VOCAB = 128256
 CASES = {  # temperature, top_p, min_p, top_k, whether the draft's probabilities are given
@@ -60,4 +59,4 @@ def time_us(nodes: int, temperature: float, top_p: float, min_p: float, top_k: i
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,9 +23,10 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from gpu_or_exit import load_module  # noqa: E402
+from gpu_or_exit import load_module, run_script  # noqa: E402
 
 from edgellm_ros.benchmark.engine_path import cache_prompts, time_decode  # noqa: E402
+from edgellm_ros.benchmark.executor_path import repeat_last_tokens  # noqa: E402
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
 from edgellm_ros.core import SamplingParams  # noqa: E402
@@ -99,6 +100,7 @@ def _row(sampling: SamplingParams, seed: int) -> Any:
 
 
 def _time_run(executor: CudaExecutor, batch: int, options: argparse.Namespace, rows: list[Any]) -> float:
+    repeat_last_tokens(executor, batch, options.context)
     started = time.perf_counter()
     executor.decode_tokens(list(range(batch)), [options.context] * batch, [7] * batch, options.tokens, rows)
     return (time.perf_counter() - started) * 1e3 / options.tokens
@@ -110,4 +112,4 @@ def _time_engine(llm: LLM, prompts: list[list[int]], options: argparse.Namespace
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,9 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from random_checkpoints import ALL_FORMS
+from gpu_or_exit import one_line, run_script
 
 from edgellm_ros.benchmark.random_bundle import SHAPES
+from edgellm_ros.errors import ToolchainError
+
+with one_line():
+    from random_checkpoints import ALL_FORMS, ARCHITECTURES
 
 _WRITE = f"""
 import sys; from pathlib import Path
@@ -44,7 +48,7 @@ def measure(shape: str, form: str, options: list[str], keep: Path | None) -> Non
         process = subprocess.Popen([*command, "-o", f"{scratch}/bundle"], stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"{form}: the export failed")
+            raise ToolchainError(f"{form}: the export failed, and said why above")
         seconds = time.monotonic() - started
         peak = used.ru_maxrss * 1024
         stored = sum(path.stat().st_size for path in Path(scratch, "bundle").iterdir())
@@ -58,7 +62,8 @@ def measure(shape: str, form: str, options: list[str], keep: Path | None) -> Non
 def main() -> None:
     """Measure each form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b")
+    written = sorted(name for name, model in SHAPES.items() if model.family in ARCHITECTURES)
+    parser.add_argument("--shape", choices=written, default="llama-1b")
     parser.add_argument("--forms", choices=ALL_FORMS, nargs="+", default=["bf16"], metavar="FORM",
                         help=", ".join(ALL_FORMS))  # fmt: skip
     parser.add_argument("--weights", help="as edgellm export's: int4, int8, fp16, fp32 or keep")
@@ -74,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

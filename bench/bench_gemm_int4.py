@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from bench_gemv import SHAPES, random_weight
 from bench_prefill import time_dequantise_us, time_product_us
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 
 BYTES_IN_FLIGHT = 1 << 28  # of distinct weights a measurement: more than any L2 cache
 
@@ -68,4 +67,4 @@ def time_tile(weights: list[tuple[Any, ...]], gate_up: bool, tokens: int, tile: 
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

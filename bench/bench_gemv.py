@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-from kernel_timing import NATIVE, K, measure_us, print_machine
+from kernel_timing import NATIVE, K, measure_us, print_machine, run_script, torch
 
 SHAPES = {  # rows, cols
     "1b": {"qkv": (3072, 2048), "o": (2048, 2048),
@@ -118,4 +117,4 @@ def time_tile(name: str, weights: list[tuple[Any, ...]], tokens: int, tile: int,
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

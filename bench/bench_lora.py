@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu_or_exit import load_module
+from gpu_or_exit import load_module, run_script
 
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.config import EngineConfig
@@ -170,4 +170,4 @@ def print_result(r: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,11 +23,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_or_exit import run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from edgellm_ros import LLM, EngineConfig, Request, SamplingParams
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from edgellm_ros.ros.client import ChatStream, LLMClient
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _PROMPT = "A robot moves a red cube, a green ball and a blue cone from one table to another. " * 24
 
 
-def main() -> int:
+def main() -> None:
     """Run all measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", required=True)
@@ -50,12 +53,11 @@ def main() -> int:
     try:  # not above: --help needs no ROS
         from edgellm_ros.ros.client import LLMClient
     except ModuleNotFoundError as error:
-        print(
-            f"error: the Python module {error.name} is missing: no ROS 2 is sourced, or the interfaces are not built; "
-            "run `make demo`, then . tools/env.sh",
-            file=sys.stderr,
-        )
-        return 2
+        raise UnsupportedError(
+            f"the Python module {error.name} is missing: no ROS 2 is sourced, or the interfaces are not built; "
+            "run `make demo`, then . tools/env.sh"
+        ) from error
+    Bundle.open(args.bundle, verify=False)  # or the node ends, and its client waits for it
     os.environ.setdefault("ROS_DOMAIN_ID", "77")
     os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
     node = _start_node(args)
@@ -73,7 +75,6 @@ def main() -> int:
     for row in rows:
         table.add_row(*row)
     Console(width=100).print(table)
-    return 0
 
 
 def _start_node(args: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -174,4 +175,4 @@ def _growth(client: LLMClient, pid: int, args: argparse.Namespace) -> list[tuple
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

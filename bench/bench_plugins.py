@@ -13,11 +13,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from bench_attention_decode import time_us as time_attention_kernel
 from bench_gemv import random_weight
-from kernel_timing import K, measure_us, print_machine
-from plugin_case import BF16, HALF, Plugin, attention_tensors, gemm_tensors
+from kernel_timing import K, measure_us, print_machine, run_script, torch
+from plugin_case import BF16, DRIVER, HALF, Plugin, attention_tensors, gemm_tensors
+
+from edgellm_ros.errors import UnsupportedError
+from edgellm_ros.trt_plugins import find_library
 
 TYPES = {"fp16": (HALF, torch.float16), "bf16": (BF16, torch.bfloat16)}
 PRODUCTS = {"1b gate_up": (16384, 2048), "1b down": (2048, 8192), "8b qkv": (6144, 4096), "8b gate_up": (28672, 4096)}
@@ -30,6 +32,8 @@ def main() -> None:
     """Products by shape, bits, tokens and dtype, then attention by shape, context and dtype."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     read = print_machine()
+    if not (find_library().parent / DRIVER).is_file():
+        raise UnsupportedError(f"{DRIVER} is not beside {find_library()}; tools/build_native.py builds both")
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     print("plugin     shape      tokens dtype       us   kernel     GB/s  share")
 
@@ -116,4 +120,4 @@ def time_attention(heads: int, kv_heads: int, head_dim: int, context: int, dtype
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from kernel_timing import NATIVE, K, measure_us, print_machine
+from kernel_timing import NATIVE, K, measure_us, print_machine, run_script, torch
 
 from edgellm_ros.benchmark.costs import prefill_flops
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.config import EngineConfig
+from edgellm_ros.errors import UnsupportedError
 from edgellm_ros.executors import SequenceStep
 from edgellm_ros.executors.cuda import CudaExecutor
 from edgellm_ros.manifest import ModelSpec
@@ -190,7 +190,7 @@ def time_product_us(rows: int, cols: int, tokens: int, fp8: bool) -> float:
     copies = [make(rows, cols) for _ in range(max(2, -(-WEIGHT_BYTES // weight_bytes)))]
     x, y = make(tokens, cols), bf16(tokens, rows)
     if not products.prepare(copies[0], x, y, stream=torch.cuda.current_stream().cuda_stream):
-        raise SystemExit(f"cuBLASLt has no product for {rows} x {cols}")
+        raise UnsupportedError(f"cuBLASLt has no product for {rows} x {cols}; leave this shape out")
     torch.cuda.synchronize()
     return measure_us([lambda s, w=w: products.run(x, w, y, stream=s) for w in copies])  # type: ignore[misc]
 
@@ -212,4 +212,4 @@ def time_dequantise_us(weights: str, rows: int, cols: int, gate_up: bool, group:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,8 +11,7 @@ import argparse
 import time
 
 import numpy as np
-import torch
-from kernel_timing import K, measure_us, print_machine
+from kernel_timing import K, measure_us, print_machine, run_script, torch
 from test_sampling import CASES, Device
 
 from edgellm_ros.core import SamplingParams
@@ -64,4 +63,4 @@ def print_greedy(vocab: int, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

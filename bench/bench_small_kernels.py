@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-import torch
-from kernel_timing import NATIVE, K, measure_us, print_machine
+from bench_gemv import random_weight
+from kernel_timing import NATIVE, K, measure_us, print_machine, run_script, torch
 
 SHAPES = {"1b": (2048, 8192, 128256), "4b": (2560, 9728, 151936), "8b": (4096, 14336, 128256)}  # hidden, MLP, vocab
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of RoPE and of moved keys and values
-LAYERS, RANK = 32, 16
+LAYERS, RANK, GROUP = 32, 16, 64
 CAPACITY = 4096  # of an engine's mask
 NUM_CALLS = 16
 DISTINCT_BYTES = 1 << 28  # of buffers in turn: five times the L2
@@ -58,11 +59,12 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
 
     lora_tokens, logit_rows, rows = min(n, 16), min(n, 16), min(n, 8)  # of a decode step
     table = (NATIVE.WeightFormat.bf16, floats(vocab, hidden), None, vocab, hidden, 0)
+    int8_table, _ = random_weight("int8", vocab, hidden, GROUP)
 
-    def embedding() -> Callable[[int], Any]:
+    def embedding(stored: tuple[Any, ...]) -> Callable[[int], Any]:
         ids = torch.randint(0, vocab, (n,), device="cuda", dtype=torch.int32)
         out = empty(n, hidden, dtype=f32), empty(n, hidden)
-        return lambda stream: K.embedding(table, ids, *out, stream=stream)
+        return lambda stream: K.embedding(stored, ids, *out, stream=stream)
 
     def images() -> Callable[[int], Any]:
         rows, out = floats(n, hidden), (empty(n, hidden, dtype=f32), empty(n, hidden))
@@ -81,9 +83,10 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         gate_up, out = floats(n, 2 * width), empty(n, width)
         return lambda stream: K.swiglu(gate_up, out, stream=stream)
 
-    def rope() -> Callable[[int], Any]:
-        qkv, out = floats(n, (HEADS + 2 * KV_HEADS) * HEAD_DIM), empty(n, HEADS * HEAD_DIM)
-        cache, tables = empty(1, 2, KV_HEADS, n, HEAD_DIM), [floats(n, HEAD_DIM // 2, dtype=f32) for _ in range(2)]
+    def rope(head_dim: int = HEAD_DIM, cached_as: Any = bf16) -> Callable[[int], Any]:
+        qkv, out = floats(n, (HEADS + 2 * KV_HEADS) * head_dim), empty(n, HEADS * head_dim)
+        cache = empty(1, 2, KV_HEADS, n, head_dim, dtype=cached_as)
+        tables = [floats(n, head_dim // 2, dtype=f32) for _ in range(2)]
         slots, positions = torch.zeros(n, device="cuda", dtype=torch.int32), ints(range(n))
         return lambda stream: K.rope_kv_write(qkv, cache, slots, positions, *tables, out, HEADS, stream=stream)
 
@@ -154,10 +157,8 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         at, mask = ints(range(n)).long(), empty(n, CAPACITY, dtype=torch.float16)
         return lambda stream: K.engine_mask(at, mask, stream=stream)
 
-    def dequantize() -> Callable[[int], Any]:
-        data = torch.randint(-127, 128, (hidden, hidden), device="cuda", dtype=torch.int8)
-        scales = torch.full((hidden, hidden // 64), 0.01, device="cuda", dtype=torch.float16)
-        weight, out = (NATIVE.WeightFormat.int8, data, scales, hidden, hidden, 64), empty(hidden, hidden)
+    def dequantize(form: str) -> Callable[[int], Any]:
+        (weight, _), out = random_weight(form, hidden, hidden, GROUP), empty(hidden, hidden)
         return lambda stream: K.dequantize(weight, False, 0, out, stream=stream)
 
     def map_input() -> Callable[[int], Any]:
@@ -166,12 +167,17 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         return lambda stream: K.map_input(x, out, order, factor, stream=stream)
 
     row, qkv = n * hidden, n * (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    square, cached = hidden * hidden, n * 2 * KV_HEADS * HEAD_DIM
     return {
-        "embedding": (row * (2 + 4 + 2), embedding),
+        "embedding": (row * (2 + 4 + 2), partial(embedding, table)),
+        "embedding, int8": (row * (1 + 4 + 2), partial(embedding, int8_table)),
         "image embeddings": (row * (2 + 4 + 2), images),
         "RMSNorm": (row * (4 + 2), rms_norm),
         "residual + RMSNorm": (row * (2 + 4 + 4 + 2), residual_norm),
         "RoPE, KV write": (qkv * 4, rope),
+        "RoPE, fp16 KV": (qkv * 4, partial(rope, cached_as=torch.float16)),
+        "RoPE, FP8 KV": (qkv * 4 - cached, partial(rope, cached_as=torch.uint8)),
+        "RoPE, heads of 80": (qkv // HEAD_DIM * 80 * 4, partial(rope, 80)),
         "SwiGLU": (n * width * 6, swiglu),
         "LoRA A of a step": (RANK * hidden * 2 + lora_tokens * hidden * 2, lora_down),
         "LoRA of a prompt": (2 * RANK * hidden * 2 + row * 6, lora_prefill),
@@ -182,8 +188,10 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
         "fp32 to bf16": (row * 6, to_bf16),
         "bf16 to fp32": (row * 6, widen),
         "rows to FP8": (row * 3, fp8_rows),
-        "int8 to bf16": (hidden * hidden * 3, dequantize),
-        "int4 into order": (hidden * hidden, repack_int4),
+        "int8 to bf16": (square * 3, partial(dequantize, "int8")),
+        "int8, offset to bf16": (square * 3 + square // GROUP * 4, partial(dequantize, "int8_offset")),
+        "FP8 to bf16": (square * 3, partial(dequantize, "fp8")),
+        "int4 into order": (square, repack_int4),
         "engine's rows": (rows * hidden * 6, engine_rows),
         "engine's chunk": (row * 6, engine_chunk),
         "engine's mask": (n * CAPACITY * 2, engine_mask),
@@ -191,4 +199,4 @@ def kernels(shape: str, tokens: int) -> dict[str, tuple[int, Callable[[], Callab
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from gpu_or_exit import load_module  # noqa: E402
+from gpu_or_exit import load_module, run_script  # noqa: E402
 
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.benchmark.soak import make_requests, soak  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
-from edgellm_ros.errors import ConfigError, EdgeLLMError  # noqa: E402
+from edgellm_ros.errors import ConfigError  # noqa: E402
 from edgellm_ros.executors.cuda import CudaExecutor  # noqa: E402
 from edgellm_ros.llm import LLM  # noqa: E402
 
@@ -37,14 +37,6 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--callers", type=int, default=8)
     options = parser.parse_args()
-    try:
-        return _run(options)
-    except EdgeLLMError as error:  # as the `edgellm` command says it
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(options: argparse.Namespace) -> int:
     # None of any would pass without an answer; prompts have up to half of the context, and at least 4 tokens.
     for name, least in {"requests": 1, "different": 1, "callers": 1, "context": 16}.items():
         if getattr(options, name) < least:
@@ -84,4 +76,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from gpu_or_exit import load_module  # noqa: E402
+from gpu_or_exit import load_module, run_script  # noqa: E402
 
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle  # noqa: E402
 from edgellm_ros.config import EngineConfig  # noqa: E402
@@ -83,4 +83,4 @@ def _host_ms(executor: CudaExecutor, context: int, count: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

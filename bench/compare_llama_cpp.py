@@ -20,8 +20,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_or_exit import run_script
 from rich.console import Console
 from rich.table import Table
+
+from edgellm_ros.bundle import Bundle
+from edgellm_ros.errors import ConfigError, ToolchainError
 
 _WORKER = Path(__file__).with_name("worker.py")
 
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--json", help="write every measurement to this file")
     args = parser.parse_args()
+    Bundle.open(args.bundle, verify=False)  # the worker verifies it, and only after the peer was made
     peer = _make_q4_0(Path(args.gguf))
     results: dict[str, list[dict[str, Any]]] = {"edgellm": [], "llama.cpp": []}
     for index in range(args.rounds):
@@ -54,13 +59,18 @@ def main() -> None:
 def _measure(engine: str, model: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     command = [sys.executable, str(_WORKER), engine, model, "--threads", str(args.threads), "--seed", str(seed)]
     command += ["--prompt", str(args.prompt), "--tokens", str(args.tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.stderr.write(done.stderr)  # ends with the worker's own line
+        raise SystemExit(done.returncode)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _make_q4_0(source: Path) -> Path:
     import llama_cpp
 
+    if not source.is_file():
+        raise ConfigError(f"--gguf {source} is not a file; name the one that the bundle was exported from")
     target = source.with_name(f"{source.name.split('.')[0]}.Q4_0.gguf")
     if not target.exists():
         params = llama_cpp.llama_model_quantize_default_params()
@@ -68,7 +78,7 @@ def _make_q4_0(source: Path) -> Path:
         params.allow_requantize = True
         partial = target.with_suffix(".partial")
         if llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params)):
-            raise SystemExit(f"llama.cpp could not quantise {source}")
+            raise ToolchainError(f"llama.cpp could not quantise {source}; give a GGUF file that it reads")
         partial.rename(target)
     return target
 
@@ -106,4 +116,4 @@ def _print_table(results: dict[str, list[dict[str, Any]]], args: argparse.Namesp
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

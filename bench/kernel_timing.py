@@ -8,19 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "test" / "native")]
 
-from kernel_case import NATIVE, NO_GPU, K  # noqa: E402
+from gpu_or_exit import load_module, one_line, run_script  # noqa: E402
 
-__all__ = ["NATIVE", "K", "measure_us", "print_machine"]
+from edgellm_ros.errors import UnsupportedError  # noqa: E402
+
+with one_line():  # a robot has neither torch nor what tests are run with
+    import torch
+    from kernel_case import NATIVE, K
+
+__all__ = ["NATIVE", "K", "measure_us", "print_machine", "run_script", "torch"]
 
 
 def print_machine() -> float:
-    """Name the GPU; returns the read bandwidth in GB/s that a kernel which only reads reaches."""
-    if NO_GPU:
-        raise SystemExit(f"no GPU: {NO_GPU}")
+    """Name the GPU; returns the read bandwidth in GB/s that a kernel which only reads reaches.
+
+    Raises UnsupportedError without a GPU that the module and torch can use.
+    """
+    load_module()
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"torch {torch.__version__} cannot use the GPU; install one for the driver's CUDA version"
+        )
     read = float(NATIVE.measure_read_bandwidth(1 << 30))
     print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, read-only kernel {read:.0f} GB/s")
     return read

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgellm_ros.errors import UnsupportedError
 from edgellm_ros.manifest import ModelSpec
 
 
@@ -78,10 +79,10 @@ class _Decoder(nn.Module):
 def time_torch_decode(model: ModelSpec, context: int, num_tokens: int) -> float:
     """Median milliseconds a token of the compiled decoder, from position `context` on.
 
-    Raises ValueError for a model with what this decoder does not compute.
+    Raises UnsupportedError for a model with what this decoder does not compute.
     """
     if model.activation != "silu" or model.output_norms or model.sliding_windows:
-        raise ValueError(f"the torch.compile decoder has no {model.family}; leave --torch out")
+        raise UnsupportedError(f"the torch.compile decoder has no {model.family}; leave --torch out")
     import torch._dynamo as dynamo
     import torch._inductor.config as inductor
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from gpu_or_exit import run_script
 
 
 def main() -> None:
@@ -83,4 +84,4 @@ def _resident_mb() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

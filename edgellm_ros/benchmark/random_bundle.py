@@ -111,6 +111,7 @@ class RandomBundle(Bundle):
         model, quant = SHAPES[shape], SCHEMES[weights]
         manifest = Manifest(1, model, TokenSpec(), quant, GraphSpec(), {"source": "random"}, {})
         super().__init__(Path(f"{shape}-{weights}"), manifest)
+        self.shape = shape
 
     def weights(self) -> Any:
         """The random weights."""

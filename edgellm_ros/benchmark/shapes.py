@@ -57,6 +57,16 @@ SHAPE_FIELDS: dict[str, dict[str, Any]] = {
         "num_heads": 64, "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
         "qk_norm": True, "rope_theta": 1e6,
     },
+    "danube3-500m": {
+        "name": "H2O-Danube3-500M", "family": "llama", "num_layers": 16, "hidden_size": 1536, "intermediate_size": 4096,
+        "num_heads": 16, "num_kv_heads": 8, "head_dim": 96, "vocab_size": 32000, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+    },
+    "danube2-1.8b": {
+        "name": "H2O-Danube2-1.8B", "family": "mistral", "num_layers": 24, "hidden_size": 2560,
+        "intermediate_size": 6912, "num_heads": 32, "num_kv_heads": 8, "head_dim": 80, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    },
     "gemma3-1b": {
         "name": "Gemma-3-1B", "family": "gemma3", "num_layers": 26, "hidden_size": 1152, "intermediate_size": 6912,
         "num_heads": 4, "num_kv_heads": 1, "head_dim": 256, "vocab_size": 262144, "rms_norm_eps": 1e-6,

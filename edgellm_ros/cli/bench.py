@@ -37,6 +37,7 @@ is so far. Numbers of a busy machine are too low: the output says so.
 """
 _COMPARABLE = ("onnxruntime", "cuda", "tensorrt")
 _ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens", "loras")  # given by what is measured
+_BUNDLES_ONLY = ("verify_files", "self_test")  # random weights have neither files nor logits to compare with
 _SAMPLING_USED = ("temperature", "top_k", "top_p", "min_p")
 _DEFAULT_PROMPT = 512
 _DEFAULT_LIMIT = 4096  # of a plot's contexts, when neither --context nor --max-context says more
@@ -69,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"measure several executors in turn ({', '.join(_COMPARABLE)}); ratios are to the first",
     )
     parser.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - is standard output")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens/s against context: .svg or .png")
+    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context: .svg or .png")
     unused = [name for name in SamplingParams.__dataclass_fields__ if name not in _SAMPLING_USED]
     add_settings(parser, SamplingParams, "sampling (through the engine)", skip=unused)
     add_settings(parser, EngineConfig, "engine", skip=_ENGINE_SKIPPED)
@@ -84,17 +85,18 @@ def execute(args: argparse.Namespace) -> int:
     from edgellm_ros.benchmark.report import begin_report, print_report
 
     _check_counts(args)
-    if args.plot is not None:
-        _check_target("--plot", args.plot)
-        check_plot(args.plot)
-    if args.json not in (None, "-"):
-        _check_target("--json", Path(args.json))
+    plot = None if args.plot is None else _target("--plot", args.plot)
+    if plot is not None:
+        check_plot(plot)
+    file = None if args.json in (None, "-") else _target("--json", args.json)
+    if plot is not None and file is not None and _is_same(plot, file):
+        raise ConfigError(f"--json {args.json} and --plot {args.plot} are one file; name two")
     executors = _executors(args)
     bundle, source = _open(args, executors)
     plan = _plan(args, executors, bundle)
     benchmark = Benchmark(bundle, source, plan)
     if "cuda" in executors:
-        _require_gpu(args)
+        _require_gpu(args, bundle)
     if "tensorrt" in executors:
         _require_engine(args, bundle, benchmark.capacity)
     report = begin_report(args.command, bundle, plan)
@@ -118,10 +120,10 @@ def execute(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         print_report(report, Console(highlight=False))
-        if args.json is not None:
-            Path(args.json).write_text(text, encoding="utf-8")
-    if args.plot is not None:
-        write_plot(report, args.plot)
+        if file is not None:
+            file.write_text(text, encoding="utf-8")
+    if plot is not None:
+        write_plot(report, plot)
     if failure is not None:
         raise failure
     return 0 if report["complete"] else 130
@@ -145,8 +147,11 @@ def _measure(benchmark: Benchmark, plan: Plan) -> None:
         benchmark.measure(show)
 
 
-def _check_target(option: str, path: Path) -> None:
-    """Refuse now what could not be written after minutes of measuring."""
+def _target(option: str, name: str) -> Path:
+    """The file of that name; refuses now what could not be written after minutes of measuring."""
+    if not name:  # which Path takes for the directory that this is started in
+        raise ConfigError(f"{option} is empty; name a file")
+    path = Path(name)
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a directory; name a file in it")
     if not path.absolute().parent.is_dir():
@@ -159,6 +164,11 @@ def _check_target(option: str, path: Path) -> None:
                 pass
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
+    return path
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _check_counts(args: argparse.Namespace) -> None:
@@ -193,6 +203,14 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
         if args.weights is not None:
             raise ConfigError(f"--weights {args.weights} goes with --shape; a bundle has its own weights, see inspect")
         return Bundle.open(args.bundle, verify=False), args.bundle  # loading verifies it
+    config = settings_from(args, EngineConfig())
+    for name in _BUNDLES_ONLY:
+        if was_given(args, EngineConfig, name):
+            option = f"--{'' if getattr(config, name) else 'no-'}{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} goes with --bundle; --shape {args.shape} is random weights, which have neither files nor a "
+                "self-test: leave it out"
+            )
     others = [name for name in executors if name != "cuda"]
     if others:
         raise UnsupportedError(
@@ -203,11 +221,12 @@ def _open(args: argparse.Namespace, executors: tuple[str, ...]) -> tuple[Bundle,
     return random, random
 
 
-def _require_gpu(args: argparse.Namespace) -> None:
-    """Raise UnsupportedError where the cuda executor cannot run; after all that is wrong on any machine."""
+def _require_gpu(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Raise UnsupportedError where the cuda executor cannot run `bundle`; after all that is wrong on any machine."""
     from edgellm_ros import native
+    from edgellm_ros.executors.cuda import unsupported_reason
 
-    reason = native.unavailable_reason()
+    reason = native.unavailable_reason() or unsupported_reason(bundle)
     if reason and args.bundle is not None:
         raise UnsupportedError(f"executor is 'cuda': {reason}; use onnxruntime or auto")
     if reason:

@@ -12,14 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cli_bundle import serve_with_fakes, write_bundle
+from doubles import FakeExecutor
 from run_double import RunFakeExecutor
 
-from edgellm_ros.benchmark import costs, engine_path, machine, measure, ratios
+from edgellm_ros.benchmark import costs, engine_path, executor_path, machine, measure, ratios
 from edgellm_ros.benchmark.figures import Decode, Prefill, spread
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
@@ -38,6 +40,7 @@ from edgellm_ros.tokenizer import Tokenizer
 PUBLISHED_M = {
     "llama-1b": 1236, "qwen3-4b": 4022, "llama-8b": 8030, "qwen3-0.6b": 596, "qwen3-1.7b": 1721,
     "llama-3b": 3213, "qwen3-8b": 8191, "qwen3-14b": 14768, "qwen3-32b": 32762, "gemma3-1b": 999.9,
+    "danube3-500m": 514, "danube2-1.8b": 1831,
 }  # fmt: skip
 
 
@@ -205,7 +208,7 @@ print(after - before, peak - after, block[-1])
 def plan(**changes: Any) -> measure.Plan:
     settings: dict[str, Any] = {
         "executors": ("onnxruntime",), "prompt_tokens": (16,), "contexts": (16, 32), "batches": (1,), "new_tokens": 4,
-        "rounds": 2, "config": EngineConfig(), "sampling": SamplingParams(),
+        "rounds": 2, "config": EngineConfig(), "sampling": SamplingParams(ignore_eos=True, seed=0),
     }  # fmt: skip
     return measure.Plan(**{**settings, **changes})
 
@@ -231,10 +234,10 @@ def test_every_figure_has_its_rounds_and_progress_is_told_as_often_as_planned(
     fits: bool, tiny_bundle: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "fits_twice", lambda info: fits)
+    slept: list[float] = []
+    monkeypatch.setattr(measure, "time", SimpleNamespace(sleep=slept.append))
     bundle = tiny_bundle("mistral", "int8")
-    wanted = plan(
-        batches=(1, 3), prompt_tokens=(5, 40), new_tokens=64, sampling=SamplingParams(ignore_eos=True, seed=0)
-    )
+    wanted = plan(batches=(1, 3), prompt_tokens=(5, 40), new_tokens=64)
     benchmark = measure.Benchmark(bundle, bundle.path, wanted)
     told: list[str] = []
     benchmark.measure(told.append)
@@ -242,6 +245,8 @@ def test_every_figure_has_its_rounds_and_progress_is_told_as_often_as_planned(
     kinds = [words.rpartition(" ")[2] for words in told if "decoding 1 x 64 tokens after 32" in words]
     assert kinds == (["engine", "executor"] * 3 if fits else ["engine"] * 3 + ["executor"] * 3)
     assert [(run.batch, len(run.prefill), len(run.decode)) for run in benchmark.runs] == [(1, 2, 2), (3, 0, 2)]
+    # Before each of 6 figures' 3 rounds of both, for the other copy's threads; alone there are none.
+    assert slept == [measure._SPIN_S if fits else 0.0] * 36
     for run in benchmark.runs:
         assert run.interleaved is fits
         assert run.read is benchmark.runs[0].read and run.read is not None
@@ -326,6 +331,54 @@ def test_the_engines_time_is_that_of_its_steps_however_many_sequences_share_them
         assert engine_path.time_first_token(llm, [7] * 30, sampling) >= 5.0
 
 
+class Clock:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def pass_ms(self, ms: float) -> None:
+        self.now += ms * 1e-3
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "cuda"])
+def test_the_step_of_the_first_token_is_in_neither_clock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test's: the step that an engine begins with takes 100 ms, every other one 2 ms."""
+    clock = Clock()
+    monkeypatch.setattr(executor_path, "time", clock)
+    monkeypatch.setattr(ratios, "time", clock)
+
+    class Executor(RunFakeExecutor):
+        def decode_tokens(self, slots: list[int], positions: list[int], first: list[int], num_steps: int) -> None:
+            assert positions == [20, 20]
+            clock.pass_ms(2 * num_steps)
+
+    executor = Executor(num_slots=2, capacity=64)
+    executor.step([SequenceStep(slot, np.full(20, 7, np.int32), 0) for slot in range(2)])
+    executor.info = dataclasses.replace(executor.info, name=name)
+    executor.before_step = lambda steps: clock.pass_ms(100 if steps[0].position == 19 else 2)
+    executor.run.hook = lambda word: clock.pass_ms(2) if word == "launch" else None
+    assert executor_path.time_decode(executor, 2, 20, 4) == pytest.approx(2.0)
+    assert clock.now == pytest.approx(0.108)
+
+
+def test_executor_and_engine_are_timed_over_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = serve_with_fakes(monkeypatch)
+    sampling = SamplingParams(ignore_eos=True, seed=0)
+    bundle = write_bundle(tmp_path / "bundle")
+    with LLM.open(bundle, EngineConfig(max_slots=1)) as llm:
+        engine_path.cache_prompts(llm, [[20] * 40], sampling)
+        made[0].calls.clear()
+        engine_path.time_decode(llm, [[20] * 40], 10, sampling)
+    executor = FakeExecutor(1, 256)
+    executor.step([SequenceStep(0, np.full(40, 20, np.int32), 0)])
+    executor.calls.clear()
+    executor_path.time_decode(executor, 1, 40, 10)
+    for first, *counted in (made[0].calls, executor.calls):  # the first gives token 1; an engine begins before it
+        assert first[0].position + len(first[0].token_ids) == 40
+        assert [(step.position, len(step.token_ids)) for step, in counted] == [(40 + i, 1) for i in range(10)]
+
+
 def test_graphs_and_draws_on_the_device_are_compared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of the test's: a launch takes 1 ms with graphs and 3 ms without, a step for the host 4 ms."""
 
@@ -334,15 +387,6 @@ def test_graphs_and_draws_on_the_device_are_compared_step_by_step(monkeypatch: p
 
         def use_graphs(self, use: bool) -> None:
             self.graphs = use
-
-    class Clock:
-        now = 0.0
-
-        def perf_counter(self) -> float:
-            return self.now
-
-        def pass_ms(self, ms: float) -> None:
-            self.now += ms * 1e-3
 
     decoder, clock = Decoder(), Clock()
     monkeypatch.setattr(ratios, "time", clock)

@@ -120,6 +120,7 @@ def test_comparing_executors_gives_ratios_to_the_first(
     first_ids = np.array([7], np.int32)
     monkeypatch.setattr(executors, "create_executor", as_cuda)
     monkeypatch.setattr(native, "unavailable_reason", lambda: "")
+    monkeypatch.setattr("edgellm_ros.executors.cuda.unsupported_reason", lambda bundle: "")
     bandwidth = "edgellm_ros.benchmark.measure.measure_read_bandwidth"
     monkeypatch.setattr(bandwidth, lambda executor, threads: ReadBandwidth(10.0, executor))
     monkeypatch.setattr("edgellm_ros.benchmark.measure.free_device_bytes", lambda: 1000)

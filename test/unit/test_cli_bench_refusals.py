@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,8 @@ def path(tiny_bundle: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPa
         (("--plot", "no/such/speed.svg"), "there is no directory no/such"),
         (("--json", "no/such/report.json"), "there is no directory no/such"),
         (("--json", "."), "--json . is a directory; name a file in it"),
+        (("--json", ""), "--json is empty; name a file"),
+        (("--plot", ""), "--plot is empty; name a file"),
         (("--json", "/proc/report.json"), "--json /proc/report.json cannot be written ("),
         (("--plot", "/proc/version.svg"), "--plot /proc/version.svg cannot be written ("),
         (("--executor", "tensorrt"), "executor is 'tensorrt'"),
@@ -92,6 +95,58 @@ def test_a_bad_value_is_told_before_a_gpu_is_looked_for(
     assert main(["bench", *(path if option == "PATH" else option for option in (*model, *options))]) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--context", "40000"), "needs 40130 tokens (the longest of"),
+        (("--context", "40000"), "but --shape llama-1b holds 32768; lower them"),
+        (("--max-context", "40000"), "max_context 40000 exceeds the 32768 of --shape llama-1b; lower it"),
+        (("--verify-files",), "--verify-files goes with --bundle; --shape llama-1b is random weights"),
+        (("--no-verify-files",), "--no-verify-files goes with --bundle"),
+        (("--self-test",), "--self-test goes with --bundle"),
+        (("--no-self-test",), "--no-self-test goes with --bundle"),
+    ],
+)
+def test_a_shape_has_a_name_and_neither_files_nor_a_self_test(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda: pytest.fail("looked for a GPU"))
+    assert main(["bench", "--shape", "llama-1b", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("plot", ["a.svg", "./a.svg", "ABSOLUTE", "link.svg", "hard.svg"])
+def test_json_and_plot_into_one_file_are_refused_by_name(
+    plot: str, path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Benchmark, "measure", lambda *args: pytest.fail("measured before the refusal"))
+    monkeypatch.setattr("edgellm_ros.benchmark.plot.check_plot", lambda path: None)  # matplotlib is an extra
+    monkeypatch.chdir(tmp_path)
+    if plot == "ABSOLUTE":
+        plot = str(tmp_path / "a.svg")
+    elif plot == "link.svg":
+        Path(plot).symlink_to("a.svg")
+    elif plot == "hard.svg":
+        Path("a.svg").touch()
+        Path(plot).hardlink_to("a.svg")
+    assert main(["bench", "--bundle", path, "--json", "a.svg", "--plot", plot]) == 2
+    assert capsys.readouterr().err == f"error: --json a.svg and --plot {plot} are one file; name two\n"
+
+
+@pytest.mark.parametrize("executors", [("--executor", "cuda"), ("--compare", "onnxruntime", "cuda")])
+def test_a_bundle_that_the_kernels_cannot_run_is_refused_before_anything_is_measured(
+    executors: tuple[str, ...], path: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(native, "import_module", lambda: (SimpleNamespace(MAX_BATCH=8), ""))
+    reason = "tiny: head_dim is 72; the kernels take 64, 80, 96, 128 and 256"
+    monkeypatch.setattr("edgellm_ros.executors.cuda.unsupported_reason", lambda bundle: reason)
+    monkeypatch.setattr(Benchmark, "measure", lambda *args: pytest.fail("measured before the refusal"))
+    assert main(["bench", "--bundle", path, *executors]) == 2
+    assert capsys.readouterr().err == f"error: executor is 'cuda': {reason}; use onnxruntime or auto\n"
 
 
 @pytest.mark.parametrize("options", [(), ("--bundle", "b", "--shape", "llama-1b"), ("--shape", "gpt-2")])
