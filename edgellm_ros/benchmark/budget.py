@@ -30,8 +30,10 @@ _COPIED_BYTES_OF_HBM, _UNCACHED_BYTES = 256 * _MIB, 64 * _MIB  # as decoder_conf
 _STAGING_BYTES = 32 * _MIB
 _SMALL_L2_BYTES = 16 * _MIB
 _CUBLAS_BYTES = 32 * _MIB
-_GRAPH_BYTES = 64 * _MIB
 _BATCH, _LOGIT_ROWS = 8, 16
+_CODE_BYTES, _GRAPH_KERNEL_BYTES = 32 * _MIB, 4096
+_CONTEXT_CLASSES = (1024, 8192)  # attention_decode.hpp: and more
+_DECODE_TAILS, _DRAFT_GRAPHS = 4, 8  # drafts of 2, 4, 8 and 16 nodes, chains and trees
 _RANK_STEP = 8  # lora.hpp: kLoraAlign
 
 
@@ -115,11 +117,29 @@ def estimate_parts(
         "kv_cache": config.max_slots * capacity_of(model, config) * kv_bytes_per_token(model, config.kv_cache),
         "workspace": workspace,
         "logits": rows * 4 * (_LOGIT_ROWS + 2 * _BATCH) + rows * _BATCH * 4,
-        "graphs": _GRAPH_BYTES,
+        "graphs": _driver_bytes(model, config),
     }
     if config.max_loras:
         parts["adapters"] = config.max_loras * adapter_bytes(model, config.max_lora_rank)
     return parts
+
+
+def _driver_bytes(model: ModelSpec, config: EngineConfig) -> int:
+    """What the driver takes for kernels' code and for captured graphs, as decoder_config.cpp plans it.
+
+    But for layers whose inputs have an order or factors of their own, whose graphs have four kernels more.
+    """
+    classes = 1 + sum(capacity_of(model, config) > longest for longest in _CONTEXT_CLASSES)
+    decode = min(config.max_slots, _BATCH) * _DECODE_TAILS * classes
+    in_layer, others = 5 + 2 * model.output_norms, 8
+
+    def kernels(num_graphs: int, more: int = 0) -> int:
+        return num_graphs * ((in_layer + more) * model.num_layers + others)
+
+    count = kernels(decode) + kernels(_DRAFT_GRAPHS, 4)
+    if config.max_loras:
+        count += kernels(decode + _DRAFT_GRAPHS, 4)
+    return _CODE_BYTES + count * _GRAPH_KERNEL_BYTES
 
 
 def _part_rows(rows: int, cols: int, size: int) -> int:

@@ -35,8 +35,8 @@ inline HostTensor host_tensor(const std::string& name, const pybind11::array& ar
 inline pybind11::dict plan_to_dict(const MemoryPlan& plan) {
   pybind11::dict report;
   for (const auto& [group, num_bytes] : plan.groups()) report[pybind11::str(group)] = num_bytes;
-  report["graphs"] = kGraphBytes;
-  report["total"] = plan.total() + kGraphBytes;
+  report["graphs"] = plan.set_aside();
+  report["total"] = plan.total() + plan.set_aside();
   return report;
 }
 

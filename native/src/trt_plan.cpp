@@ -8,6 +8,8 @@
 namespace edgellm {
 namespace {
 
+constexpr std::size_t kEngineGraphBytes = std::size_t{64} << 20;  // of captured engines, which nothing has measured
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -127,6 +129,7 @@ MemoryPlan plan_trt_memory(const TrtDecoderConfig& config, std::size_t context_b
     // Behind the adapters, what an empty tensor is bound to: TensorRT wants an address of every input.
     plan.add("adapters", "trt.lora", adapters + MemoryPlan::kAlignment);
   }
+  plan.set_aside(kEngineGraphBytes);
   return plan;
 }
 

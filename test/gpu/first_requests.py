@@ -5,7 +5,7 @@ prompt's tokens, for which the host takes memory.
 
 Its arguments: a bundle's directory or a random model's shape, its weights' format, EngineConfig's settings as JSON, how many
 tokens the longest prompt has, and what to tell, as JSON. "memory": by how many bytes the GPU's free memory fell during each
-kind of request, and whether the module allocated anything. "kernels": by torch's profiler, which kernels ran that had not
+kind of request and altogether, what was planned, and whether the module allocated anything after loading. "kernels": by torch's profiler, which kernels ran that had not
 run while loading.
 """
 
@@ -127,13 +127,15 @@ def request_everything(executor: CudaExecutor, bundle: Bundle, longest: int, max
     yield "no adapter again"
 
 
-def measure_memory(executor: CudaExecutor, requests: Iterator[str]) -> dict[str, Any]:
+def measure_memory(executor: CudaExecutor, before: int, requests: Iterator[str]) -> dict[str, Any]:
+    """before: bytes that were free when nothing was loaded."""
     module = native.load()
     allocations, free, fell = module.allocation_count(), module.device_info()["free_bytes"], {}
     for name in requests:
         now = module.device_info()["free_bytes"]
         fell[name], free = free - now, now
-    return {"allocated": module.allocation_count() != allocations, "fell": fell}
+    allocated = module.allocation_count() != allocations
+    return {"allocated": allocated, "fell": fell, "taken": before - free, "planned": executor.memory_plan["total"]}
 
 
 def kernels_of(profiler: Any) -> set[str]:
@@ -145,8 +147,9 @@ def main(source: str, weights: str, settings: dict[str, Any], longest: int, what
     bundle = Bundle.open(source) if Path(source).is_dir() else RandomBundle(source, weights)
     config = EngineConfig(executor="cuda", **settings)
     if what == "memory":
+        before = native.load().device_info()["free_bytes"]
         executor = CudaExecutor(bundle, config)
-        told = measure_memory(executor, request_everything(executor, bundle, longest, config.max_loras))
+        told = measure_memory(executor, before, request_everything(executor, bundle, longest, config.max_loras))
     else:
         from torch.profiler import ProfilerActivity, profile
 

@@ -49,6 +49,7 @@ def first_requests(source: str | Path, weights: str, longest: int, what: str, se
 
 def check_memory(told: dict[str, Any], num_kinds: int) -> None:
     assert not told["allocated"]
+    assert told["taken"] <= told["planned"]
     fell = told["fell"]
     assert len(fell) == num_kinds
     # Loading an adapter captures graphs, within the memory planned for them; unloading it gives that back.
@@ -81,6 +82,12 @@ def test_first_requests_take_no_memory(
 @pytest.mark.alone
 def test_first_requests_take_no_memory_with_stored_fp8_and_an_adapter(fp8_bundle: Path) -> None:
     check_memory(first_requests(fp8_bundle, "fp8", 250, "memory", {"max_slots": 4, "max_loras": 1}), 12)
+
+
+@pytest.mark.alone
+def test_first_requests_take_no_memory_with_many_graphs() -> None:
+    settings = {"max_slots": 8, "max_context": 16384, "max_loras": 1}
+    check_memory(first_requests("qwen3-4b", "int4", 3000, "memory", settings), 12)
 
 
 @pytest.mark.alone

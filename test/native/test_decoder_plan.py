@@ -194,6 +194,32 @@ def test_what_drafts_need_is_planned_with_their_length_only() -> None:
         NATIVE.plan_memory(settings(QWEN3_4B, max_verify_tokens=65))
 
 
+# MB that an H200's driver had taken beside the arena with four slots of 4,096 tokens (docs/experiments.md).
+TAKEN_BY_THE_DRIVER = {"llama-1b": 36, "llama-8b": 48}
+
+
+@pytest.mark.parametrize("name", TAKEN_BY_THE_DRIVER)
+def test_what_the_driver_took_for_code_and_graphs_is_planned_and_not_much_more(name: str) -> None:
+    planned = NATIVE.plan_memory(settings(MODELS[name]))["graphs"] / 1e6
+    assert TAKEN_BY_THE_DRIVER[name] < planned < 1.5 * TAKEN_BY_THE_DRIVER[name]
+
+
+def test_graphs_are_planned_by_layers_slots_lengths_drafts_and_adapters() -> None:
+    def planned(**changed: Any) -> int:
+        size: int = NATIVE.plan_memory(settings(LLAMA_8B, **changed))["graphs"]
+        return size
+
+    usual = planned()
+    for more in (
+        {"num_layers": 64}, {"num_slots": 8}, {"capacity": 16384, "num_positions": 16384}, {"max_verify_tokens": 64},
+        {"max_adapters": 1, "max_lora_rank": 16}, {"output_norms": True},
+    ):  # fmt: skip
+        assert planned(**more) > usual, more
+    assert planned(num_slots=16) == planned(num_slots=8), "a step has eight sequences at most"
+    assert planned(max_adapters=4, max_lora_rank=64) == planned(max_adapters=1, max_lora_rank=16)
+    assert planned(capacity=1024, num_positions=1024) < usual
+
+
 def test_a_second_rope_and_a_cut_head_are_planned() -> None:
     plan = NATIVE.plan_memory(settings(LLAMA_1B))
     ropes = ["rope", "rope.none"] * 8

@@ -19,7 +19,11 @@ class MemoryPlan {
   // group: "weights", "kv_cache", "workspace", …; names are unique.
   void add(std::string_view group, const std::string& name, std::size_t num_bytes);
 
+  // What the driver will take beside, for kernels' code and captured graphs; no part of total().
+  void set_aside(std::size_t num_bytes) noexcept { set_aside_ = num_bytes; }
+
   std::size_t total() const noexcept { return total_; }
+  std::size_t set_aside() const noexcept { return set_aside_; }
   std::size_t offset(const std::string& name) const;  // throws std::logic_error for a name that was never planned
   std::size_t size(const std::string& name) const;
   bool contains(const std::string& name) const { return entries_.contains(name); }
@@ -35,6 +39,7 @@ class MemoryPlan {
   std::map<std::string, Entry> entries_;
   std::map<std::string, std::size_t, std::less<>> groups_;
   std::size_t total_ = 0;
+  std::size_t set_aside_ = 0;
 };
 
 // The memory of a plan.

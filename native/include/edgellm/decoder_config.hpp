@@ -101,10 +101,9 @@ struct DecoderConfig {
   void check() const;
 };
 
-constexpr int kMaxBatch = 8;                                // sequences that one decode step computes
-constexpr int kMaxLogitRows = 16;                           // that one product with the head computes
-constexpr int kHistoryLength = 256;                         // steps that the device may be ahead of the host
-constexpr std::size_t kGraphBytes = std::size_t{64} << 20;  // what the driver may take for the captured graphs
+constexpr int kMaxBatch = 8;         // sequences that one decode step computes
+constexpr int kMaxLogitRows = 16;    // that one product with the head computes
+constexpr int kHistoryLength = 256;  // steps that the device may be ahead of the host
 
 // One linear layer: where it is in a decoder and what shape it has. `stem` is its stored name without the layer.
 struct LinearShape {
