@@ -38,14 +38,14 @@ void Decoder::prefill_async(const SequenceStep& item, int first_row) {
 void Decoder::warm_up_prompts() {
   const int longest = std::min(config_.max_tokens, config_.capacity);
   const bool multiplied = products_reason_.empty() && config_.min_gemm_tokens <= longest;
-  const std::vector<std::int32_t> zeros(static_cast<std::size_t>(longest), 0);
+  const std::vector<std::int32_t> zeros(static_cast<std::size_t>(std::max(longest, kernels::kMaxGemvTokens + 1)), 0);
   const auto run = [&](int length, int num_logits, int adapter) {
-    if (length < 2 || length > longest) return;  // one token is a decode step
+    if (length < 2 || length > config_.capacity) return;  // one token is a decode step
     prefill_async({0, std::span(zeros).first(static_cast<std::size_t>(length)), 0, num_logits, adapter}, 0);
     stream_.wait();
     inputs_used_ = 0;
   };
-  const int last_decoded = multiplied ? config_.min_gemm_tokens - 1 : longest;
+  const int last_decoded = multiplied ? config_.min_gemm_tokens - 1 : config_.capacity;
   for (int length = 2; length <= std::min(last_decoded, kernels::kMaxGemvTokens + 1); ++length) {
     run(length, std::min(length, kMaxLogitRows), 0);  // of the last layer so many rows
   }
