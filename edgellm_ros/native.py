@@ -67,6 +67,11 @@ def unavailable_reason() -> str:
     return f"{info['name']} {reason}" if reason else ""
 
 
+def refusal(reason: str, message: str) -> DeviceError | UnsupportedError:
+    """The error that says `message` for such a reason."""
+    return (DeviceError if reason.startswith(GPU_FAILS) else UnsupportedError)(message)
+
+
 def capability_reason(module: Any, capability: tuple[int, int]) -> str:
     """Why a GPU of this compute capability cannot run `module`'s kernels, as the end of a sentence; empty if it can."""
     have = ".".join(map(str, capability))
@@ -102,7 +107,7 @@ def load() -> Any:
     """The module, ready to compute. Raises UnsupportedError, or DeviceError for a GPU that fails, with the reason."""
     reason = unavailable_reason()
     if reason:
-        raise (DeviceError if reason.startswith(GPU_FAILS) else UnsupportedError)(reason)
+        raise refusal(reason, reason)
     module, _ = import_module()
     _preload_cublaslt(module.CUDA_MAJOR)
     if module.FAST_COMPILE:

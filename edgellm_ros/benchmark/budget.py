@@ -125,7 +125,7 @@ def estimate_parts(
 
 
 def _driver_bytes(model: ModelSpec, config: EngineConfig) -> int:
-    """What the driver takes for kernels' code and for captured graphs, as decoder_config.cpp plans it.
+    """What the driver takes for kernels' code and for captured graphs, as native/src/driver_memory.cpp counts it.
 
     But for layers whose inputs have an order or factors of their own, whose graphs have four kernels more.
     """

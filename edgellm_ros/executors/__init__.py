@@ -35,10 +35,7 @@ def create_executor(bundle: Bundle, config: EngineConfig) -> Executor:
 
             executor = CudaExecutor(bundle, config)
         elif config.executor == "cuda":
-            failed = reason.startswith(native.GPU_FAILS)
-            raise (DeviceError if failed else UnsupportedError)(
-                f"executor is 'cuda': {reason}; use onnxruntime or auto"
-            )
+            raise native.refusal(reason, f"executor is 'cuda': {reason}; use onnxruntime or auto")
         else:
             if reason.startswith(native.GPU_FAILS):
                 _log.warning("there is a GPU, and the CPU is used: %s", reason)

@@ -135,5 +135,7 @@ void plan_token_loop(MemoryPlan& plan, const DecoderConfig& config, std::size_t 
 
 // Names: stored tensor names for weights; "kv", and the names that decoder.cpp uses for its buffers.
 MemoryPlan plan_memory(const DecoderConfig& config);
+// Of that, what the driver takes for kernels' code and captured graphs, which is no part of the arena.
+std::size_t driver_bytes(const DecoderConfig& config);
 
 }  // namespace edgellm
