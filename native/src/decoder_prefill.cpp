@@ -49,6 +49,7 @@ void Decoder::warm_up_prompts() {
   for (int length = 2; length <= std::min(last_decoded, kernels::kMaxGemvTokens + 1); ++length) {
     run(length, std::min(length, kMaxLogitRows), 0);  // of the last layer so many rows
   }
+  if (last_decoded >= 2) run(2, 1, 0);  // of the last layer one row, whose x is not a decode step's
   const int shortest = multiplied ? config_.min_gemm_tokens : 2;
   run(shortest, 1, 0);
   if (longest != shortest) run(longest, 1, 0);

@@ -44,6 +44,7 @@ def first_requests(source: str | Path, weights: str, longest: int, what: str, se
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, (done.stdout, done.stderr[-3000:])
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(source, weights, json.dumps(told))  # pytest shows it of a test that fails, and with -rP of all
     return told
 
 
