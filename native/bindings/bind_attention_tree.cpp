@@ -12,7 +12,7 @@ void tree_attention(const py::object& qkv, const py::object& kv, const py::objec
                     const py::object& positions, const py::object& depths, const py::object& masks,
                     const py::object& cos, const py::object& sin, const py::object& out, int max_tokens, int num_heads,
                     float scale, const py::object& q_gain, const py::object& k_gain, float norm_eps, int window,
-                    int splits, const py::object& workspace, std::uintptr_t stream, bool pdl) {
+                    int splits, int most_rows, const py::object& workspace, std::uintptr_t stream, bool pdl) {
   kernels::TreeAttentionArgs args;
   args.kv = kv_layer(kv);
   args.rope = rope_tables(cos, sin, q_gain, k_gain, norm_eps, args.kv);
@@ -27,6 +27,9 @@ void tree_attention(const py::object& qkv, const py::object& kv, const py::objec
   if (splits < 0 || splits > kernels::kMaxTreeSplits) {
     throw std::invalid_argument("splits " + std::to_string(splits) + " is not 0 to " +
                                 std::to_string(kernels::kMaxTreeSplits));
+  }
+  if (most_rows != 0 && most_rows != 32 && most_rows != 64) {
+    throw std::invalid_argument("most_rows " + std::to_string(most_rows) + " is not 0, 32 or 64");
   }
   const DeviceArray input(qkv, "qkv"), slot_array(slots, "slots");
   const std::int64_t tokens = input.size(0), head_dim = args.kv.head_dim, sequences = slot_array.size(0);
@@ -44,6 +47,7 @@ void tree_attention(const py::object& qkv, const py::object& kv, const py::objec
   args.window = window;
   args.scale = scale;
   args.splits = splits;
+  args.most_rows = most_rows;
   const DeviceArray scratch(workspace, "workspace");
   args.workspace = scratch.raw();
   const auto wanted =
@@ -63,7 +67,7 @@ void bind_attention_tree(py::module_& module) {
              py::arg("positions"), py::arg("depths"), py::arg("masks"), py::arg("cos"), py::arg("sin"), py::arg("out"),
              py::arg("max_tokens"), py::arg("num_heads"), py::arg("scale"), py::arg("q_gain") = py::none(),
              py::arg("k_gain") = py::none(), py::arg("norm_eps") = 1e-6F, py::arg("window") = 0, py::arg("splits") = 0,
-             py::arg("workspace"), py::arg("stream") = 0, py::arg("pdl") = false);
+             py::arg("most_rows") = 0, py::arg("workspace"), py::arg("stream") = 0, py::arg("pdl") = false);
 }
 
 }  // namespace edgellm

@@ -1,4 +1,6 @@
 // gemm_int4.
+#include <string>
+
 #include "bindings.hpp"
 #include "edgellm/kernels/gemm_int4.hpp"
 #include "kernel_views.hpp"
@@ -13,8 +15,13 @@ void bind_gemm_int4(py::module_& module) {
     tiles.append(py::make_tuple(tile.rows, tile.tokens, tile.split));
   }
   module.attr("GEMM_INT4_TILES") = py::tuple(tiles);
-  module.def("choose_gemm_int4_tile", &kernels::choose_gemm_int4_tile, py::arg("num_tokens"), py::arg("rows"),
-             py::arg("num_sms"), py::arg("two_fit"));
+  module.def(
+      "choose_gemm_int4_tile",
+      [](int num_tokens, int rows, int num_sms, bool two_fit) {
+        if (num_sms < 1) throw std::invalid_argument("num_sms " + std::to_string(num_sms) + " is not at least 1");
+        return kernels::choose_gemm_int4_tile(num_tokens, rows, num_sms, two_fit);
+      },
+      py::arg("num_tokens"), py::arg("rows"), py::arg("num_sms"), py::arg("two_fit"));
   module.def("choose_gemm_int4_split", &kernels::choose_gemm_int4_split, py::arg("num_tokens"), py::arg("rows"),
              py::arg("group"), py::arg("num_sms"), py::arg("max_shared_bytes"));
   module.def("has_gemm_int4_split", &kernels::has_gemm_int4_split, py::arg("num_tokens"), py::arg("group"));

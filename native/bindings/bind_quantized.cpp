@@ -9,14 +9,20 @@ namespace edgellm {
 
 void bind_quantized(py::module_& module) {
   module.def("int4_packed_data_bytes", &kernels::int4_packed_data_bytes, py::arg("rows"), py::arg("cols"));
-  module.def("int4_packed_scales_bytes", &kernels::int4_packed_scales_bytes, py::arg("rows"), py::arg("cols"),
-             py::arg("group"));
+  module.def(
+      "int4_packed_scales_bytes",
+      [](int rows, int cols, int group) {
+        check_group(group, cols);
+        return kernels::int4_packed_scales_bytes(rows, cols, group);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("group"));
   module.def(
       "repack_int4",
       [](const py::object& data, const py::object& scales, int group, bool gate_up, const py::object& packed_data,
          const py::object& packed_scales, std::uintptr_t stream) {
         const DeviceArray from(data, "data");
         const std::int64_t rows = from.size(0), cols = from.size(1) * 2;
+        check_group(group, cols);
         const auto data_bytes =
             static_cast<std::int64_t>(kernels::int4_packed_data_bytes(static_cast<int>(rows), static_cast<int>(cols)));
         const auto scale_bytes = static_cast<std::int64_t>(

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -21,6 +22,11 @@ class DeviceArray {
   // -1: no synchronisation; launches are ordered by the stream that the caller names.
   DeviceArray(const pybind11::object& object, std::string name) : name_(std::move(name)), imported_(object, name_, -1) {
     if (tensor().device.device_type != dlpack::kCuda) fail("is not in device memory");
+    int current = 0;
+    if (cudaGetDevice(&current) == cudaSuccess && tensor().device.device_id != current) {
+      fail("is on GPU " + std::to_string(tensor().device.device_id) + ", and this thread's is GPU " +
+           std::to_string(current));
+    }
   }
 
   int rank() const { return tensor().ndim; }

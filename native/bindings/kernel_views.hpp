@@ -12,6 +12,13 @@ namespace edgellm {
 
 inline cudaStream_t to_stream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+inline void check_group(int group, std::int64_t cols) {
+  if ((group != 16 && group != 32 && group != 64 && group != 128) || cols % group != 0) {
+    throw std::invalid_argument("group " + std::to_string(group) + " must be 16, 32, 64 or 128 and divide cols " +
+                                std::to_string(cols));
+  }
+}
+
 // (format, data, scales or None, rows, cols, group); int4 is the repacked pair.
 struct WeightTuple {
   kernels::WeightView view;
@@ -64,13 +71,7 @@ struct WeightTuple {
   }
 
  private:
-  void check_group() const {
-    const int g = view.group;
-    if ((g != 16 && g != 32 && g != 64 && g != 128) || view.cols % g != 0) {
-      throw std::invalid_argument("group " + std::to_string(g) + " must be 16, 32, 64 or 128 and divide cols " +
-                                  std::to_string(view.cols));
-    }
-  }
+  void check_group() const { edgellm::check_group(view.group, view.cols); }
 };
 
 // A number for each feature, which kernels load 16 bytes at a time; None is null.
@@ -116,6 +117,7 @@ inline kernels::KvLayer kv_layer(const pybind11::object& object) {
   kv.num_kv_heads = static_cast<int>(cache.size(2));
   kv.capacity = static_cast<int>(cache.size(3));
   kv.head_dim = static_cast<int>(cache.size(4));
+  if (kv.num_kv_heads < 1 || kv.capacity < 1 || kv.head_dim < 1) cache.fail("has no heads or no positions");
   return kv;
 }
 

@@ -37,16 +37,10 @@ int largest_cluster() {
   static_assert(2 * HD * sizeof(typename Kv<F>::Element) + 64 <= kStaticSharedBytes);
   EDGELLM_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(traits.max_shared_bytes - kStaticSharedBytes)));
-  int blocks = 1;
-  if (traits.has_dependent_launch) {
-    using Shared = DecodeAttentionShared<HD, kSeveral>;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(kMaxCluster);
-    config.blockDim = dim3(kWarps * 32);
-    config.dynamicSmemBytes = static_cast<std::size_t>(Shared{kWarps, 1, kMaxCluster, kTileHeads * HD}.bytes());
-    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config));
-  }
-  largest = blocks >= kMaxCluster ? kMaxCluster : 1;
+  const auto bytes =
+      static_cast<std::size_t>(DecodeAttentionShared<HD, kSeveral>{kWarps, 1, kMaxCluster, kTileHeads * HD}.bytes());
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  largest = runs_in_clusters(address, kMaxCluster, kWarps * 32, bytes) ? kMaxCluster : 1;
   device = traits.device;
   return largest;
 }

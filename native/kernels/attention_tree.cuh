@@ -311,13 +311,16 @@ void launch_tree_attention(const TreeAttentionArgs& args, const TreeAttentionPar
                            bool pdl) {
   constexpr int kRows = 16 * kRowGroups;
   const auto kernel = tree_attention_kernel<HD, F, kRowGroups>;
-  const std::size_t shared_bytes = TreeShared<HD, F>::bytes(kRows);
+  constexpr std::size_t shared_bytes = TreeShared<HD, F>::bytes(kRows);
+  static_assert(kRowGroups > 2 || shared_bytes + kTreeStaticBytes <= 99 * 1024, "compute capability 8.9 has no more");
   EDGELLM_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   const bool modern = device_traits().has_dependent_launch;
+  const bool clusters =
+      runs_in_clusters(reinterpret_cast<const void*>(kernel), kTreeCluster, kTreeThreads, shared_bytes);
   const int chunks = ceil_div(args.max_tokens * (args.num_heads / args.kv.num_kv_heads), kRows);
   TreeAttentionParams p = params;
-  p.cluster_size = modern ? kTreeCluster : 1;
+  p.cluster_size = clusters ? kTreeCluster : 1;
   const int blocks = args.kv.num_kv_heads * chunks;
   if (p.splits == 0) {
     const int wanted = ceil_div(2 * device_traits().num_sms, blocks * args.num_sequences * p.cluster_size);
@@ -334,7 +337,7 @@ void launch_tree_attention(const TreeAttentionArgs& args, const TreeAttentionPar
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
-  if (modern) {
+  if (clusters) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {kTreeCluster, 1, 1};
   }
@@ -354,7 +357,11 @@ void launch_tree_rows(const TreeAttentionArgs& args, const TreeAttentionParams& 
   } else {
     const int rows = args.max_tokens * (args.num_heads / args.kv.num_kv_heads);
     if (rows <= 16) return launch_tree_attention<HD, F, 1>(args, params, stream, pdl);
-    if (rows <= 32) return launch_tree_attention<HD, F, 2>(args, params, stream, pdl);
+    // 64 rows of FP8 and heads of 128 are a little more than compute capability 8.6, 8.9 and 12.0 have.
+    const bool fits = TreeShared<HD, F>::bytes(64) + kTreeStaticBytes <= device_traits().max_shared_bytes;
+    if (rows <= 32 || !fits || args.most_rows == 32) {
+      return launch_tree_attention<HD, F, 2>(args, params, stream, pdl);
+    }
     launch_tree_attention<HD, F, 4>(args, params, stream, pdl);
   }
 }

@@ -11,10 +11,11 @@ namespace edgellm::kernels {
 constexpr int kTreeWarps = 4;
 constexpr int kTreeThreads = kTreeWarps * 32;
 template <int HD>
-constexpr int kTreeTile = HD > 128 ? 32 : 64;  // positions
-constexpr int kTreeCluster = 8;                // blocks, where the GPU has clusters
-constexpr int kTreeTilesToSplit = 2;           // tiles a block, below which one more split costs more than it saves
-constexpr float kTreeNoScore = -1e30f;         // finite, so that a row without scores yet gives no NaN
+constexpr int kTreeTile = HD > 128 ? 32 : 64;   // positions
+constexpr int kTreeCluster = 8;                 // blocks, where the GPU has clusters
+constexpr int kTreeTilesToSplit = 2;            // tiles a block, below which one more split costs more than it saves
+constexpr std::size_t kTreeStaticBytes = 2048;  // at most, beside TreeShared: masks, depths, sums
+constexpr float kTreeNoScore = -1e30f;          // finite, so that a row without scores yet gives no NaN
 
 struct TreeAttentionParams {
   const float* qkv;

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "edgellm/kernels/draft_acceptance.hpp"
-#include "launch.hpp"
 #include "sampling_few.cuh"
+#include "sampling_launch.cuh"
 #include "sampling_select.cuh"
 
 namespace edgellm::kernels {
@@ -275,39 +275,16 @@ void accept_draft_async(const DraftAcceptanceArgs& args, cudaStream_t stream, bo
   assert(args.num_sequences >= 1 && args.num_sequences <= kMaxAcceptanceSequences && args.vocab >= 1);
   assert(args.max_nodes >= 1 && args.max_nodes <= kMaxAcceptanceNodes);
   assert(!args.draft_probs || !args.parents);
-  const bool modern = device_traits().has_dependent_launch;
-  const int size = modern ? kSamplingBlocks : 1;
+  const auto kernel = args.draft_probs ? accept_draft_kernel<true> : accept_draft_kernel<false>;
+  const RowBlocks blocks = blocks_of_row(reinterpret_cast<const void*>(kernel), args.vocab, sizeof(Shared));
   Params p = {};
   p.args = args;
   p.num_done = static_cast<unsigned int*>(args.workspace);
   p.verdicts = reinterpret_cast<int32_t*>(static_cast<char*>(args.workspace) + verdicts_start());
-  p.share = ceil_div(args.vocab, size);
-  const std::size_t wanted = static_cast<std::size_t>(p.share) * sizeof(float);
-  int limit = 0, device = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  p.in_shared = wanted + sizeof(Shared) + 1024 <= static_cast<std::size_t>(limit);
-  const std::size_t shared_bytes = p.in_shared ? wanted : 0;
-  const auto kernel = args.draft_probs ? accept_draft_kernel<true> : accept_draft_kernel<false>;
-  EDGELLM_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(size, args.max_nodes, args.num_sequences);
-  config.blockDim = dim3(kSamplingThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  if (modern) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {kSamplingBlocks, 1, 1};
-  }
-  if (modern && pdl) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  config.attrs = attributes;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
-  EDGELLM_CUDA_TRY(cudaGetLastError());
+  p.share = blocks.share;
+  p.in_shared = blocks.in_shared;
+  launch_row_blocks(kernel, blocks, static_cast<unsigned>(args.max_nodes), static_cast<unsigned>(args.num_sequences),
+                    stream, pdl, p);
 }
 
 }  // namespace edgellm::kernels

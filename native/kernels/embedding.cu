@@ -15,10 +15,10 @@ __global__ void __launch_bounds__(kThreads)
     embedding_kernel(const EmbeddingTable table, const int32_t* token_ids, float* residual, bf16* residual_bf16) {
   start_dependents();
   wait_for_predecessor();
-  const int token = blockIdx.y;
+  const int token = blockIdx.x;  // an engine's prefill may have more of them than a grid's other axes
   const int id = *static_cast<const volatile int32_t*>(token_ids + token);
   const std::size_t at = static_cast<std::size_t>(token) * table.cols;
-  embed_row(table, id, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads, residual + at, residual_bf16 + at);
+  embed_row(table, id, blockIdx.y * kThreads + threadIdx.x, gridDim.y * kThreads, residual + at, residual_bf16 + at);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -38,7 +38,7 @@ void embedding_async(const WeightView& table, const int32_t* token_ids, int num_
                      bf16* residual_bf16, cudaStream_t stream, bool pdl) {
   assert(table.format == WeightFormat::bf16 || table.format == WeightFormat::fp16 ||
          table.format == WeightFormat::int8);
-  launch(embedding_kernel, dim3(ceil_div(table.cols, kThreads), num_tokens), dim3(kThreads), 0, stream, pdl,
+  launch(embedding_kernel, dim3(num_tokens, ceil_div(table.cols, kThreads)), dim3(kThreads), 0, stream, pdl,
          embedding_table(table, scale), token_ids, residual, residual_bf16);
 }
 

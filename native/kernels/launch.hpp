@@ -9,37 +9,23 @@
 
 namespace edgellm::kernels {
 
-// Of the current device, asked once a thread.
+// Of the current device and of the code that runs on it, asked once a thread.
 struct DeviceTraits {
   int device = -1;
   int num_sms = 0;
   std::size_t max_shared_bytes = 0;  // a block, statically allocated ones included
   std::size_t shared_bytes_of_sm = 0;
-  bool has_dependent_launch = false;  // also thread block clusters: both came with compute capability 9.0
-  bool has_launch_carveout = false;   // a launch can say how much shared memory an SM is to have: CUDA 12.5
+  // Also thread block clusters: both came with compute capability 9.0. PTX of an older one has instructions for
+  // neither.
+  bool has_dependent_launch = false;
+  bool has_launch_carveout = false;  // a launch can say how much shared memory an SM is to have: CUDA 12.5
 };
 
-inline const DeviceTraits& device_traits() {
-  thread_local DeviceTraits traits;
-  int device = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  if (traits.device != device) {
-    int major = 0;
-    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&traits.num_sms, cudaDevAttrMultiProcessorCount, device));
-    int shared_bytes = 0;
-    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    traits.max_shared_bytes = static_cast<std::size_t>(shared_bytes);
-    EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    traits.shared_bytes_of_sm = static_cast<std::size_t>(shared_bytes);
-    traits.has_dependent_launch = major >= 9;
-    int driver = 0;
-    EDGELLM_CUDA_TRY(cudaDriverGetVersion(&driver));
-    traits.has_launch_carveout = driver >= 12050;
-    traits.device = device;
-  }
-  return traits;
-}
+const DeviceTraits& device_traits();
+
+// Whether the GPU runs this kernel in clusters of so many blocks: each lies in one part of it, and a slice of a GPU may
+// have too few multiprocessors in any. For a kernel that may have so much dynamic shared memory.
+bool runs_in_clusters(const void* kernel, int num_blocks, int num_threads, std::size_t shared_bytes);
 
 // Dynamic shared memory that a kernel may have without asking for more, less what it has statically.
 constexpr std::size_t kPlainSharedBytes = 38 * 1024;

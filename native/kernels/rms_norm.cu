@@ -164,8 +164,10 @@ void residual_norm_async(const ResidualNormArgs& args, cudaStream_t stream, bool
   if (vectors <= 2) return run(residual_norm_kernel<2, false>, residual_norm_kernel<2, true>);
   if (vectors <= 4) return run(residual_norm_kernel<4, false>, residual_norm_kernel<4, true>);
   if (vectors <= 8) return run(residual_norm_kernel<8, false>, residual_norm_kernel<8, true>);
+  static_assert(kMaxNormWidth == 16 * 4 * kThreads);
   if (vectors <= 16) return run(residual_norm_kernel<16, false>, residual_norm_kernel<16, true>);
-  throw std::invalid_argument("rows of " + std::to_string(args.hidden) + " are too wide; the norm takes at most 16384");
+  throw std::invalid_argument("rows of " + std::to_string(args.hidden) + " are too wide; the norm takes at most " +
+                              std::to_string(kMaxNormWidth));
 }
 
 }  // namespace edgellm::kernels

@@ -8,8 +8,8 @@
 #include <cmath>
 
 #include "edgellm/kernels/sampling.hpp"
-#include "launch.hpp"
 #include "sampling_few.cuh"
+#include "sampling_launch.cuh"
 #include "sampling_logprobs.cuh"
 #include "sampling_select.cuh"
 
@@ -135,8 +135,9 @@ __global__ void __launch_bounds__(kSamplingThreads, 1) sampling_kernel(const Sam
 
 void sample_async(const SamplingArgs& args, cudaStream_t stream, bool pdl) {
   assert(args.batch >= 1 && args.vocab >= 1);
-  const bool cluster = device_traits().has_dependent_launch;
-  const int size = cluster ? kSamplingBlocks : 1;
+  const bool everything = args.counts || args.bias_ids || args.token_mask || args.logprobs;
+  const auto kernel = everything ? sampling_kernel<true> : sampling_kernel<false>;
+  const RowBlocks blocks = blocks_of_row(reinterpret_cast<const void*>(kernel), args.vocab, sizeof(Shared));
   SamplingInputs p = {};
   p.logits = args.logits;
   p.scores = args.scores;
@@ -148,35 +149,10 @@ void sample_async(const SamplingArgs& args, cudaStream_t stream, bool pdl) {
   p.logprobs = args.logprobs;
   p.max_bias = args.bias_ids ? args.max_bias : 0;
   p.vocab = args.vocab;
-  p.share = ceil_div(args.vocab, size);
+  p.share = blocks.share;
+  p.in_shared = blocks.in_shared;
   p.next = next_step(args.state, args.table, args.embed_scale, args.residual, args.residual_bf16);
-  const bool everything = args.counts || args.bias_ids || args.token_mask || args.logprobs;
-  const auto kernel = everything ? sampling_kernel<true> : sampling_kernel<false>;
-  const std::size_t wanted = static_cast<std::size_t>(p.share) * sizeof(float);
-  int limit = 0, device = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  p.in_shared = wanted + sizeof(Shared) + 1024 <= static_cast<std::size_t>(limit);
-  const std::size_t shared_bytes = p.in_shared ? wanted : 0;
-  EDGELLM_CUDA_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(size, args.batch);
-  config.blockDim = dim3(kSamplingThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
-  if (cluster) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {kSamplingBlocks, 1, 1};
-    if (pdl) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-  }
-  config.attrs = attributes;
-  EDGELLM_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, p));
-  EDGELLM_CUDA_TRY(cudaGetLastError());
+  launch_row_blocks(kernel, blocks, static_cast<unsigned>(args.batch), 1, stream, pdl, p);
 }
 
 }  // namespace edgellm::kernels

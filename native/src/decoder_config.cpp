@@ -1,6 +1,7 @@
 #include "edgellm/decoder_config.hpp"
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <stdexcept>
 
@@ -10,6 +11,7 @@
 #include "edgellm/kernels/attention_tree.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/kernels/quantized.hpp"
+#include "edgellm/kernels/rms_norm.hpp"
 #include "edgellm/run.hpp"
 #include "edgellm/verify_inputs.hpp"
 
@@ -206,10 +208,13 @@ void DecoderConfig::check() const {
   for (const int width : {hidden_size, intermediate_size, q_width()}) {
     require(width % 16 == 0, "a layer is " + std::to_string(width) + " wide; the kernels take multiples of 16");
   }
-  std::set<std::string> stems = {"embed", "head"};
+  require(hidden_size <= kernels::kMaxNormWidth, "hidden_size is " + std::to_string(hidden_size) +
+                                                     "; the norms take at most " +
+                                                     std::to_string(kernels::kMaxNormWidth));
+  std::map<std::string, int> stems = {{"embed", hidden_size}, {"head", hidden_size}};  // and their columns
   for (int layer = 0; layer < num_layers; ++layer) {
     for (const LinearShape& linear : layer_linears(*this)) {
-      stems.insert("layers." + std::to_string(layer) + "." + linear.stem);
+      stems["layers." + std::to_string(layer) + "." + linear.stem] = linear.cols;
     }
   }
   for (const auto& [stem, format] : formats) {
@@ -224,10 +229,13 @@ void DecoderConfig::check() const {
   for (const std::string& stem : factored) {
     require(!follows_norm(stem), stem + " follows a norm, whose gain takes the factor of its input");
   }
-  for (const std::string& stem : stems) {
+  for (const auto& [stem, cols] : stems) {
     const auto& [format, group] = format_of(stem);
     require(!is_grouped(format) || group == 16 || group == 32 || group == 64 || group == 128,
             stem + " is quantised in groups of " + std::to_string(group) + "; the kernels take 16, 32, 64 and 128");
+    require(!is_grouped(format) || cols % group == 0, stem + " has " + std::to_string(cols) +
+                                                          " columns, which groups of " + std::to_string(group) +
+                                                          " do not divide");
     require(format != WeightFormat::fp8_blocks || group >= 64, stem + " is fp8 in blocks of less than 64 columns");
     require(format != WeightFormat::int4 || !stem.ends_with("gate_up") || intermediate_size % 8 == 0,
             "int4 needs a multiple of 8 as MLP width");

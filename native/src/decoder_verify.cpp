@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/decoder.hpp"
@@ -171,10 +172,11 @@ void Decoder::warm_up_verify() {
 }
 
 std::vector<float> Decoder::time_verify(int slot, int position, int num_tokens, int num_steps) {
-  if (slot < 0 || slot >= config_.num_slots || position < 0 || position + num_tokens > config_.capacity ||
-      num_tokens < 1 || num_tokens > config_.max_verify_tokens) {
+  if (slot < 0 || slot >= config_.num_slots || position < 0 || num_tokens < 1 ||
+      num_tokens > config_.max_verify_tokens || position > config_.capacity - num_tokens) {
     throw std::invalid_argument("a draft does not fit its slot or max_verify_tokens");
   }
+  if (num_steps < 1) throw std::invalid_argument("num_steps " + std::to_string(num_steps) + " is not at least 1");
   return guarded([&] {
     end_run();
     stream_.wait();

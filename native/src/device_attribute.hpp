@@ -4,14 +4,13 @@
 #include <cuda_runtime.h>
 
 #include "edgellm/cuda_try.hpp"
+#include "edgellm/device_guard.hpp"
 
 namespace edgellm {
 
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
   int value = 0;
-  EDGELLM_CUDA_TRY(cudaGetDevice(&device));
-  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device));
+  EDGELLM_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, current_device()));
   return value;
 }
 

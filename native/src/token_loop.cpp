@@ -62,7 +62,7 @@ int TokenLoop::step(std::span<const SequenceStep> batch) {
       const SequenceStep& item = batch[i];
       const auto length = static_cast<int>(item.token_ids.size());
       if (length < 1 || item.slot < 0 || item.slot >= config_.num_slots || item.position < 0 ||
-          item.position + length > config_.capacity || item.num_logits < 0 || item.num_logits > length) {
+          length > config_.capacity - item.position || item.num_logits < 0 || item.num_logits > length) {
         throw std::invalid_argument("a step does not fit its slot");
       }
       check_adapter(item.adapter);
@@ -150,8 +150,15 @@ std::int32_t* TokenLoop::take_inputs(std::size_t count) {
 
 void TokenLoop::reserve_logits(int num_rows) {
   if (num_rows <= num_logit_rows_) return;
-  host_logits_ = std::make_shared<PinnedBuffer>(static_cast<std::size_t>(num_rows) *
-                                                static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
+  const std::size_t num_bytes =
+      static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows()) * sizeof(float);
+  try {
+    host_logits_ = std::make_shared<PinnedBuffer>(num_bytes);
+  } catch (const CudaError& error) {
+    if (error.code() != cudaErrorMemoryAllocation) throw;
+    throw std::invalid_argument(std::to_string(num_rows) + " rows of logits take " + std::to_string(num_bytes) +
+                                " bytes of pinned memory, which the host does not have; ask for fewer at once");
+  }
   num_logit_rows_ = num_rows;
 }
 

@@ -57,7 +57,7 @@ int TokenLoop::verify_tree(int slot, int position, std::span<const std::int32_t>
     throw std::invalid_argument("a draft of " + std::to_string(count) + " nodes exceeds max_verify_tokens " +
                                 std::to_string(config_.max_verify_tokens) + ", or is empty");
   }
-  if (slot < 0 || slot >= config_.num_slots || position < 0 || position + count > config_.capacity) {
+  if (slot < 0 || slot >= config_.num_slots || position < 0 || position > config_.capacity - count) {
     throw std::invalid_argument("a draft does not fit its slot: every node needs a place behind the prefix");
   }
   if (!parents.empty() && parents.size() != token_ids.size()) {
@@ -83,13 +83,14 @@ int TokenLoop::verify_tree(int slot, int position, std::span<const std::int32_t>
 
 void TokenLoop::accept_path(int slot, int position, std::span<const std::int32_t> nodes) {
   const auto count = static_cast<int>(nodes.size());
-  if (slot < 0 || slot >= config_.num_slots || position < 0 || count > config_.max_verify_tokens) {
+  if (slot < 0 || slot >= config_.num_slots || position < 0 || position > config_.capacity ||
+      count > config_.max_verify_tokens) {
     throw std::invalid_argument("a path does not fit its slot");
   }
   bool moves = false;
   for (int i = 0; i < count; ++i) {
     const int node = nodes[static_cast<std::size_t>(i)];
-    if (node < 0 || position + node >= config_.capacity || (i > 0 && node <= nodes[static_cast<std::size_t>(i) - 1])) {
+    if (node < 0 || node >= config_.capacity - position || (i > 0 && node <= nodes[static_cast<std::size_t>(i) - 1])) {
       throw std::invalid_argument("a path's nodes ascend and lie in the slot, but number " + std::to_string(i) +
                                   " is node " + std::to_string(node));
     }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "edgellm/cuda_try.hpp"
 #include "edgellm/kernels/embedding.hpp"
@@ -136,6 +137,7 @@ std::vector<float> TokenLoop::time_run(std::span<const std::int32_t> slots, std:
                                        std::span<const std::int32_t> token_ids, int num_steps,
                                        std::span<const kernels::SamplingRow> rows,
                                        std::span<const std::int32_t> adapters) {
+  if (num_steps < 1) throw std::invalid_argument("num_steps " + std::to_string(num_steps) + " is not at least 1");
   start_run(run_sequences(slots, positions, token_ids, rows, adapters));
   std::vector<float> times;
   guarded([&] {

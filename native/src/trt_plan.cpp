@@ -36,6 +36,10 @@ void TrtDecoderConfig::check() const {
               loop.embedding_format == kernels::WeightFormat::fp16 ||
               loop.embedding_format == kernels::WeightFormat::int8,
           "the embedding must be bf16, fp16 or int8");
+  require(loop.embedding_format != kernels::WeightFormat::int8 ||
+              (loop.group_size > 0 && loop.hidden_size % loop.group_size == 0),
+          "an embedding of " + std::to_string(loop.hidden_size) + " columns has no groups of " +
+              std::to_string(loop.group_size));
   require(loop.max_verify_tokens == 0 || has(TrtRole::mask) || has(TrtRole::tree_masks),
           "the engine has no masks as inputs, so it takes no trees; build it with --trees");
   require(loop.max_verify_tokens >= 0 && loop.max_verify_tokens <= kMaxVerifyTokens &&

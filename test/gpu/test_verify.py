@@ -150,6 +150,11 @@ def test_drafts_that_make_no_tree_are_refused_by_name(open_cuda: OpenCuda) -> No
         executor.verify_tree(0, 5, prompt(17), np.arange(-1, 16, dtype=np.int32))
     with pytest.raises(ValueError, match="ascend and lie in the slot"):
         executor.accept_path(0, 5, [0, 2, 1])
+    largest = 2**31 - 1
+    with pytest.raises(ValueError, match="a path does not fit its slot"):
+        executor.accept_path(0, largest, [1])
+    with pytest.raises(ValueError, match="does not fit its slot"):
+        executor.verify_tree(0, largest, prompt(3), np.array([-1, 0, 0], np.int32))
 
 
 @pytest.mark.alone

@@ -79,7 +79,7 @@ class Case:
         rounded = torch.float16 if self.form == "fp16" else torch.bfloat16
         return rotate(q, position, *self.tables, self.gains[0]).to(rounded).double()
 
-    def run(self, splits: int = 0, repeats: int = 1, masks: list[int] | None = None) -> Any:
+    def run(self, splits: int = 0, repeats: int = 1, masks: list[int] | None = None, most_rows: int = 0) -> Any:
         longest = max(len(parents) for _, parents in self.sequences)
         count = len(self.sequences)
         workspace = torch.zeros(
@@ -93,14 +93,14 @@ class Case:
                 self.qkv.view(self.tokens, -1), self.kv, ints(self.starts), ints(range(count, 0, -1)),
                 ints(prefix for prefix, _ in self.sequences), ints(depths),
                 torch.tensor([signed(w) for w in words], device="cuda", dtype=torch.int64), *self.tables, self.out,
-                longest, self.heads, self.head_dim**-0.5, *self.gains, EPS, self.window, splits, workspace,
-                stream=stream(),
+                longest, self.heads, self.head_dim**-0.5, *self.gains, EPS, self.window, splits, most_rows,
+                workspace, stream=stream(),
             )  # fmt: skip
         return self.out
 
-    def check(self, splits: int = 0) -> None:
+    def check(self, splits: int = 0, most_rows: int = 0) -> None:
         before = self.kv.clone()
-        out = self.run(splits, repeats=2)  # the second call finds the workspace as the first left it
+        out = self.run(splits, repeats=2, most_rows=most_rows)  # the second call finds the workspace as the first left it
         relative, absolute = WRITTEN[self.form]
         tolerance = dict(rtol=relative, atol=max(absolute, 1e-5))
         cache, q_heads, kv_heads = plain(self.kv), self.heads, self.kv_heads
@@ -192,6 +192,15 @@ def test_head_norms_come_before_the_rotation(head_dim: int) -> None:
 @pytest.mark.parametrize("count", [4, 31])
 def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int, count: int) -> None:
     Case(head_dim, 8, 2, [(0, random_tree(count, 6)), (777, random_tree(count, 7))], form="fp8").check()
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_of_half_as_many_rows_give_the_same_where_shared_memory_is_small(head_dim: int, form: str) -> None:
+    """As compute capability 8.6, 8.9 and 12.0 have it with heads of 128 and FP8."""
+    sequences = [(2100 + i, random_tree(n, i)) for i, n in enumerate([64, 1, 33, *[2] * 60, 64])]
+    for splits in (0, 2):
+        Case(head_dim, 8, 2, sequences, form=form).check(splits, most_rows=32)
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])  # beside fp16 the two round queries differently

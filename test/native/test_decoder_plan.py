@@ -99,6 +99,7 @@ def test_the_total_is_the_sum_of_the_purposes() -> None:
         ({"head_dim": 72}, "head_dim is 72; the kernels take 64, 80, 96, 128 and 256"),
         ({"num_kv_heads": 5}, "32 heads do not divide into 5 groups"),
         ({"hidden_size": 2040}, "a layer is 2040 wide; the kernels take multiples of 16"),
+        ({"hidden_size": 16400}, "hidden_size is 16400; the norms take at most 16384"),
         ({"sliding_windows": [16]}, "sliding_windows has 1 entries; it must have one for each of the 16 layers, or none"),
         ({"max_packed_tokens": -2}, "max_packed_tokens is -2; it must be -1 .by the GPU., 0 .never. or a number"),
         ({"capacity": CONTEXT + 1}, "capacity is 4097; it must be 1 to num_positions, 4096"),
@@ -123,6 +124,30 @@ def test_a_group_size_without_kernels_is_refused_by_name() -> None:
     config = settings(LLAMA_1B, layer_format=NATIVE.WeightFormat.int4, group_size=48)
     with pytest.raises(ValueError, match="groups of 48; the kernels take 16, 32, 64 and 128"):
         config.check()
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "int8_offset", "fp8_blocks"])
+def test_groups_that_end_within_a_row_are_refused_by_name(form: str) -> None:
+    """The row behind would have lent its scales."""
+    config = settings({**LLAMA_1B, "intermediate_size": 8208})
+    config.formats = {"layers.2.mlp.down": (getattr(NATIVE.WeightFormat, form), 64)}
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down has 8208 columns, which groups of 64 do not divide"):
+        config.check()
+    if form != "fp8_blocks":  # which has blocks of 64 and 128 only
+        config.formats = {"layers.2.mlp.down": (getattr(NATIVE.WeightFormat, form), 16)}
+        config.check()
+
+
+@pytest.mark.parametrize("group", [0, -64, 48, 128])
+def test_weights_layouts_of_other_groups_are_refused_before_anything_is_divided(group: int) -> None:
+    with pytest.raises(ValueError, match=f"group {group} must be 16, 32, 64 or 128 and divide cols 192"):
+        NATIVE.kernels.int4_packed_scales_bytes(16, 192, group)
+    assert NATIVE.kernels.int4_packed_scales_bytes(16, 192, 64) == 3 * 32
+
+
+def test_a_gpu_without_multiprocessors_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_sms 0 is not at least 1"):
+        NATIVE.kernels.choose_gemm_int4_tile(8, 4096, 0, True)
 
 
 def test_each_layer_may_have_a_format_and_group_of_its_own() -> None:
@@ -164,6 +189,7 @@ def test_the_order_and_factor_of_a_layers_input_are_planned_and_checked() -> Non
     [
         ({"layers.16.mlp.down": ("bf16", 0)}, r"formats has layers\.16\.mlp\.down, which the decoder does not"),
         ({"layers.1.attn.o": ("int8", 48)}, r"layers\.1\.attn\.o is quantised in groups of 48; the kernels take 16, "),
+        ({"layers.1.attn.o": ("int8", 0)}, r"layers\.1\.attn\.o is quantised in groups of 0; the kernels take 16, "),
         ({"embed": ("fp8", 0)}, "the embedding must be bf16 or int8"),
         ({"embed": ("int8", 64)}, "a tied head has the embedding's format"),
     ],

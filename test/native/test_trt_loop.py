@@ -1,7 +1,8 @@
 """The decode loop over an engine, run on the CPU: its own code over stand-ins of CUDA and of the engine (trt_loop/).
 
-Random steps, runs, trees of drafts, prefixes and adapters of six slots; every token is compared with what a plain list of tokens says. It
-shows which slot, row, place, profile and adapter each enqueue is bound to; nothing of a GPU or of TensorRT.
+Random steps, runs, trees of drafts, prefixes and adapters of six slots, from a thread whose GPU is another than the loop's; every token is
+compared with what a plain list of tokens says. It shows which slot, row, place, profile and adapter each enqueue is bound to; nothing of a GPU
+or of TensorRT.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path
     for *_, wrong, compared, contexts, graphs in found:
         assert wrong == "0" and int(compared) > 3000
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128
+    assert "values refused: 6 of 6; the caller's GPU: 0\n" in done.stdout
     assert "rows outlive their buffer: 1; refused after an error: 5 of 5\n" in done.stdout
     # Of the hundreds of events, graphs and buffers that cannot be freed then, one line.
     (told,) = re.findall(r"^edgellm: .*", done.stderr, re.MULTILINE)

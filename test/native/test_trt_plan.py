@@ -51,6 +51,14 @@ def test_where_slots_decode_together_one_place_is_for_idle_ones(bundle: Bundle) 
     assert settings(engine, bundle, decode_batching="fast", max_context=40).loop.capacity == 40
 
 
+@pytest.mark.parametrize("group", [0, -32, 48])
+def test_an_int8_embedding_without_whole_groups_is_refused(bundle: Bundle, group: int) -> None:
+    found = settings(write_engine(bundle), bundle)
+    found.loop.group_size = group
+    with pytest.raises(ValueError, match=f"an embedding of {MODEL.hidden_size} columns has no groups of {group}"):
+        NATIVE.plan_trt_memory(found, 0)
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 def test_the_plan_holds_cache_context_and_embedding(bundle: Bundle, slots: int) -> None:
     plan = NATIVE.plan_trt_memory(settings(write_engine(bundle), bundle, max_slots=slots), 12345 * 256)

@@ -14,6 +14,7 @@
 
 #include "edgellm/arena.hpp"
 #include "edgellm/decoder_config.hpp"
+#include "edgellm/device_guard.hpp"
 #include "edgellm/graph.hpp"
 #include "edgellm/kernels/attention_decode.hpp"
 #include "edgellm/kernels/sampling.hpp"
@@ -157,6 +158,7 @@ class TokenLoop {
   void record_sampling_async(const StepKey& key, bool pdl);
   // Room for `count` ints in the pinned inputs; waits for the stream when it is full.
   std::int32_t* take_inputs(std::size_t count);
+  // Throws std::invalid_argument where the host has no memory for so many; nothing has changed then.
   void reserve_logits(int num_rows);
   // Until what a run was started with, and launched, has read its inputs.
   void wait_for_run();
@@ -167,6 +169,7 @@ class TokenLoop {
   // Copies `count` rows of logits on the device to the host's rows from `first_row` on.
   void copy_logits_async(const float* rows, std::size_t first_row, std::size_t count);
 
+  const int device_ = current_device();  // of all calls, whichever the calling thread has
   DecoderConfig config_;
   bool pdl_ = false;
   Arena arena_;
@@ -205,6 +208,7 @@ template <typename Body>
 auto TokenLoop::guarded(Body&& body) {
   if (!failure_.empty()) throw CudaError(cudaErrorUnknown, "the decoder failed earlier: " + failure_);
   try {
+    const DeviceGuard guard(device_);
     return std::forward<Body>(body)();
   } catch (const CudaError& error) {
     failure_ = error.what();

@@ -17,9 +17,13 @@ namespace stand_in {
 namespace {
 std::vector<Launch>* captured = nullptr;
 bool fails = false;
+bool is_full = false;
+thread_local int current_device = 0;
+int device_of_streams = 0;  // where the last one was made
 }  // namespace
 
 void launch(Launch body) {
+  require(current_device == device_of_streams, "a stream of another GPU than the thread's is launched into");
   if (captured != nullptr) {
     captured->push_back(std::move(body));
   } else {
@@ -30,6 +34,8 @@ void launch(Launch body) {
 bool is_capturing() { return captured != nullptr; }
 
 void fail_from_now_on() { fails = true; }
+
+void fill_host_memory(bool full) { is_full = full; }
 
 // After an error that ends the context every call fails with it, those that free something too.
 cudaError_t state() { return fails ? cudaErrorLaunchFailure : cudaSuccess; }
@@ -58,7 +64,9 @@ cudaError_t cudaMalloc(void** data, std::size_t size) {
   std::memset(*data, 0x5a, size);  // nothing may rely on zeros
   return cudaSuccess;
 }
-cudaError_t cudaHostAlloc(void** data, std::size_t size, unsigned) { return cudaMalloc(data, size); }
+cudaError_t cudaHostAlloc(void** data, std::size_t size, unsigned) {
+  return stand_in::is_full ? cudaErrorMemoryAllocation : cudaMalloc(data, size);
+}
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
   return cudaSuccess;
@@ -95,7 +103,11 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return stand_in::state();
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = stand_in::current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  stand_in::current_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -122,6 +134,7 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = static_cast<cudaStream_t>(std::malloc(1));
+  stand_in::device_of_streams = stand_in::current_device;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaFree(stream); }

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <limits>
 #include <random>
+#include <stdexcept>
 #include <string>
 
 #include "edgellm/cuda_try.hpp"
@@ -54,6 +56,31 @@ class Walk {
     const std::vector<float> kept(rows, rows + 2 * toy::kVocab);
     decoder_.step(std::vector<SequenceStep>{{0, many, 0, 24}});
     return decoder_.logits() != rows && std::equal(kept.begin(), kept.end(), rows);
+  }
+
+  // How many of six calls with values that fit no slot, no run and no memory are refused, and change nothing.
+  int refused_values() {
+    constexpr int kLargest = std::numeric_limits<int>::max();
+    const std::vector<std::int32_t> token = {1}, slot = {0}, at = {1}, moves = {1}, many(40, 3);
+    int refused = 0;
+    const auto count = [&](auto&& call) {
+      try {
+        call();
+      } catch (const std::invalid_argument&) {
+        ++refused;
+      }
+    };
+    decoder_.step(std::vector<SequenceStep>{{0, token, 0}});
+    count([&] { decoder_.step(std::vector<SequenceStep>{{0, token, kLargest}}); });
+    count([&] { decoder_.verify_tree(0, kLargest, token, {}); });
+    count([&] { decoder_.accept_path(0, kLargest, moves); });
+    count([&] { decoder_.accept_path(0, toy::kCapacity - 2, moves); });
+    count([&] { decoder_.time_run(slot, at, token, -1, {}, {}); });
+    stand_in::fill_host_memory(true);
+    count([&] { decoder_.step(std::vector<SequenceStep>{{0, many, 0, 40}}); });
+    stand_in::fill_host_memory(false);
+    decoder_.step(std::vector<SequenceStep>{{0, many, 0, 40}});
+    return refused;
   }
 
   // How many of five calls are refused after a device error, in the words of the first.
@@ -281,7 +308,9 @@ int main() {
   for (const bool batched : {false, true}) {
     for (const bool together : {false, true}) {
       for (const bool trees : {false, true}) {
+        cudaSetDevice(1);
         Walk walk(batched, together, trees, batched ? 1 : 2);
+        cudaSetDevice(0);  // as in a thread that began later
         for (int i = 0; i < 250; ++i) walk.round();
         const auto [contexts, graphs] = walk.made();
         std::printf("batched %d together %d trees %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together,
@@ -292,6 +321,10 @@ int main() {
   }
   Walk last(true, true, true, 3);
   const bool outlive = last.rows_outlive_their_buffer();
+  const int values = last.refused_values();
+  int device = -1;
+  cudaGetDevice(&device);
+  std::printf("values refused: %d of 6; the caller's GPU: %d\n", values, device);
   std::printf("rows outlive their buffer: %d; refused after an error: %d of 5\n", outlive,
               last.refused_after_an_error());
   return wrong == 0 ? 0 : 1;

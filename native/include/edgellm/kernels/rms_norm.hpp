@@ -5,6 +5,8 @@
 
 namespace edgellm::kernels {
 
+constexpr int kMaxNormWidth = 16384;  // of residual_norm_async's rows
+
 // out[t] = gain * x[t] / rms(x[t]).
 void rms_norm_async(const float* x,             // (num_tokens, hidden)
                     const __nv_bfloat16* gain,  // (hidden)
