@@ -19,7 +19,6 @@ import numpy as np
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, Usage
 from edgellm_ros.errors import (
-    ContextOverflowError,
     DeviceError,
     EdgeLLMError,
     QueueFullError,
@@ -35,7 +34,7 @@ from edgellm_ros.runtime.kv_cache import SlotTable
 from edgellm_ros.runtime.metrics import Metrics, MetricsSnapshot
 from edgellm_ros.runtime.prefix_cache import PinnedStore, reuse_prefix
 from edgellm_ros.runtime.scheduler import Scheduler
-from edgellm_ros.runtime.sequence import Job, Sequence
+from edgellm_ros.runtime.sequence import Job, Sequence, check_job
 from edgellm_ros.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Engine:
         token, QueueFullError, ShuttingDownError after `close`, and DeviceError after the executor has failed. An
         answer longer than the rest of the context ends with FinishReason.LENGTH.
         """
-        self._check(job)
+        check_job(job, self._info, self._tokenizer)
         with self._changed:
             self._num_submitted += 1
             order = self._num_submitted
@@ -168,29 +167,6 @@ class Engine:
         if self._closing:
             raise ShuttingDownError("the engine is closed")
 
-    def _check(self, job: Job) -> None:
-        length, capacity, vocab = len(job.prompt_ids), self._info.capacity, self._info.vocab_size
-        if not length:
-            raise RequestError("the prompt has no tokens")
-        if length + 1 > capacity:
-            raise ContextOverflowError(
-                f"the prompt has {length} tokens and at least 1 must be generated, but the context holds {capacity}; "
-                "shorten the prompt or load with a larger max_context"
-            )
-        ids = np.asarray(job.prompt_ids)
-        if ids.dtype.kind not in "iu" or int(ids.min()) < 0 or int(ids.max()) >= vocab:
-            raise RequestError(f"the prompt has a token id that is not a whole number from 0 to {vocab - 1}")
-        kept = self._info.vocab_map
-        for token, bias in job.sampling.logit_bias.items():
-            if token >= vocab:
-                raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
-            if bias > 0 and kept is not None and token not in kept:
-                raise RequestError(
-                    f"logit_bias favours token {token} ({self._tokenizer.id_to_token(token)!r}), which the model "
-                    f"cannot give: its head was cut to {len(kept)} of {vocab} tokens; leave it out, or export with a "
-                    "vocabulary map that keeps it"
-                )
-
     def _adapter(self, name: str) -> LoadedAdapter:
         if not name:
             return NO_ADAPTER
@@ -240,15 +216,16 @@ class Engine:
     def _run_errands(self) -> None:
         with self._changed:
             errands = self._errands.take()
-        if errands:
-            self._drain()
-        for index, (work, done) in enumerate(errands):
-            try:
-                do(work, done)
-            except Exception:
-                for _, other in errands[index + 1 :]:
-                    other.set_exception(ShuttingDownError("the executor failed"))
-                raise
+        try:
+            if errands:
+                self._drain()
+            while errands:
+                do(*errands[0])
+                del errands[0]
+        except Exception:
+            with self._changed:
+                self._errands.put_back(errands)  # `_end_all` tells those who wait for them what has failed
+            raise
 
     def _reap(self) -> None:
         """End what was cancelled or is late."""

@@ -14,8 +14,8 @@ class Errands:
     def __init__(self) -> None:
         self._waiting: list[tuple[Callable[[], None], Future[None]]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def add(self, work: Callable[[], None]) -> Future[None]:
         """Note `work`; the future has its end, or its error."""
@@ -28,14 +28,18 @@ class Errands:
         taken, self._waiting = self._waiting, []
         return taken
 
+    def put_back(self, errands: list[tuple[Callable[[], None], Future[None]]]) -> None:
+        """Let those that were taken and could not be done wait again, before all others."""
+        self._waiting = errands + self._waiting
+
 
 def do(work: Callable[[], None], done: Future[None]) -> None:
-    """Do an errand. What is wrong with it goes to its caller alone; a failure of the device is raised here too."""
+    """Do an errand. What is wrong with it goes to its caller alone; a failure of the device is raised, `done` waits."""
     try:
         work()
-    except Exception as error:
+    except DeviceError:
+        raise
+    except EdgeLLMError as error:
         done.set_exception(error)
-        if not isinstance(error, EdgeLLMError) or isinstance(error, DeviceError):
-            raise
     else:
         done.set_result(None)

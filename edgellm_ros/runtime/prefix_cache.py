@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class PinnedStore:
         while self.num_tokens > self._max_tokens:
             _, dropped = self._entries.popitem(last=False)
             if self._directory is not None:
-                self._path(dropped.tokens, dropped.adapter).unlink(missing_ok=True)
+                self._remove(self._path(dropped.tokens, dropped.adapter))
 
     def _path(self, tokens: Tokens, adapter: str) -> Path:
         assert self._directory is not None
@@ -103,8 +104,15 @@ class PinnedStore:
                 np.savez(file, tokens=entry.tokens, data=entry.data, adapter=np.array(entry.adapter))
             os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # where it cannot be written it often cannot be removed, and is not there
+                partial.unlink()
             _log.warning("the pinned prefix was not saved to %s: %s", path, error)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("the dropped prefix's file %s was not removed: %s", path, error)
 
     def _read(self, path: Path) -> None:
         try:

@@ -1,4 +1,4 @@
-"""One request while it runs: how far it is computed, what was drawn, and what of its text may be shown."""
+"""One request: whether it can be served, how far it is computed, what was drawn, and what of its text may be shown."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm_ros.core import Completion, Delta, FinishReason, Phase, SamplingParams, TokenLogprob, Usage
-from edgellm_ros.errors import DeviceError
-from edgellm_ros.executors.base import NO_ADAPTER, LoadedAdapter
+from edgellm_ros.errors import ContextOverflowError, DeviceError, RequestError
+from edgellm_ros.executors.base import NO_ADAPTER, ExecutorInfo, LoadedAdapter
 from edgellm_ros.runtime.detokenize import Detokenizer
 from edgellm_ros.runtime.generation import Channel
 from edgellm_ros.runtime.sampling import Floats, Sampler, logprob_of
@@ -46,6 +46,31 @@ class Job:
     notify: Callable[[], object] | None = None
     submitted_at: float = field(default_factory=time.monotonic)  # when its caller asked: rendering and encoding count
     lora: str = ""  # name of a loaded adapter; empty is none
+
+
+def check_job(job: Job, info: ExecutorInfo, tokenizer: Tokenizer) -> None:
+    """Raise RequestError or ContextOverflowError, as Engine.submit says, for what the model cannot be asked."""
+    length, capacity, vocab = len(job.prompt_ids), info.capacity, info.vocab_size
+    if not length:
+        raise RequestError("the prompt has no tokens")
+    if length + 1 > capacity:
+        raise ContextOverflowError(
+            f"the prompt has {length} tokens and at least 1 must be generated, but the context holds {capacity}; "
+            "shorten the prompt or load with a larger max_context"
+        )
+    ids = np.asarray(job.prompt_ids)
+    if ids.dtype.kind not in "iu" or int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise RequestError(f"the prompt has a token id that is not a whole number from 0 to {vocab - 1}")
+    kept = info.vocab_map
+    for token, bias in job.sampling.logit_bias.items():
+        if token >= vocab:
+            raise RequestError(f"logit_bias has token id {token}; the model's are 0 to {vocab - 1}")
+        if bias > 0 and kept is not None and token not in kept:
+            raise RequestError(
+                f"logit_bias favours token {token} ({tokenizer.id_to_token(token)!r}), which the model cannot give: "
+                f"its head was cut to {len(kept)} of {vocab} tokens; leave it out, or export with a vocabulary map "
+                "that keeps it"
+            )
 
 
 class Sequence:

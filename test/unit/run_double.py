@@ -13,7 +13,7 @@ from doubles import ADAPTED, FakeExecutor, fake_logits
 
 from edgellm_ros.core import SamplingParams
 from edgellm_ros.errors import DeviceError
-from edgellm_ros.executors.base import DecodeRun, RunSequence, RunStep, SequenceStep
+from edgellm_ros.executors.base import DecodeRun, LoadedAdapter, RunSequence, RunStep, SequenceStep
 from edgellm_ros.runtime.sampling import Sampler, logprob_of
 
 
@@ -61,7 +61,7 @@ class FakeRun(DecodeRun):
         assert len(self.unread) < 2
         tokens, logprobs = [], []
         for index, (s, sampler, at) in enumerate(self._state):
-            logits = self._executor.compute(s.slot, at[0], at[1] + ADAPTED * s.adapter)
+            logits = self._executor.compute(s.slot, at[0], at[1] + ADAPTED * self._executor._contents[s.adapter])
             self.num_computed += 1
             try:
                 token = sampler.draw(logits, self._masks.get(index))
@@ -138,3 +138,11 @@ class RunFakeExecutor(FakeExecutor):
     def load_prefix(self, slot: int, data: npt.NDArray[np.uint8], length: int) -> None:
         self.run.end()
         super().load_prefix(slot, data, length)
+
+    def load_adapter(self, name: str, source: Any) -> LoadedAdapter:
+        self.run.end()
+        return super().load_adapter(name, source)
+
+    def unload_adapter(self, name: str) -> None:
+        self.run.end()
+        super().unload_adapter(name)

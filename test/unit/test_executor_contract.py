@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgellm_ros.bundle import Bundle
+from edgellm_ros.bundle import WEIGHTS, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import ChatMessage  # noqa: F401  (imports of the lower layers must not pull in an executor)
 from edgellm_ros.errors import BundleError, ConfigError, DeviceError, UnsupportedError
 from edgellm_ros.executors import Executor, SequenceStep, create_executor
 from edgellm_ros.executors import onnxruntime as ort_executor
-from edgellm_ros.executors.selftest import measure_self_test, run_self_test
+from edgellm_ros.executors.selftest import compare_self_test, measure_self_test, run_self_test
 
 CAPACITY = 128
 RNG = np.random.default_rng(3)
@@ -157,12 +157,29 @@ def test_more_context_than_the_bundle_has_is_refused(tiny_bundle: Callable[..., 
         create_executor(tiny_bundle("llama"), EngineConfig(max_context=4096))
 
 
-def test_memory_is_refused_before_it_is_taken(
-    tiny_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_slots", [1, 4])
+def test_memory_is_refused_to_the_byte_and_before_it_is_taken(
+    max_slots: int, tiny_bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort_executor, "available_memory", lambda: 50_000_000)
-    with pytest.raises(ConfigError, match=r"max_slots 4 x max_context 256 .* 50 MB are free; lower"):
-        create_executor(tiny_bundle("llama"), EngineConfig())
+    """The weights, keys and values in fp32 of every slot, and 64 MiB of scratch memory."""
+
+    class Taken(Exception):
+        pass
+
+    def take(*arguments: object) -> None:
+        raise Taken
+
+    bundle, config = tiny_bundle("llama"), EngineConfig(executor="onnxruntime", max_slots=max_slots)
+    model = bundle.manifest.model
+    cache = max_slots * model.max_context * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+    plan = (bundle.path / WEIGHTS).stat().st_size + cache + (64 << 20)
+    monkeypatch.setattr(ort_executor.OnnxRuntimeExecutor, "_load", take)
+    monkeypatch.setattr(ort_executor, "available_memory", lambda: plan - 1)
+    with pytest.raises(ConfigError, match=rf"max_slots {max_slots} x max_context 256 .* {plan / 1e6:.0f} MB are free; lower"):
+        create_executor(bundle, config)
+    monkeypatch.setattr(ort_executor, "available_memory", lambda: plan)
+    with pytest.raises(Taken):
+        create_executor(bundle, config)
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "fp16", "fp8"])
@@ -214,3 +231,11 @@ def test_the_self_test_passes_for_the_right_weights_and_refuses_others_with_the_
     with pytest.raises(BundleError, match=r"self-test failed: onnxruntime's logits differ from .* allowed is 0.001"):
         run_self_test(wrong, changed.manifest)
     wrong.close()
+
+
+def test_logits_that_are_not_finite_do_not_pass_the_self_test(tiny_bundle: Callable[..., Bundle]) -> None:
+    manifest = tiny_bundle("llama", "fp32").manifest
+    vocab_size = manifest.model.vocab_size
+    logits = [np.full((len(case.next_ids), vocab_size), np.nan, np.float32) for case in manifest.self_test.cases]
+    result = compare_self_test(manifest, logits, None)
+    assert np.isnan(result.error) and not result.passed

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from run_double import RunFakeExecutor
+from runtime_steps import WAIT_S, Valve, until
 
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, SamplingParams
@@ -17,7 +19,6 @@ from edgellm_ros.runtime import engine as engine_module
 from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.sequence import Job
 
-WAIT_S = 20.0
 RED, BLUE = 7, 9  # what tells the adapters' contents apart
 
 
@@ -52,6 +53,24 @@ def test_an_adapter_is_loaded_between_steps_by_the_engines_thread_and_changes_no
     assert engine.submit(job("Hello")).result(WAIT_S).token_ids == expected("Hello")
     assert running.result(WAIT_S).token_ids == expected("Hello", 0, 60)
     assert len(executor.threads) == 1
+
+
+def test_an_adapter_comes_and_goes_while_steps_are_under_way_and_no_token_is_lost(start: Any) -> None:
+    executor = RunFakeExecutor(2, allowed=128)
+    engine = start(executor)
+    works = (lambda: engine.load_adapter("red", RED), lambda: engine.unload_adapter("red"))
+    for work, names in zip(works, ({"red"}, set()), strict=True):
+        executor.run.hook = valve = Valve("read", 3)
+        running = engine.submit(job("Hello", max_tokens=40))
+        assert valve.held.wait(WAIT_S)  # two steps are under way
+        worker = threading.Thread(target=work)
+        worker.start()
+        until(lambda: engine._errands)
+        valve.opened.set()
+        worker.join(WAIT_S)
+        assert not worker.is_alive() and set(engine.adapters) == names
+        assert running.result(WAIT_S).token_ids == expected("Hello", 0, 40)
+    assert executor.run.num_computed == 2 * 39, "every token was used"
 
 
 def test_an_idle_engine_loads_at_once_and_a_freed_place_is_the_next_ones(start: Any) -> None:
@@ -177,6 +196,52 @@ def test_a_device_that_fails_while_loading_ends_the_engine_with_the_reason(start
             call()
 
 
+@pytest.mark.parametrize("failure", [DeviceError("the bus is gone"), ValueError("the bus is gone")])
+@pytest.mark.parametrize("place", ["the steps under way", "the first adapter"])
+def test_everyone_who_waits_for_an_adapter_is_told_that_the_device_has_failed(
+    start: Any, place: str, failure: Exception
+) -> None:
+    executor = RunFakeExecutor(2, allowed=128)
+    valve = Valve("read", 2)
+
+    def fail_in_step(event: str) -> None:
+        if event == "read" and valve.opened.is_set():  # the step that is read before adapters are loaded
+            raise failure
+        valve(event)
+
+    def fail_in_load(name: str) -> None:
+        raise failure
+
+    executor.run.hook = fail_in_step if place == "the steps under way" else valve
+    executor.before_load = fail_in_load
+    engine = start(executor)
+    running = engine.submit(job("Hello", max_tokens=100))
+    assert valve.held.wait(WAIT_S)
+    told: list[Exception] = []
+
+    def load(name: str) -> None:
+        for call in (lambda: engine.load_adapter(name, RED), lambda: engine.submit(job("Hello"))):
+            try:
+                call()
+            except Exception as error:
+                told.append(error)
+
+    loaders = [threading.Thread(target=load, args=(name,), daemon=True) for name in ("red", "blue")]
+    for loader in loaders:
+        loader.start()
+    until(lambda: len(engine._errands) == len(loaders))
+    valve.opened.set()
+    for loader in loaders:
+        loader.join(WAIT_S)
+        assert not loader.is_alive()
+    assert [type(error) for error in told] == [DeviceError] * 4
+    assert all("the bus is gone" in str(error) for error in told)
+    with pytest.raises(DeviceError, match="the bus is gone"):
+        running.result(WAIT_S)
+    engine._thread.join(WAIT_S)
+    assert executor.closed == 1 and not executor.adapters
+
+
 def test_closing_refuses_what_waits_to_be_loaded(start: Any) -> None:
     held, go = threading.Event(), threading.Event()
 
@@ -197,11 +262,9 @@ def test_closing_refuses_what_waits_to_be_loaded(start: Any) -> None:
 
     loader, closer = threading.Thread(target=load), threading.Thread(target=engine.close)
     loader.start()
-    while not engine._errands:
-        time.sleep(0.001)
+    until(lambda: engine._errands)
     closer.start()
-    while not engine._closing:
-        time.sleep(0.001)
+    until(lambda: engine._closing)
     go.set()
     loader.join(WAIT_S)
     closer.join(WAIT_S)

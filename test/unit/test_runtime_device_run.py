@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer, reference_greedy
 from run_double import RunFakeExecutor
+from runtime_steps import WAIT_S, FakeClock, Valve, job, until
 
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, FinishReason, SamplingParams
 from edgellm_ros.errors import DeviceError
+from edgellm_ros.runtime import engine as engine_module
 from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.generation import Generation
 from edgellm_ros.runtime.sequence import Job, Sequence
 
-WAIT_S = 20.0
 TOKENIZER = byte_tokenizer()
 
 
@@ -36,29 +37,6 @@ def start() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in engines:
         engine.close()
-
-
-def job(prompt: str, max_tokens: int = 8, **fields: Any) -> Job:
-    sampling = {k: fields.pop(k) for k in list(fields) if k in SamplingParams.__dataclass_fields__}
-    return Job(
-        tuple(prompt.encode()), SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **sampling}), **fields
-    )
-
-
-class Valve:
-    """A hook that lets a given number of events of one kind pass, and then holds the engine there."""
-
-    def __init__(self, event: str, count: int) -> None:
-        self.held, self.opened = threading.Event(), threading.Event()
-        self._event, self._count = event, count
-
-    def __call__(self, event: str) -> None:
-        if event != self._event or self.opened.is_set():
-            return
-        if self._count == 0:
-            self.held.set()
-            assert self.opened.wait(WAIT_S)
-        self._count -= 1
 
 
 def mixed_jobs(seed: int, count: int) -> list[Job]:
@@ -139,7 +117,7 @@ def test_an_ended_sequence_has_one_token_computed_in_vain_and_its_slot_is_reused
         first = engine.submit(job(prompt, 100, stop_ids=frozenset({tokens[at]}))).result(WAIT_S)
         assert first.finish_reason is FinishReason.STOP and list(first.token_ids) == tokens[: at + 1]
         if isinstance(executor, RunFakeExecutor):
-            _until(lambda: len(executor.run.unread) == 0)  # noqa: B023
+            until(lambda: len(executor.run.unread) == 0)  # noqa: B023
             assert executor.run.num_computed == at + 1, "one more than the tokens after the first"
         turn = prompt + bytes(tokens[: at + 1]).decode() + " And then?"
         second = engine.submit(job(turn, 9)).result(WAIT_S)
@@ -184,18 +162,22 @@ def test_joining_and_leaving_loses_and_repeats_no_token(start: Any) -> None:
 
 
 @pytest.mark.parametrize("ending", ["cancel", "deadline"])
-def test_cancel_and_deadline_end_one_sequence_and_not_the_others(start: Any, ending: str) -> None:
+def test_cancel_and_deadline_end_one_sequence_and_not_the_others(
+    start: Any, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(engine_module, "time", clock)
     executor = RunFakeExecutor(2, allowed=128)
     valve = Valve("read", 5)
     executor.run.hook = valve
     engine = start(executor)
-    deadline = {"deadline_s": 0.5} if ending == "deadline" else {}
+    deadline = {"submitted_at": clock.now, "deadline_s": 0.5} if ending == "deadline" else {}
     ended, other = engine.submit(job("ended", 200, **deadline)), engine.submit(job("other", 40))
     assert valve.held.wait(WAIT_S)
     if ending == "cancel":
         ended.cancel()
     else:
-        time.sleep(0.55)
+        clock.now += 0.5
     valve.opened.set()
     result = ended.result(WAIT_S)
     assert result.finish_reason is FinishReason(ending if ending == "deadline" else "cancelled")
@@ -249,6 +231,17 @@ def test_logits_that_are_not_finite_end_only_their_own_request(start: Any) -> No
     assert list(good.result(WAIT_S).token_ids) == reference_greedy(b"bbbb", 20, BYTE_VOCAB, 128)
 
 
+def test_a_slot_whose_logits_were_not_finite_is_no_source_of_prefixes(start: Any) -> None:
+    executor = RunFakeExecutor(1, allowed=128)
+    executor.poisoned = {0: 45}
+    engine = start(executor)
+    with pytest.raises(DeviceError, match="not finite"):
+        engine.submit(job("a" * 40, 20)).result(WAIT_S)
+    executor.poisoned = {}
+    cached = [engine.submit(job("a" * 40, 2)).result(WAIT_S).usage.cached_tokens for _ in range(2)]
+    assert cached == [0, 32]
+
+
 def test_where_a_request_is_sampled_depends_on_the_request_alone(start: Any) -> None:
     executor = RunFakeExecutor(4, allowed=128, can_sample=lambda p: not p.logit_bias)
     engine = start(executor)
@@ -295,7 +288,7 @@ def test_nothing_is_kept_and_nothing_runs_after_the_last_request(start: Any) -> 
     engine = start(executor)
     generation = engine.submit(job("kept or not", 200, session_id="kept", stop_ids=frozenset(range(64))))
     generation.result(WAIT_S)
-    _until(lambda: not engine._run.sequences and not executor.run.unread)
+    until(lambda: not engine._run.sequences and not executor.run.unread)
     count = len(executor.run.events)
     del generation
     time.sleep(0.05)
@@ -327,7 +320,7 @@ def test_closing_during_a_run_ends_it(start: Any) -> None:
     assert valve.held.wait(WAIT_S)
     closer = threading.Thread(target=engine.close)
     closer.start()
-    _until(lambda: engine._closing)
+    until(lambda: engine._closing)
     valve.opened.set()
     closer.join(WAIT_S)
     assert not closer.is_alive() and executor.closed == 1
@@ -351,10 +344,3 @@ def test_the_double_masks_as_the_contract_says() -> None:
         executor.run.launch()
         tokens += executor.run.read().token_ids
     assert [token // 10 for token in tokens] == [0, 1, 2, 3, 4]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)

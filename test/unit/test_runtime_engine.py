@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer, reference_greedy
+from runtime_steps import WAIT_S, Gate, job, until
 
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.core import Delta, FinishReason, Phase, SamplingParams
+from edgellm_ros.core import Delta, FinishReason, Phase
 from edgellm_ros.errors import (
     ContextOverflowError,
     DeviceError,
     EdgeLLMError,
-    QueueFullError,
     RequestError,
     ShuttingDownError,
 )
@@ -27,31 +27,7 @@ from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.kv_cache import ROW_ALIGN
 from edgellm_ros.runtime.sequence import Job
 
-WAIT_S = 20.0
 TOKENIZER = byte_tokenizer()
-
-
-class Gate:
-    """Holds the executor before each step until a permit is given."""
-
-    def __init__(self) -> None:
-        self.permits = threading.Semaphore(0)
-        self.arrived = threading.Semaphore(0)
-        self.opened = False
-
-    def __call__(self, batch: Sequence[SequenceStep]) -> None:
-        if not self.opened:
-            self.arrived.release()
-            assert self.permits.acquire(timeout=WAIT_S)
-
-    def let(self, count: int = 1) -> None:
-        for _ in range(count):
-            assert self.arrived.acquire(timeout=WAIT_S)
-            self.permits.release()
-
-    def open(self) -> None:
-        self.opened = True
-        self.permits.release(1000)
 
 
 @pytest.fixture
@@ -69,12 +45,6 @@ def start() -> Iterator[Callable[..., Engine]]:
         if isinstance(executor.before_step, Gate):
             executor.before_step.open()
         engine.close()
-
-
-def job(prompt: Sequence[int] | str, max_tokens: int = 8, **fields: Any) -> Job:
-    ids = tuple(prompt.encode()) if isinstance(prompt, str) else tuple(prompt)
-    sampling = {k: fields.pop(k) for k in list(fields) if k in SamplingParams.__dataclass_fields__}
-    return Job(ids, SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **sampling}), **fields)
 
 
 def text_of(deltas: Sequence[Delta]) -> str:
@@ -126,6 +96,20 @@ def test_chunks_begin_at_aligned_positions_and_only_a_single_token_prompt_has_a_
             assert min(sizes) >= 2 and max(sizes) <= chunk, (length, sizes)
             assert all(s.position % ROW_ALIGN == 0 for s in steps)
             assert sum(s.num_logits for s in steps) == 2
+
+
+def test_a_prompt_is_read_in_small_chunks_while_others_decode_and_in_large_ones_otherwise(start: Any) -> None:
+    gate = Gate()
+    executor = FakeExecutor(num_slots=2, allowed=128, before_step=gate)
+    engine = start(executor, prefill_chunk=64, prefill_chunk_busy=16)
+    first = engine.submit(job("f" * 100, 20))
+    gate.let(3)  # two chunks, and a token
+    second = engine.submit(job("s" * 100, 2))
+    gate.open()
+    first.result(WAIT_S)
+    second.result(WAIT_S)
+    chunks = [(s.slot, len(s.token_ids)) for call in executor.calls for s in call if len(s.token_ids) > 1]
+    assert chunks == [(0, 64), (0, 36), *[(1, 16)] * 6, (1, 4)]
 
 
 def test_deltas_come_in_order_and_end_with_done(start: Any) -> None:
@@ -184,50 +168,6 @@ def test_a_bad_job_is_refused_before_any_work(start: Any, bad: Job, error: type[
     assert not executor.calls and engine.metrics().submitted == 0
 
 
-def test_a_full_queue_rejects_and_the_rest_is_served(start: Any) -> None:
-    gate = Gate()
-    engine = start(FakeExecutor(num_slots=2, allowed=128, before_step=gate), max_queue=4)
-    accepted, rejected = [], 0
-    for i in range(20):
-        try:
-            accepted.append(engine.submit(job(f"goal {i}", 3)))
-        except QueueFullError as error:
-            assert "max_queue" in str(error)
-            rejected += 1
-    assert (len(accepted), rejected) == (6, 14)
-    gate.open()
-    for i, generation in enumerate(accepted):
-        assert list(generation.result(WAIT_S).token_ids) == reference_greedy(f"goal {i}".encode(), 3, BYTE_VOCAB, 128)
-    assert engine.metrics().rejected == 14
-
-
-def test_priority_is_served_first_then_age(start: Any) -> None:
-    gate, order = Gate(), []
-    engine = start(FakeExecutor(num_slots=1, allowed=128, before_step=gate))
-    blocker = engine.submit(job("block", 2))
-    assert gate.arrived.acquire(timeout=WAIT_S)
-    gate.arrived.release()
-    waiting = {}
-    for name, priority in (("low 1", 0), ("high 1", 9), ("low 2", 0), ("high 2", 9)):
-        waiting[name] = engine.submit(job(name, 1, priority=priority, notify=lambda n=name: order.append(n)))
-    gate.open()
-    blocker.result(WAIT_S)
-    for generation in waiting.values():
-        list(generation)
-    first = sorted(waiting, key=lambda n: max(i for i, seen in enumerate(order) if seen == n))
-    assert first == ["high 1", "high 2", "low 1", "low 2"]
-
-
-def test_the_place_in_the_queue_is_told_and_told_again(start: Any) -> None:
-    gate = Gate()
-    engine = start(FakeExecutor(num_slots=1, allowed=128, before_step=gate))
-    running = [engine.submit(job(f"{i}", 2)) for i in range(3)]
-    gate.open()
-    positions = [[d.queue_position for d in g if d.phase is Phase.QUEUED] for g in running]
-    assert positions[0] == [0]
-    assert positions[2][-1] == 0 and positions[2] == sorted(positions[2], reverse=True)
-
-
 def test_cancel_takes_effect_at_the_next_token(start: Any) -> None:
     gate = Gate()
     executor = FakeExecutor(allowed=128, before_step=gate)
@@ -243,36 +183,6 @@ def test_cancel_takes_effect_at_the_next_token(start: Any) -> None:
     assert len(executor.calls) == 5
 
 
-def test_cancel_reaches_a_waiting_and_a_prefilling_request(start: Any) -> None:
-    gate = Gate()
-    executor = FakeExecutor(num_slots=1, allowed=128, before_step=gate)
-    engine = start(executor, prefill_chunk=16)
-    prefilling = engine.submit(job("p" * 100, 5))
-    waiting = engine.submit(job("w", 5))
-    assert gate.arrived.acquire(timeout=WAIT_S)
-    waiting.cancel()
-    prefilling.cancel()
-    gate.permits.release()
-    for generation in (waiting, prefilling):
-        result = generation.result(WAIT_S)
-        assert result.finish_reason is FinishReason.CANCELLED and not result.token_ids
-    assert len(executor.calls) == 1
-
-
-def test_a_deadline_gives_the_partial_answer(start: Any) -> None:
-    gate = Gate()
-    engine = start(FakeExecutor(allowed=128, before_step=gate))
-    generation = engine.submit(job("late", 100, deadline_s=0.05))
-    gate.let(2)
-    assert gate.arrived.acquire(timeout=WAIT_S)
-    time.sleep(0.06)
-    gate.permits.release()
-    result = generation.result(WAIT_S)
-    assert result.finish_reason is FinishReason.DEADLINE
-    assert list(result.token_ids) == reference_greedy(b"late", len(result.token_ids), BYTE_VOCAB, 128)
-    assert len(result.token_ids) <= 2
-
-
 def test_an_abandoned_generation_is_cancelled(start: Any) -> None:
     gate = Gate()
     engine = start(FakeExecutor(allowed=128, before_step=gate))
@@ -281,7 +191,7 @@ def test_an_abandoned_generation_is_cancelled(start: Any) -> None:
     del generation
     gc.collect()
     gate.open()
-    _until(lambda: engine.metrics().finished.get(FinishReason.CANCELLED) == 1)
+    until(lambda: engine.metrics().finished.get(FinishReason.CANCELLED) == 1)
 
 
 @pytest.mark.parametrize("failure", [DeviceError("lost"), ValueError("odd")])
@@ -338,7 +248,7 @@ def test_close_ends_what_runs_and_what_waits(start: Any) -> None:
     gate.let(2)
     closer = threading.Thread(target=engine.close)
     closer.start()
-    _until(lambda: engine._closing)
+    until(lambda: engine._closing)
     gate.open()
     closer.join(WAIT_S)
     assert not closer.is_alive() and executor.closed == 1
@@ -370,10 +280,12 @@ def test_a_failing_notify_or_splitter_hurts_nobody_else(start: Any) -> None:
 def test_an_idle_engine_does_not_run(start: Any) -> None:
     engine = start()
     engine.submit(job("once", 2)).result(WAIT_S)
-    turns = []
+    turns, waits = [], []
+    wait = engine._changed.wait
     engine._turn = lambda: turns.append(1)
+    engine._changed.wait = lambda *args: (waits.append(args), wait(*args))[1]
     time.sleep(0.1)
-    assert not turns
+    assert not turns and len(waits) <= 1, "it falls asleep once, and is not woken"
 
 
 def test_drain_and_notify_give_every_delta_once(start: Any) -> None:
@@ -400,10 +312,3 @@ def test_the_end_token_counts_and_only_ignore_eos_goes_past_it(start: Any) -> No
     bias = {EOS: 1000.0}
     result = engine.submit(job("eos", 5, stop_ids=frozenset({EOS}), logit_bias=bias)).result(WAIT_S)
     assert (result.token_ids, result.text, result.usage.completion_tokens) == ((EOS,), "", 1)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)

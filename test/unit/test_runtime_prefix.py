@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, SamplingParams
 from edgellm_ros.errors import RequestError
 from edgellm_ros.executors.base import LoadedAdapter
+from edgellm_ros.runtime import prefix_cache
 from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.kv_cache import ROW_ALIGN, SlotTable, common_prefix
 from edgellm_ros.runtime.prefix_cache import PinnedStore
@@ -202,6 +205,54 @@ def test_a_dropped_prefix_leaves_the_disk_too(tmp_path: Path) -> None:
     for first in (0, 100, 200):
         store.add(np.arange(first, first + 20, dtype=np.int32), np.zeros(80, np.uint8))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_prefix_in_constant_use_is_not_the_one_that_is_dropped(rigs: list[Rig]) -> None:
+    rig = rig_of(rigs, 1, PinnedStore(60))
+    for letter in "ab":
+        rig.run(letter * 25 + "?", pin_length=25)
+    assert rig.run("a" * 25 + "!").usage.cached_tokens == 24  # used by one who does not ask for it to be pinned
+    rig.run("c" * 25 + "?", pin_length=25)
+    assert [rig.run(letter * 25 + "!").usage.cached_tokens for letter in "ab"] == [24, 0]
+
+
+def test_a_pinned_prefix_longer_than_the_context_is_not_used(rigs: list[Rig]) -> None:
+    store = PinnedStore(1000)
+    tokens = np.full(300, ord("s"), np.int32)  # of a run with a larger max_context
+    store.add(tokens, tokens.view(np.uint8))
+    rig = rig_of(rigs, 1, store)
+    assert rig.executor.info.capacity < len(tokens)
+    assert rig.run("s" * 40).usage.cached_tokens == 0 and not rig.executor.loads
+
+
+def test_a_full_disk_costs_a_pinned_prefix_its_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill(file: Any, **arrays: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", fill)
+    store, tokens = PinnedStore(60, tmp_path, "k"), np.arange(20, dtype=np.int32)
+    store.add(tokens, np.zeros(80, np.uint8))
+    assert store.find(tokens)[1] == 20 and not list(tmp_path.iterdir())
+    assert "was not saved" in caplog.text and "No space left" in caplog.text
+
+
+def test_a_directory_that_became_read_only_costs_no_pinned_prefix_and_no_answer(
+    rigs: list[Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))  # for a file that does not exist, too
+
+    rig = rig_of(rigs, 1, PinnedStore(30, tmp_path, "k"))
+    rig.run("a" * 25 + "?", pin_length=25)
+    (old,) = tmp_path.iterdir()
+    monkeypatch.setattr(prefix_cache, "open", refuse, raising=False)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    rig.run("b" * 25 + "?", pin_length=25)
+    assert [rig.run(letter * 25 + "!").usage.cached_tokens for letter in "ab"] == [0, 24]
+    assert list(tmp_path.iterdir()) == [old] and f"{old} was not removed" in caplog.text
 
 
 def test_active_slots_are_contiguous_and_idle_ones_are_used_in_turn() -> None:
