@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,22 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_bundle import serve_with_fakes, write_bundle
+from cli_bundle import write_bundle
 from doubles import FakeExecutor
-from run_double import RunFakeExecutor
 
-from edgellm_ros.benchmark import costs, engine_path, executor_path, machine, measure, ratios
+from edgellm_ros.benchmark import costs, machine, measure
 from edgellm_ros.benchmark.figures import Decode, Prefill, spread
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
-from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth, measure_read_bandwidth
-from edgellm_ros.benchmark.report import ratios_line
+from edgellm_ros.benchmark.read_bandwidth import ReadBandwidth
 from edgellm_ros.bundle import TOKENIZER, Bundle
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.core import FinishReason, SamplingParams
-from edgellm_ros.errors import ConfigError, DeviceError
+from edgellm_ros.core import SamplingParams
+from edgellm_ros.errors import ConfigError
 from edgellm_ros.executors import ExecutorInfo, SequenceStep
 from edgellm_ros.executors.onnxruntime import OnnxRuntimeExecutor
-from edgellm_ros.llm import LLM
 from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.tokenizer import Tokenizer
 
@@ -173,12 +167,6 @@ def test_figures_agree_with_each_other() -> None:
     assert spread([3.0, 1.0])["median"] == 2.0
 
 
-def test_the_cpus_read_bandwidth_is_that_of_memory_and_names_its_method() -> None:
-    found = measure_read_bandwidth("onnxruntime", num_threads=2)
-    assert 0.1 < found.gb_per_s < 5000
-    assert re.fullmatch(r"NumPy sums of \d+ MiB in 2 threads, best of 5", found.method)
-
-
 @pytest.mark.parametrize(
     ("cpuinfo", "name"),
     [
@@ -313,127 +301,44 @@ def test_weights_that_a_step_reads_for_each_sequence_count_for_each(
     assert three - 3 * one == pytest.approx(-2 * weights if together else 0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_engines_time_is_that_of_its_steps_however_many_sequences_share_them(
-    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def measure_fakes(wanted: measure.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[measure.Benchmark, list[FakeExecutor]]:
+    """Measured with stand-ins for ONNX Runtime: in turns the one that the engine has, and the one alone."""
+    made: list[FakeExecutor] = []
+
+    def create(bundle: Bundle, config: EngineConfig) -> FakeExecutor:
+        made.append(FakeExecutor(config.max_slots, config.max_context, allowed=128))
+        made[-1].info = dataclasses.replace(made[-1].info, name="onnxruntime")
+        return made[-1]
+
+    monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
+    monkeypatch.setattr(measure, "measure_read_bandwidth", lambda name, threads: ReadBandwidth(1.0, "none"))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(sleep=lambda seconds: None))
+    path = write_bundle(tmp_path / "bundle")
+    benchmark = measure.Benchmark(Bundle.open(path), path, wanted)
+    benchmark.measure(lambda words: None)
+    return benchmark, made
+
+
+def test_every_round_has_a_prompt_of_its_own_which_nothing_is_cached_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that sleeps for 5 ms gives every sequence a token: 5 ms each, and no less than that."""
-    made = serve_with_fakes(monkeypatch, before_step=lambda steps: time.sleep(0.005))
-    sampling = SamplingParams(ignore_eos=True, seed=0)
-    prompts = [[20 + i] * 40 for i in range(batch)]
-    with LLM.open(write_bundle(tmp_path / "bundle"), EngineConfig(max_slots=batch)) as llm:
-        engine_path.cache_prompts(llm, prompts, sampling)
-        made[0].calls.clear()
-        ms = engine_path.time_decode(llm, prompts, 10, sampling)
-        full = [call for call in made[0].calls if len(call) == batch and all(len(s.token_ids) == 1 for s in call)]
-        assert 9 <= len(full) <= 10 + batch  # all sequences in one step, most of the time
-        assert 5.0 <= ms < 1000.0
-        assert engine_path.time_first_token(llm, [7] * 30, sampling) >= 5.0
+    _, (engines, alone) = measure_fakes(plan(prompt_tokens=(24, 40), rounds=3), tmp_path, monkeypatch)
+    for length in (24, 40):
+        of_both = [
+            [tuple(s.token_ids) for call in made.calls for s in call if (s.position, len(s.token_ids)) == (0, length)]
+            for made in (engines, alone)
+        ]
+        assert len(set(of_both[1])) == len(of_both[1]) == 4, "a round that is not counted, then three"
+        assert of_both[0] == of_both[1], "the engine computes the same prompts, each as a whole"
 
 
-class Clock:
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def pass_ms(self, ms: float) -> None:
-        self.now += ms * 1e-3
-
-
-@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt", "cuda"])
-def test_the_step_of_the_first_token_is_in_neither_clock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of the test's: the step that an engine begins with takes 100 ms, every other one 2 ms."""
-    clock = Clock()
-    monkeypatch.setattr(executor_path, "time", clock)
-    monkeypatch.setattr(ratios, "time", clock)
-
-    class Executor(RunFakeExecutor):
-        def decode_tokens(self, slots: list[int], positions: list[int], first: list[int], num_steps: int) -> None:
-            assert positions == [20, 20]
-            clock.pass_ms(2 * num_steps)
-
-    executor = Executor(num_slots=2, capacity=64)
-    executor.step([SequenceStep(slot, np.full(20, 7, np.int32), 0) for slot in range(2)])
-    executor.info = dataclasses.replace(executor.info, name=name)
-    executor.before_step = lambda steps: clock.pass_ms(100 if steps[0].position == 19 else 2)
-    executor.run.hook = lambda word: clock.pass_ms(2) if word == "launch" else None
-    assert executor_path.time_decode(executor, 2, 20, 4) == pytest.approx(2.0)
-    assert clock.now == pytest.approx(0.108)
-
-
-def test_executor_and_engine_are_timed_over_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = serve_with_fakes(monkeypatch)
-    sampling = SamplingParams(ignore_eos=True, seed=0)
-    bundle = write_bundle(tmp_path / "bundle")
-    with LLM.open(bundle, EngineConfig(max_slots=1)) as llm:
-        engine_path.cache_prompts(llm, [[20] * 40], sampling)
-        made[0].calls.clear()
-        engine_path.time_decode(llm, [[20] * 40], 10, sampling)
-    executor = FakeExecutor(1, 256)
-    executor.step([SequenceStep(0, np.full(40, 20, np.int32), 0)])
-    executor.calls.clear()
-    executor_path.time_decode(executor, 1, 40, 10)
-    for first, *counted in (made[0].calls, executor.calls):  # the first gives token 1; an engine begins before it
-        assert first[0].position + len(first[0].token_ids) == 40
-        assert [(step.position, len(step.token_ids)) for step, in counted] == [(40 + i, 1) for i in range(10)]
-
-
-def test_graphs_and_draws_on_the_device_are_compared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of the test's: a launch takes 1 ms with graphs and 3 ms without, a step for the host 4 ms."""
-
-    class Decoder:
-        graphs = True
-
-        def use_graphs(self, use: bool) -> None:
-            self.graphs = use
-
-    decoder, clock = Decoder(), Clock()
-    monkeypatch.setattr(ratios, "time", clock)
-    executor = RunFakeExecutor(num_slots=2, capacity=64, before_step=lambda steps: clock.pass_ms(4))
-    executor.step([SequenceStep(slot, np.full(20, 7, np.int32), 0) for slot in range(2)])
-    executor.run.hook = lambda word: clock.pass_ms(1 if decoder.graphs else 3) if word == "launch" else None
-    found = ratios.measure_ratios(executor, decoder, 2, 20, 6, 3, SamplingParams(temperature=0.9, seed=1))
-    assert decoder.graphs and set(executor.run.batches) == {(0, 1)}
-    told = found.to_dict()
-    assert told["graph_ms"]["rounds"] == pytest.approx([1.0] * 3)
-    assert told["plain_launches_ms"]["rounds"] == pytest.approx([3.0] * 3)
-    assert told["drawn_on_host_ms"]["rounds"] == pytest.approx([4.0] * 3)
-    assert told["plain_launches_over_graph"] == pytest.approx(3.0) and told["host_over_device"] == pytest.approx(4.0)
-    line = ratios_line(told)
-    assert "plain launches take 3.00 x a graph's 1.000 ms" in line and "on the host takes 4.00 x the 1.000 ms" in line
-
-
-def test_ctrl_c_ends_the_sequences_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-
-    def interrupt(batch: Any) -> None:
-        steps.append(len(batch))
-        time.sleep(0.002)
-        if len(steps) == 20:
-            os.kill(os.getpid(), signal.SIGINT)  # which Python handles in the main thread, the one that waits
-
-    serve_with_fakes(monkeypatch, before_step=interrupt)
-    sampling = SamplingParams(ignore_eos=True, seed=0)
-    prompts = [[20] * 40, [30] * 40]
-    with LLM.open(write_bundle(tmp_path / "bundle"), EngineConfig(max_slots=2)) as llm:
-        engine_path.cache_prompts(llm, prompts, sampling)
-        with pytest.raises(KeyboardInterrupt):
-            engine_path.time_decode(llm, prompts, 200, sampling)
-        assert llm.metrics().active == 0 and len(steps) < 200
-        assert llm.metrics().finished[FinishReason.CANCELLED] == 2
-
-
-def test_a_sequence_that_fails_is_an_error_and_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(steps: Any) -> None:
-        if made and len(made[0].calls) > 6:
-            raise DeviceError("the device fell off")
-
-    made = serve_with_fakes(monkeypatch, before_step=fail)
-    sampling = SamplingParams(ignore_eos=True, seed=0)
-    with LLM.open(write_bundle(tmp_path / "bundle"), EngineConfig(max_slots=1)) as llm:
-        engine_path.cache_prompts(llm, [[20] * 40], sampling)
-        with pytest.raises(DeviceError, match="fell off"):
-            engine_path.time_decode(llm, [[20] * 40], 50, sampling)
-        with pytest.raises(DeviceError, match="fell off"):
-            engine_path.time_first_token(llm, [20] * 40, sampling)
+def test_a_steps_bytes_are_all_weights_and_the_cache_when_half_of_the_new_tokens_are_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(contexts=(16, 32), batches=(1, 3), new_tokens=8)
+    benchmark, made = measure_fakes(wanted, tmp_path, monkeypatch)
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    weights = costs.decode_bytes(manifest.model, manifest.quantization, "onnxruntime")
+    per_token = made[0].info.kv_bytes_per_token
+    found = {(d.batch, d.context): d.bytes_per_step for run in benchmark.runs for d in run.decode}
+    assert found == {(b, c): weights + b * (c + 4) * per_token for b in (1, 3) for c in (16, 32)}

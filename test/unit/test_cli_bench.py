@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cli_bundle import write_bundle
+from doubles import EOS, FakeExecutor
 from run_double import RunFakeExecutor
 
 from edgellm_ros import native
@@ -181,6 +182,32 @@ def test_what_feeds_itself_gets_the_ratios_of_graphs_and_draws(
     assert shown.count("after 20 tokens: plain launches take") == 2
     assert shown.count("taken on the GPU") == (name == "tensorrt")
     assert shown.count("\nplanned for weights 1,200 MB, kv cache 102 MB\n") == 2
+
+
+def test_a_model_that_would_end_at_once_is_measured_over_all_new_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ending(FakeExecutor):
+        def step(self, batch: Any) -> Any:
+            rows = super().step(batch)
+            rows[:, EOS] = 100.0
+            return rows
+
+    made: list[Ending] = []
+
+    def create(bundle: Bundle, config: EngineConfig) -> Ending:
+        made.append(Ending(config.max_slots, config.max_context))
+        made[-1].info = dataclasses.replace(made[-1].info, name="onnxruntime")
+        return made[-1]
+
+    monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
+    monkeypatch.setattr("edgellm_ros.benchmark.measure.measure_read_bandwidth", lambda *given: ReadBandwidth(1.0, "none"))
+    command = ("--bundle", str(write_bundle(tmp_path / "bundle")), *FAST, "--context", "40", "--json", "-")
+    assert main(["bench", *command]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"][0]["decode"]
+    check_spread(row["engine"]["ms_per_token"], 2)
+    ends = [step.position + len(step.token_ids) for call in made[0].calls for step in call]
+    assert ends.count(40 + 16) == 3, "a round that is not counted, then two, each to its last token"
 
 
 def test_the_plot_is_an_svg_with_a_point_for_each_context(path: str, tmp_path: Path) -> None:

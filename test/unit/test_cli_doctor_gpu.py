@@ -246,6 +246,27 @@ def test_a_bundles_plan_is_told_of_the_gpus_cache_its_memorys_bus_and_the_librar
     assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None
 
 
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_gpu_that_fails_while_a_bundle_is_planned_leaves_no_plan_and_no_traceback(
+    answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer says that there is a GPU, the second that it can compute; the third is what is planned with."""
+    module = install_native(monkeypatch, capability=(9, 0))
+    info: dict[str, Any] = module.device_info()
+    asked: list[str] = []
+
+    def device_info() -> dict[str, Any]:
+        asked.append("")
+        if len(asked) > answers:
+            raise DeviceError("memory.cpp:12: cudaMemGetInfo: out of memory")
+        return info
+
+    module.device_info = device_info
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda bundle: "")
+    bundle: Any = object()
+    assert gpu_checks.plan_on_gpu(bundle, EngineConfig()) is None and len(asked) == answers + 1
+
+
 @pytest.mark.skipif(bool(NO_MODULE), reason=NO_MODULE)
 @pytest.mark.parametrize("shape", ["llama-1b", "llama-8b"])
 @pytest.mark.parametrize("gpu", GPUS)

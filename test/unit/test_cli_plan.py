@@ -14,7 +14,8 @@ from engines import GRAPH, MODEL, write_engine
 
 from edgellm_ros import native
 from edgellm_ros.benchmark.budget import estimate_parts, kv_bytes_per_token, make_budget, predict_ms, remedies
-from edgellm_ros.benchmark.devices import DEVICES
+from edgellm_ros.benchmark.costs import decode_bytes, kv_bytes
+from edgellm_ros.benchmark.devices import DEVICES, Device
 from edgellm_ros.benchmark.random_bundle import SCHEMES, SHAPES, RandomBundle
 from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli.main import main
@@ -89,6 +90,37 @@ def test_speed_is_below_what_the_bandwidth_allows_and_falls_with_the_context() -
         assert budget.bound_tokens_per_s[512] == pytest.approx(device.bandwidth_gb_per_s / 4.33, rel=0.02)
     fewer_stages = predict_ms(model, quant, DEVICES["thor"], 512, "bf16")
     assert fewer_stages < predict_ms(model, quant, DEVICES["agx-orin"], 512, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "stages", "stage_us"),
+    [
+        ("llama-8b", (8, 7), 5 * 32 + 3, 3.0),
+        ("llama-8b", (11, 0), 5 * 32 + 3, 1.5),  # launches depend on each other
+        ("gemma3-1b", (8, 7), 7 * 26 + 3, 3.0),  # with norms behind attention and the MLP
+    ],
+)
+def test_speed_is_three_quarters_of_the_bandwidth_and_a_time_for_each_stage(
+    shape: str, capability: tuple[int, int], stages: int, stage_us: float
+) -> None:
+    model, quant = SHAPES[shape], SCHEMES["int4"]
+    device = Device("a board", 8, 100.0, capability, "")
+    read = decode_bytes(model, quant) + kv_bytes(model, kv_bytes_per_token(model, "fp16"), 512)
+    ms = read / (0.75 * 100e9) * 1e3 + stages * stage_us * 1e-3
+    assert predict_ms(model, quant, device, 512, "fp16") == pytest.approx(ms)
+    budget = make_budget(model, quant, EngineConfig(max_context=512, kv_cache="fp16"), device)
+    assert budget.tokens_per_s == {512: pytest.approx(1e3 / ms)}
+    assert budget.bound_tokens_per_s == {512: pytest.approx(100e9 / read)}
+
+
+@pytest.mark.parametrize("devices", [("orin-nano", "thor"), ("thor", "orin-nano")])
+def test_one_device_that_it_does_not_fit_is_enough_for_the_exit_code(
+    devices: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--shape", "llama-8b", "--weights", "bf16", "--formula", "--json", "--device")
+    code, out, _ = run(capsys, *command, *devices)
+    assert code == 1 and [budget["fits"] for budget in json.loads(out)] == [name == "thor" for name in devices]
+    assert run(capsys, *command, "thor", "agx-orin")[0] == 0
 
 
 @pytest.mark.parametrize("formula", [[], ["--formula"]])

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from edgellm_ros.bundle import Bundle
 from edgellm_ros.cli import tune as cli_tune
 from edgellm_ros.cli.main import main
 from edgellm_ros.config import EngineConfig
-from edgellm_ros.executors import cuda_tiles
+from edgellm_ros.executors import cuda, cuda_tiles
 from edgellm_ros.executors.cuda_tiles import PRODUCTS, Tiles, apply_tiles, read_tiles, tiles_file, write_tiles
 
 INFO = {"name": "NVIDIA H200 (test)", "compute_capability": (9, 0), "num_sms": 132, "tiles_version": 2}
@@ -86,6 +87,42 @@ def test_what_was_kept_is_given_to_the_next_decoder_in_its_mode_only(bundle: Bun
     assert exact.tiles == {("attn.o", 1): 3}
     assert fast.tiles == {("attn.o", 1): 2, ("mlp.down", 4): -1}
     Bundle.open(bundle.path)  # the manifest does not know the file, and need not
+
+
+@pytest.mark.parametrize(("batch_invariant", "tile"), [(True, 3), (False, 2)])
+def test_a_load_takes_what_was_kept_between_the_weights_and_the_graphs(
+    batch_invariant: bool, tile: int, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The native module is a stand-in: before its weights a decoder has no products, afterwards graphs are captured."""
+
+    class Loaded(Exception):
+        pass
+
+    class Loading(TimedDouble):
+        def set_tile(self, product: str, batch: int, tile: int) -> None:
+            events.append((product, batch, tile))
+
+        def finish_load(self) -> None:
+            events.append("finish_load")
+            raise Loaded
+
+    events: list[Any] = []
+    tiles = kept(bundle)
+    tiles.set("exact", "attn.o", cuda_tiles.ANY_BATCH, 3, 4)
+    tiles.set("fast", "attn.o", 1, 2, 4)
+    write_tiles(bundle, INFO, tiles)
+    info = INFO | {"free_bytes": 1000, "integrated": False, "l2_bytes": 4 << 20, "bus_bits": 128}
+    module = SimpleNamespace(
+        device_info=lambda: info, MAX_BATCH=8, decide=lambda settings, *gpu: settings,
+        plan_memory=lambda settings: {"weights": 900, "total": 1000}, Decoder=lambda settings: Loading({}),
+    )  # fmt: skip
+    monkeypatch.setattr(cuda.native, "load", lambda: module)
+    monkeypatch.setattr(cuda.native, "products_reason", lambda module: "")
+    monkeypatch.setattr(cuda, "_settings", lambda *given: SimpleNamespace(batch_invariant=batch_invariant))
+    monkeypatch.setattr(cuda, "_upload", lambda *given: events.append("upload"))
+    with pytest.raises(Loaded):
+        cuda.CudaExecutor(bundle, EngineConfig())
+    assert events == ["upload", ("attn.o", 1, tile), "finish_load"]
 
 
 def test_nothing_kept_is_no_reason_to_complain(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:

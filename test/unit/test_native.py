@@ -103,6 +103,24 @@ def test_a_gpu_that_fails_is_named_and_auto_goes_on_without_it(
     executor.close()
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_runs_the_bundle_is_used_whether_it_was_asked_for_or_not(
+    name: str, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Callable[[str], Bundle]
+) -> None:
+    """The GPU and its executor are stand-ins."""
+    taken: list[tuple[Bundle, EngineConfig]] = []
+
+    def take(bundle: Bundle, config: EngineConfig) -> Any:
+        taken.append((bundle, config))
+        return made
+
+    made = SimpleNamespace(info=SimpleNamespace(name="cuda", device="Testcard"))
+    monkeypatch.setattr("edgellm_ros.executors._cuda_reason", lambda bundle: "")
+    monkeypatch.setattr("edgellm_ros.executors.cuda.CudaExecutor", take)
+    bundle, config = tiny_bundle("llama"), EngineConfig(executor=name)
+    assert create_executor(bundle, config) is made and taken == [(bundle, config)]
+
+
 def test_a_module_of_another_python_is_told_apart_from_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "edgellm_ros._native", raising=False)
     monkeypatch.setattr(edgellm_ros, "__path__", [str(tmp_path)])
