@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import rclpy
-from builtin_interfaces.msg import Duration
 from rclpy.action import ActionClient
 from rclpy.context import Context
 from rclpy.executors import Executor, SingleThreadedExecutor
@@ -27,13 +26,13 @@ from rclpy.qos import QoSProfile
 
 from edgellm_ros import errors
 from edgellm_ros.action import Chat
-from edgellm_ros.errors import EdgeLLMError, RequestError, UnavailableError
-from edgellm_ros.msg import ChatMessage, Sampling, Tool
+from edgellm_ros.errors import EdgeLLMError, UnavailableError
+from edgellm_ros.ros.goal import make_goal, make_message
 from edgellm_ros.srv import LoadLora, ResetSession, Tokenize
 
 _LOST_AFTER_S = 3.0
 _QOS = QoSProfile(depth=100)  # the default keeps 10 responses
-_SAMPLING = tuple(Sampling.get_fields_and_field_types())
+_SHUT_DOWN = "ROS was shut down in this process"
 _counter = itertools.count()
 
 
@@ -55,6 +54,18 @@ def _until_shutdown(context: Context) -> Iterator[None]:
     except Exception:
         if context.ok():
             raise
+
+
+def _guard(function: Callable[..., Any], failed: Callable[[Exception], None]) -> Callable[..., None]:
+    """`function` for an executor's thread: what it raises goes to `failed`, for it would end the thread."""
+
+    def run(*args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            failed(error)
+
+    return run
 
 
 class _Sender:
@@ -90,7 +101,7 @@ class ChatStream:
         self.sent_at = time.monotonic()
         self.first_delta_s: float | None = None  # from sending the goal to its first text
         self.state = Chat.Feedback.STATE_QUEUED
-        sender.send(lambda: self._send(goal))
+        sender.send(_guard(lambda: self._send(goal), self._fail))
 
     def __iter__(self) -> Iterator[str]:
         while True:
@@ -112,7 +123,7 @@ class ChatStream:
             self._cancel = True
             handle = self._handle
         if handle is not None and not self._done.is_set():
-            self._sender.send(handle.cancel_goal_async)
+            self._sender.send(_guard(handle.cancel_goal_async, self._fail))
 
     def result(self, timeout_s: float | None = None) -> ChatResult:
         """Wait for the end; raises the goal's error, and TimeoutError (the goal goes on) after `timeout_s`."""
@@ -138,7 +149,8 @@ class ChatStream:
         self.cancel()
 
     def _send(self, goal: Any) -> None:
-        self._client.send_goal_async(goal, self._on_feedback).add_done_callback(self._on_accepted)
+        accepted = self._client.send_goal_async(goal, _guard(self._on_feedback, self._fail))
+        accepted.add_done_callback(_guard(self._on_accepted, self._fail))
 
     def _on_feedback(self, message: Any) -> None:
         feedback = message.feedback
@@ -160,7 +172,7 @@ class ChatStream:
         with self._lock:
             self._handle = handle
             cancel = self._cancel
-        handle.get_result_async().add_done_callback(self._on_result)
+        handle.get_result_async().add_done_callback(_guard(self._on_result, self._fail))
         if cancel:
             handle.cancel_goal_async()
 
@@ -178,17 +190,22 @@ class ChatStream:
             self._end(ChatResult(text, result.message.reasoning, result.finish_reason, result.usage))
 
     def _end(self, result: ChatResult | None = None, error: Exception | None = None) -> None:
-        self._result, self._error = result, error
-        self._done.set()
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._result, self._error = result, error
+            self._done.set()
         self._items.put("")
+
+    def _fail(self, error: Exception) -> None:
+        self._end(error=error if self._context.ok() else UnavailableError(_SHUT_DOWN))
 
     def _check_node(self) -> None:
         """End the goal when its node has been gone for a while, or ROS in this process: a signal shuts it down."""
         with _until_shutdown(self._context):
             if self._done.is_set() or (self._context.ok() and self._client.wait_for_server(_LOST_AFTER_S)):
                 return
-        gone = "the node is gone" if self._context.ok() else "ROS was shut down in this process"
-        self._end(error=UnavailableError(gone))
+        self._end(error=UnavailableError("the node is gone" if self._context.ok() else _SHUT_DOWN))
 
 
 class LLMClient:
@@ -233,8 +250,9 @@ class LLMClient:
 
         `prompt` is the user's text, or the conversation as ChatMessage messages or (role, content) pairs. `options` are
         fields of the goal (session_id, priority, tools, raw_prompt, thinking, ...; deadline in seconds) and of Sampling
-        (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist or has a value
-        of another type.
+        (max_tokens, temperature, seed, stop, ...). Raises RequestError for an option that does not exist, for a value
+        of another type, and for one that would not arrive as it is: a number beyond its field's type, a text with a NUL
+        or a lone surrogate.
         """
         stream = ChatStream(self._chat, self._sender, self._context, make_goal(prompt, **options))
         self._streams = [s for s in self._streams if not s.done] + [stream]
@@ -253,20 +271,22 @@ class LLMClient:
 
     def tokenize(self, text: str, add_special: bool = False, timeout_s: float = 10.0) -> list[int]:
         """Token ids of a text."""
-        response = self._call(self._tokenize, Tokenize.Request(text=text, add_special=add_special), timeout_s)
+        request = make_message(Tokenize.Request, text=text, add_special=add_special)
+        response = self._call(self._tokenize, request, timeout_s)
         return [int(token) for token in response.token_ids]
 
     def reset_session(self, session_id: str, timeout_s: float = 10.0) -> bool:
         """Forget what is resident of a conversation; False when there was nothing."""
-        return bool(self._call(self._reset, ResetSession.Request(session_id=session_id), timeout_s).existed)
+        request = make_message(ResetSession.Request, session_id=session_id)
+        return bool(self._call(self._reset, request, timeout_s).existed)
 
     def load_lora(self, name: str, timeout_s: float = 60.0) -> None:
         """Have an adapter of the node's bundle loaded, so that goals can name it (`lora`)."""
-        self._call(self._lora, LoadLora.Request(name=name), timeout_s)
+        self._call(self._lora, make_message(LoadLora.Request, name=name), timeout_s)
 
     def unload_lora(self, name: str, timeout_s: float = 10.0) -> None:
         """Free an adapter's place; goals that use it must have ended."""
-        self._call(self._lora, LoadLora.Request(name=name, unload=True), timeout_s)
+        self._call(self._lora, make_message(LoadLora.Request, name=name, unload=True), timeout_s)
 
     def close(self) -> None:
         """Cancel what runs and disconnect."""
@@ -294,56 +314,30 @@ class LLMClient:
             self._executor.spin()
 
     def _call(self, client: Any, request: Any, timeout_s: float) -> Any:
-        if not client.wait_for_service(timeout_s):
-            raise UnavailableError(f"no service {client.srv_name} appeared within {timeout_s} s")
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of one response, or the exception in its place
 
         def send() -> None:
-            client.call_async(request).add_done_callback(lambda future: answers.put(future.result()))
+            answered = _guard(lambda future: answers.put(future.result()), answers.put)
+            client.call_async(request).add_done_callback(answered)
 
-        self._sender.send(send)
-        try:
-            response = answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError(f"no response from {client.srv_name} within {timeout_s} s") from None
+        with _until_shutdown(self._context):
+            if not client.wait_for_service(timeout_s) and self._context.ok():
+                raise UnavailableError(f"no service {client.srv_name} appeared within {timeout_s} s")
+            self._sender.send(_guard(send, answers.put))
+        deadline = time.monotonic() + timeout_s
+        response = None
+        while response is None:
+            if not self._context.ok():
+                raise UnavailableError(_SHUT_DOWN)
+            with contextlib.suppress(queue.Empty):
+                response = answers.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            if response is None and time.monotonic() >= deadline:
+                raise TimeoutError(f"no response from {client.srv_name} within {timeout_s} s")
+        if isinstance(response, Exception):
+            raise response if self._context.ok() else UnavailableError(_SHUT_DOWN)
         if response.error_code:
             raise error_from_code(response.error_code, response.error_msg)
         return response
-
-
-def make_goal(prompt: str | Sequence[Any] = "", **options: Any) -> Any:
-    """A Chat goal of keyword options; see `LLMClient.chat`."""
-    goal = Chat.Goal()
-    if isinstance(prompt, str):
-        goal.prompt = prompt
-    else:
-        goal.messages = [m if isinstance(m, ChatMessage) else ChatMessage(role=m[0], content=m[1]) for m in prompt]
-    fields = Chat.Goal.get_fields_and_field_types()
-    for name, value in options.items():
-        if name == "deadline" and isinstance(value, (int, float)):
-            goal.deadline = Duration(sec=int(value), nanosec=round(value % 1 * 1e9))
-        elif name == "tools":
-            goal.tools = [tool if isinstance(tool, Tool) else Tool(**tool) for tool in value]
-        elif name in _SAMPLING:
-            _set(goal.sampling, name, [value] if name == "stop" and isinstance(value, str) else value, convert=True)
-        elif name in fields:
-            _set(goal, name, value)
-        else:
-            known = ", ".join(sorted({*fields, *_SAMPLING}))
-            raise RequestError(f"unknown option {name!r}; known are {known}")
-    return goal
-
-
-def _set(message: Any, name: str, value: Any, convert: bool = False) -> None:
-    """Set a field, whose type ROS would look at when the message is sent, on another thread, if at all."""
-    kind = type(getattr(message, name))
-    try:
-        if not convert and kind in (bool, int, float, str) and not isinstance(value, kind):
-            raise TypeError(name)
-        setattr(message, name, kind(value) if convert else value)
-    except (AssertionError, TypeError, ValueError) as error:
-        expected = type(message).get_fields_and_field_types()[name]
-        raise RequestError(f"{name} is {value!r}; its ROS type is {expected}") from error
 
 
 def error_from_code(code: int, message: str) -> EdgeLLMError:

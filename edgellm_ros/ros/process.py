@@ -30,11 +30,12 @@ def run_node(make: Callable[[], LLMNode], args: list[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = make()
-    except Exception as error:  # impossible parameters; rclpy's own exceptions have no common base
-        rclpy.logging.get_logger("edgellm_ros").fatal(f"{type(error).__name__}: {error}")
+    except Exception as error:  # impossible arguments or parameters; rclpy's own exceptions have no common base
+        said = " ".join(str(error).split())  # of a YAML file's errors, some end their lines
+        rclpy.logging.get_logger("edgellm_ros").fatal(f"{type(error).__name__}: {said}")
         rclpy.try_shutdown()
         return 1
     logging.getLogger("edgellm_ros").addHandler(_RosLogHandler(node))

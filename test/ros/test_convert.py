@@ -14,8 +14,8 @@ from sensor_msgs.msg import CompressedImage
 from edgellm_ros.core import FinishReason, SamplingParams, Usage
 from edgellm_ros.errors import DeviceError, RequestError, UnsupportedError
 from edgellm_ros.fields import settings_of
-from edgellm_ros.ros.client import make_goal
 from edgellm_ros.ros.convert import fill_result, request_from_goal, sampling_from_msg, set_error
+from edgellm_ros.ros.goal import make_goal
 
 NODE = SamplingParams(
     temperature=0.3, top_p=0.9, top_k=7, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.5,
