@@ -50,14 +50,13 @@ def export(gguf: Path, weights: str) -> Path:
     if bundle.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return bundle
     print(f"-- exporting {gguf.name} with {weights} weights into {bundle}", file=sys.stderr, flush=True)
-    partial = bundle.with_suffix(".partial")
-    for old in (partial, bundle):
-        shutil.rmtree(old, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    if not (bundle / "manifest.json").is_file():  # what --force does not replace
+        shutil.rmtree(bundle, ignore_errors=True)
     CACHE.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", str(gguf), "-o", str(partial)]
+    command = [sys.executable, "-m", "edgellm_ros.cli.main", "export", str(gguf), "-o", str(bundle), "--force"]
     command += ["--weights", weights, "--name", "SmolLM2-135M-Instruct"]  # the file's own names a training run
     subprocess.run(command, check=True, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
-    partial.rename(bundle)
     stamp.write_text(key, encoding="utf-8")
     return bundle
 

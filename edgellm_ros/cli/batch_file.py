@@ -93,10 +93,17 @@ def read_batch_file(path: Path, overrides: Mapping[str, Any] | None = None) -> B
     format which this version cannot honour.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    encoding = json.detect_encoding(content)
+    if not encoding.startswith("utf-8"):
+        raise RequestError(f"{path} is {encoding.upper()}; save it as UTF-8: iconv -f {encoding} -t utf-8")
+    try:
+        data = json.loads(content.decode("utf-8-sig"))  # Windows' editors put a byte order mark in front
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not JSON: {error}") from error
     if isinstance(data, dict):
         data.update(overrides or {})
@@ -105,6 +112,7 @@ def read_batch_file(path: Path, overrides: Mapping[str, Any] | None = None) -> B
 
 def parse_batch(data: Any) -> BatchFile:
     """The same for JSON that is already read."""
+    _check_characters(data)
     fields = _checked(data, _GLOBAL_TYPES, "")
     if "requests" not in fields:
         raise RequestError("the request file has no requests; it needs a list of them")
@@ -127,6 +135,23 @@ def parse_batch(data: Any) -> BatchFile:
         requests.append(request)
         messages.append(shown)
     return BatchFile(common.batch_size, tuple(requests), tuple(messages))
+
+
+def _check_characters(data: Any) -> None:
+    """Raise RequestError for half of a UTF-16 pair: JSON's escapes can write one, no tokenizer or file can hold it."""
+    waiting = [("", data)]
+    while waiting:
+        where, value = waiting.pop()
+        if isinstance(value, str):
+            half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
+            if half is not None:
+                raise RequestError(f"{where or 'the request file'} has \\u{ord(half):04x}, half of a UTF-16 pair; "
+                                   "write the other half too, or the character itself")  # fmt: skip
+        elif isinstance(value, dict):
+            waiting += [(f"the field {name!r}", name) for name in value]
+            waiting += [(f"{where}.{name}" if where else name, inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{where}[{index}]", inner) for index, inner in enumerate(value)]
 
 
 def _parse_item(data: Any, common: _Globals, where: str) -> tuple[Request, list[dict[str, Any]]]:

@@ -86,12 +86,15 @@ def execute(args: argparse.Namespace) -> int:
 
     try:
         from edgellm_ros.toolchain.export import export_bundle
+        from edgellm_ros.toolchain.verify.reading import CheckpointReading
     except ImportError as error:
         raise ToolchainError(f"export needs the package {error.name}; pip install 'edgellm_ros[toolchain]'") from error
 
     if args.against and not args.verify:
         raise ToolchainError("--against is what --verify compares with; add --verify")
 
+    # A wrong name is said now, not after the export.
+    original = CheckpointReading(args.against) if args.against else None
     replaced = _adapters_of(args.output)
     refused: list[Quality] = []
 
@@ -105,7 +108,7 @@ def execute(args: argparse.Namespace) -> int:
                 _check_template(bundle, args.checkpoint)
                 if not args.verify:
                     return
-                quality = measure(bundle, show, args.force, against=args.against or args.checkpoint)
+                quality = measure(bundle, show, args.force, against=original or args.checkpoint)
                 store(bundle, quality)
                 if quality.failed and not quality.accepted:
                     refused.append(quality)
@@ -133,6 +136,9 @@ def execute(args: argparse.Namespace) -> int:
     if args.verify:
         print_quality(str(bundle.path), bundle.manifest.quality)
     print_bundle(bundle, "just written")
+    if not bundle.manifest.tokens.stop_ids:
+        print("warning: the checkpoint names no token that ends an answer, so generation ends only at max_tokens; set "
+              "eos_token_id in its generation_config.json and export again", file=sys.stderr)  # fmt: skip
     if replaced:
         print(f"note: the bundle that was replaced had the adapters {', '.join(replaced)}, which were packed for its "
               "weights; pack them again with `edgellm lora pack`", file=sys.stderr)  # fmt: skip

@@ -1,35 +1,17 @@
-"""The `edgellm` command: picks the verb, and decides what an error looks like and which exit code it has."""
+"""The `edgellm` command: picks the verb, and decides what an error looks like and which exit code it has.
+
+What is imported, is imported inside of `main`: Ctrl-C while a slow disk still reads our files is no traceback either.
+"""
 
 from __future__ import annotations
 
-import argparse
-import io
-import logging
-import shlex
 import sys
-import traceback
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from edgellm_ros import __version__
-from edgellm_ros.cli import (
-    bench,
-    build,
-    chat,
-    doctor,
-    export,
-    inspect,
-    lora,
-    plan,
-    quantize,
-    reduce_vocab,
-    run,
-    tune,
-    verify,
-)
-from edgellm_ros.cli.options import FORMATTER
-from edgellm_ros.errors import EdgeLLMError
-
-VERBS = (quantize, export, reduce_vocab, lora, verify, build, inspect, run, chat, bench, tune, plan, doctor)
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from types import ModuleType
 
 EPILOG = """\
 from a checkpoint to an answer:
@@ -48,17 +30,43 @@ exit codes: 0 done, 1 an unexpected failure (or, verify: a mark not reached), 2 
 """
 
 
+def verbs() -> tuple[ModuleType, ...]:
+    """The module of each verb, in the order of --help."""
+    from edgellm_ros.cli import (
+        bench,
+        build,
+        chat,
+        doctor,
+        export,
+        inspect,
+        lora,
+        plan,
+        quantize,
+        reduce_vocab,
+        run,
+        tune,
+        verify,
+    )
+
+    return (quantize, export, reduce_vocab, lora, verify, build, inspect, run, chat, bench, tune, plan, doctor)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; importing nothing that is slow."""
+    import argparse
+
+    from edgellm_ros import __version__
+    from edgellm_ros.cli.options import FORMATTER
+
     parser = argparse.ArgumentParser(
         prog="edgellm", description="Run a language model on a robot.", epilog=EPILOG, formatter_class=FORMATTER
     )
     parser.add_argument("--version", action="version", version=f"edgellm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("-v", "--verbose", action="store_true", help="say which executor was chosen and what it plans")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for module in VERBS:
-        verb = verbs.add_parser(
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for module in verbs():
+        verb = commands.add_parser(
             module.__name__.rpartition(".")[2].replace("_", "-"),
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
@@ -74,15 +82,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _tolerate_terminal() -> None:
     """A character that the terminal's encoding lacks is escaped: it must not cost what took minutes to make."""
+    import io
+
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() not in ("utf-8", "utf8"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the entry point of `edgellm`."""
+    try:
+        if sys.stdout is None:  # closed: a file that is opened next would get its number, and what is printed
+            print("error: standard output is closed; send it to a file or to /dev/null", file=sys.stderr)
+            return 2
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+    import logging
+    import shlex
+    import traceback
+
+    from edgellm_ros.errors import EdgeLLMError
+
     _tolerate_terminal()
     args = build_parser().parse_args(argv)
-    args.command = shlex.join(["edgellm", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(["edgellm", *argv])
     if args.verbose:
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("edgellm_ros").setLevel(logging.INFO)
@@ -90,8 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.execute(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader (head, less) went away; nothing can be said to it
         sys.stdout = None
         return 1

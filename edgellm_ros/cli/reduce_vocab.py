@@ -58,11 +58,11 @@ def execute(args: argparse.Namespace) -> int:
     try:
         from edgellm_ros.toolchain.head_saving import head_saving
         from edgellm_ros.toolchain.reduce_vocab import reduce_vocab
-        from edgellm_ros.toolchain.vocab_file import check_format, write_vocab_file
+        from edgellm_ros.toolchain.vocab_file import check_output, write_vocab_file
     except ImportError as error:
         text = f"reduce-vocab needs the package {error.name}; pip install 'edgellm_ros[toolchain]'"
         raise ToolchainError(text) from error
-    check_format(args.output)
+    check_output(args.output)
     if args.output.exists() and not args.force:
         raise ToolchainError(f"{args.output} exists; choose another file, or let it be replaced with --force")
     with Progress(console=Console(stderr=True)) as progress:

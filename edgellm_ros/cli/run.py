@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +66,7 @@ def execute(args: argparse.Namespace) -> int:
 
     overrides = {"batch_size": args.batch_size, "max_generate_length": args.max_generate_length}
     batch = read_batch_file(args.input_file, {name: value for name, value in overrides.items() if value is not None})
-    for path in (args.output_file, args.profile_output_file):
-        _check_writable(path)
+    _check_outputs(args)
     config = settings_from(args, EngineConfig())
     if not was_given(args, EngineConfig, "max_slots"):
         config = replace(config, max_slots=min(batch.batch_size, len(batch.requests), 64))
@@ -174,14 +177,50 @@ def _system_prompt(llm: LLM, request: Request) -> str:
     return texts[0][:length]
 
 
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise RequestError(f"cannot write {path}: {path.absolute().parent} is not a directory")
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise RequestError now for what could not be written, or would replace another file, after all the answers."""
+    taken = {"--input-file": args.input_file}
+    for option, path in (("--output-file", args.output_file), ("--profile-output-file", args.profile_output_file)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise RequestError(f"{option} {path} is a directory; name a file in it")
+        if not path.absolute().parent.is_dir():
+            raise RequestError(f"{option} {path}: {path.absolute().parent} is not a directory; make it first")
+        if path.exists() and not path.is_file():  # a pipe or a device, left to the one who named it
+            continue
+        for other, theirs in taken.items():
+            if path.resolve() == theirs.resolve() or (path.exists() and theirs.exists() and path.samefile(theirs)):
+                raise RequestError(f"{option} {path} is the {other} too; name another file")
+        try:
+            if path.exists():
+                path.open("ab").close()
+            with tempfile.TemporaryFile(dir=path.resolve().parent):
+                pass
+        except OSError as error:
+            raise RequestError(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
+        taken[option] = path
 
 
 def _write(path: Path | None, data: dict[str, Any], indent: int) -> None:
-    text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
+    """The file is whole, or as it was before."""
+    # A path that is no UTF-8 (in `input_file`) has halves of UTF-16 pairs, which become JSON's escapes.
+    content = (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     if path is None:
-        sys.stdout.write(text)
-    else:
-        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(content.decode("utf-8"))
+        return
+    final = path.resolve()  # of a link the file that it points to is replaced
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        partial.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, partial)
+        partial.replace(final)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}; make room there, or name another file") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

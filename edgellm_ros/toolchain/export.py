@@ -137,7 +137,11 @@ def _write(
     family, model = load_spec(source)
     check_tensors(source, family, model)
     _check_supported(model)
-    model = replace(model, name=name or model.name, max_context=_context(model, max_context))
+    tokens = source.token_spec()
+    tokenizer_json = source.tokenizer_json()
+    prompts = encode_prompts(tokenizer_json, model.vocab_size)
+    context = _context(model, max_context, max(map(len, prompts)))
+    model = replace(model, name=name or model.name, max_context=context)
     scales, kv_notes = read_kv_scales(source, model.num_layers)
     model = replace(model, kv_scales=scales)
     kept = None
@@ -148,14 +152,10 @@ def _write(
         quant = with_groups(quant, model)
     if plugins:
         check_plugin_support(model, quant)
-    tokens = source.token_spec()
-    tokenizer_json = source.tokenizer_json()
     (root / names.TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
     template = source.chat_template()
     if template:
         (root / names.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-    prompts = encode_prompts(tokenizer_json, model.vocab_size)
-    _check_context(model, max(map(len, prompts)))
     vocab = load_vocab_map(vocab_map, source, model) if vocab_map is not None else None
     if vocab is not None:
         write_vocab_file(root / names.VOCAB_MAP, vocab, tokenizer_hash(tokenizer_json))
@@ -371,20 +371,21 @@ def _group_size(model: ModelSpec) -> int:
     )
 
 
-def _context(model: ModelSpec, asked: int | None) -> int:
-    if asked is None:
-        return min(model.max_context, DEFAULT_MAX_CONTEXT, short_context(model))
-    if not 1 <= asked <= model.max_context:
-        raise ToolchainError(f"max-context is {asked}; {model.name} allows 1 to {model.max_context}")
-    return asked
-
-
-def _check_context(model: ModelSpec, needed: int) -> None:
-    if model.max_context < needed:
+def _context(model: ModelSpec, asked: int | None, needed: int) -> int:
+    """The bundle's context; `needed` is what the self-test's prompts take, which every bundle has room for."""
+    largest = model.max_context
+    if largest < needed:
         raise ToolchainError(
-            f"max-context is {model.max_context}, and the self-test's prompts have up to {needed} tokens; take "
-            f"--max-context {needed} or more"
+            f"{model.name} has a context of {largest} tokens, and the self-test's prompts have up to {needed}; take a "
+            "model with more"
         )
+    if asked is None:
+        return max(needed, min(largest, DEFAULT_MAX_CONTEXT, short_context(model)))
+    if not needed <= asked <= largest:
+        raise ToolchainError(
+            f"max-context is {asked}; {model.name} allows {needed} (the self-test's prompts) to {largest}"
+        )
+    return asked
 
 
 def _provenance(source: Checkpoint, quant: QuantSpec) -> dict[str, str]:

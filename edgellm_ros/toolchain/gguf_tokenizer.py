@@ -216,7 +216,8 @@ class GgufTokenizer:
         index = self._meta.get(f"ggml.{key}_token_id")
         if index is None:
             return None
-        if not 0 <= index < len(self._tokens):
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self._tokens):
             size = len(self._tokens)
-            raise CheckpointError(f"{self.path}: {key}_token_id is {index}; the vocabulary has {size} tokens")
-        return int(index)
+            raise CheckpointError(f"{self.path}: {key}_token_id is {index!r:.80}; the vocabulary has {size} tokens, "
+                                  f"so it must be 0 to {size - 1}: convert the model again")  # fmt: skip
+        return index

@@ -45,6 +45,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Map `path` and check every tensor's range; raises CheckpointError when the file is not whole."""
         self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file; {_REMEDY}")
         self.size = path.stat().st_size
         if self.size < 8:
             raise CheckpointError(f"{path} is truncated: {self.size} bytes are no safetensors header; {_REMEDY}")

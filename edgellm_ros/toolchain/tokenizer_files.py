@@ -11,6 +11,7 @@ import tokenizers
 
 from edgellm_ros.errors import CheckpointError
 from edgellm_ros.manifest import TokenSpec
+from edgellm_ros.toolchain.config_values import positive_int
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+_MOST_IDS = 2**31  # where a configuration leaves its size to the family: token ids are int32
 THINK_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
@@ -72,7 +74,8 @@ class HfTokenizerFiles:
     def token_spec(self, config: Mapping[str, Any]) -> TokenSpec:
         """Special tokens; `config` is config.json. Stop ids are those of all files, then end-of-turn tokens.
 
-        Raises CheckpointError for a tokenizer.json that the tokenizers library cannot read, or that lacks a token.
+        Raises CheckpointError for a tokenizer.json that the tokenizers library cannot read, or that lacks a token, and
+        for a BOS or EOS id that the model cannot have.
         """
         text = self.tokenizer_json()
         tokenizer = json.loads(text)
@@ -88,14 +91,19 @@ class HfTokenizerFiles:
         texts = {**self._optional("special_tokens_map.json"), **settings}
         generation = self._optional("generation_config.json")
         bos, eos, pad = (_token_text(texts.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
-        size = config.get("vocab_size")
+        size = positive_int(config, "vocab_size", _MOST_IDS)
 
         def known(*values: Any) -> list[int]:
-            """The ids that the model has; configurations write -1, or an id of another vocabulary, for none."""
-            found = [number for value in values for number in _ids(value)]
-            return [i for i in found if i >= 0 and (not isinstance(size, int) or i < size)]
+            """The ids that the model has; configurations write -1, or an id of another vocabulary, for no padding."""
+            return [i for value in values for i in _ids(value) if 0 <= i < size]
 
-        bos_id = ids[bos] if bos in ids else next(iter(known(config.get("bos_token_id"))), None)
+        def checked(key: str) -> list[int]:
+            """The ids of both files."""
+            files = (("generation_config.json", generation), ("config.json", config))
+            return [i for name, values in files for i in _checked_ids(self.path / name, values, key, size)]
+
+        bos_ids = checked("bos_token_id")
+        bos_id = ids[bos] if bos in ids else next(iter(bos_ids), None)
         pads = known(generation.get("pad_token_id"), config.get("pad_token_id"))
         pad_id = ids[pad] if pad in ids else next(iter(pads), None)
         add_bos = settings.get("add_bos_token")
@@ -104,7 +112,7 @@ class HfTokenizerFiles:
         template = self.chat_template() or ""
         self._check_added(settings, ids, template)
         think_start, think_end = think_marks(ids, template)
-        stops = known(generation.get("eos_token_id"), config.get("eos_token_id"), ids.get(eos))
+        stops = [*checked("eos_token_id"), *known(ids.get(eos))]
         return TokenSpec(
             stop_ids=unique([*stops, *end_of_turn_ids(ids, template)]),
             bos_id=bos_id,
@@ -186,6 +194,21 @@ def _token_text(value: Any) -> str:
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _checked_ids(file: Path, values: Mapping[str, Any], key: str, size: int) -> list[int]:
+    """The token ids at `key`, a number, a list or null; CheckpointError for what no vocabulary of `size` has."""
+    value = values.get(key)
+    found = []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        number = int(item) if isinstance(item, float) and item.is_integer() else item
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
+            raise CheckpointError(
+                f"{file}: {key} is {value!r:.80}; it must be a whole number from 0 to {size - 1}, a list of them, or "
+                "null: correct it, or download the file again"
+            )
+        found.append(number)
+    return found
 
 
 def _template_starts_with(post_processor: Any, token: str) -> bool:

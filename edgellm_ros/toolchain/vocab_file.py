@@ -22,7 +22,7 @@ from edgellm_ros.errors import ToolchainError
 from edgellm_ros.manifest import ModelSpec
 from edgellm_ros.toolchain.checkpoint import Checkpoint
 from edgellm_ros.toolchain.required_tokens import required_tokens
-from edgellm_ros.toolchain.whole_output import system_errors
+from edgellm_ros.toolchain.whole_output import system_errors, why_not_writable
 from edgellm_ros.vocab_map import VocabMap
 
 _FORMATS = (".json", ".safetensors")
@@ -47,6 +47,15 @@ def check_format(path: Path) -> None:
     """Raise ToolchainError for a name that tells no format."""
     if path.suffix not in _FORMATS:
         raise ToolchainError(f"{path} must end in {' or '.join(_FORMATS)}: that is the map's format")
+
+
+def check_output(path: Path) -> None:
+    """Raise ToolchainError for a name that no map can be written to."""
+    check_format(path)
+    if path.is_dir():
+        raise ToolchainError(f"{path} is a directory; name a file in it")
+    if why := why_not_writable(path.parent):
+        raise ToolchainError(f"{path} cannot be written ({why}); name another file")
 
 
 def write_vocab_file(path: Path, vocab: VocabMap, tokenizer_sha256: str) -> None:

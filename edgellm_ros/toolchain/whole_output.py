@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,18 @@ def whole_output(output: Path, *inputs: Path) -> Iterator[Path]:
     finally:
         for directory in (partial, replaced):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def why_not_writable(directory: Path) -> str:
+    """Why no file can be written into `directory`, which may still have to be made; empty when one can."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not place.is_dir():
+        return f"{place} is not a directory"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return ""
+    except OSError as error:
+        return f"{place}: {error.strerror}"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -170,7 +171,7 @@ def test_what_cannot_be_built_is_refused_before(tiny_bundle: TinyBundle, monkeyp
         ("sm87", SMALL, "not for sm87.*--target current"),
         ("sm110", SMALL, "not for sm110"),
         ("sm42", SMALL, "target is 'sm42'; allowed are current"),
-        ("current", SMALL, "there is none here"),
+        ("current", SMALL, "there is none here; name the robot's with --target, one of sm80, .*sm89, .*; for a Jetson"),
         ("sm89", BuildOptions(max_context=10_000), "max-context 10000 exceeds the bundle's 256"),
     ):
         with pytest.raises(ToolchainError, match=message):
@@ -188,6 +189,26 @@ def test_what_cannot_be_built_is_refused_before(tiny_bundle: TinyBundle, monkeyp
     monkeypatch.setattr(builder, "_build", lambda *_: (_ for _ in ()).throw(ToolchainError("it went on")))
     with pytest.raises(ToolchainError, match="it went on"):
         build_engine(bundle, "sm89", SMALL, ignore_memory=True)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_without_a_gpu_every_target_that_is_offered_is_one_that_builds(
+    scheme: str, tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "current_target", lambda: None)
+    bundle = tiny_bundle("llama", "int4")
+    quant = dataclasses.replace(bundle.manifest.quantization, weights=scheme)
+    bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, quantization=quant))
+    with pytest.raises(ToolchainError, match="there is none here") as refused:
+        build_engine(bundle, "current", SMALL)
+    offered = re.findall(r"sm\d+", str(refused.value))
+    assert offered and ("sm80" in offered) is (scheme == "int4")
+    for target in offered:
+        targets.check_formats(bundle, target)
+        targets.load_builder("auto", target, None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(ToolchainError, match=r"for a Jetson, build on it; for an RTX GPU, pip install 'edgellm_ros\[rtx\]'"):
+        build_engine(bundle, "current", SMALL)
 
 
 def test_the_command_builds_and_inspect_lists_it(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -189,9 +191,9 @@ def test_the_graph_contract_in_the_manifest_names_the_graphs_inputs(tiny_bundle:
     ("changes", "message"),
     [
         ({"weights": "int3"}, "weights is 'int3'; allowed are int4, int8, fp16, fp32, keep"),
-        ({"max_context": 1000}, "max-context is 1000; .* allows 1 to 256"),
-        ({"max_context": 0}, "max-context is 0"),
-        ({"max_context": 20}, r"max-context is 20, and the self-test's prompts have up to \d+ tokens; take --max-context"),
+        ({"max_context": 1000}, r"max-context is 1000; .* allows \d\d \(the self-test's prompts\) to 256"),
+        ({"max_context": -5}, r"max-context is -5; .* allows \d\d \(the self-test's prompts\) to 256"),
+        ({"max_context": 20}, r"max-context is 20; .* allows \d\d \(the self-test's prompts\) to 256"),
     ],
 )
 def test_impossible_options_are_refused_by_value_and_leave_nothing(
@@ -200,6 +202,58 @@ def test_impossible_options_are_refused_by_value_and_leave_nothing(
     with pytest.raises(ToolchainError, match=message):
         export_bundle(tiny_checkpoint("llama"), tmp_path / "out", **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_context_that_is_named_is_one_that_can_be_exported(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ToolchainError) as refused:
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out", max_context=0)
+    least = int(re.findall(r"allows (\d+)", str(refused.value))[0])
+    with pytest.raises(ToolchainError, match=f"allows {least} "):
+        export_bundle(tiny_checkpoint("llama"), tmp_path / "out", max_context=least - 1)
+    assert export_bundle(tiny_checkpoint("llama"), tmp_path / "out", max_context=least).manifest.model.max_context == least
+
+
+def test_an_original_that_is_not_there_is_said_before_the_export(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    exported: list[object] = []
+    monkeypatch.setattr("edgellm_ros.toolchain.export.export_bundle", lambda *args, **options: exported.append(args))
+    missing = tmp_path / "nosuch"
+    command = ["export", str(tiny_checkpoint("llama")), "-o", str(tmp_path / "out"), "--verify", "--against", str(missing)]
+    assert main(command) == 2
+    assert not exported and f"{missing} does not exist" in capsys.readouterr().err
+
+
+def test_a_model_without_stop_ids_is_exported_with_a_warning(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "source")
+    assert main(["export", str(source), "-o", str(tmp_path / "one")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            kept = {k: v for k, v in json.loads((source / name).read_text()).items() if not k.startswith("eos_token")}
+            (source / name).write_text(json.dumps(kept))
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main(["export", str(source), "-o", str(tmp_path / "two")]) == 0
+    assert "warning: the checkpoint names no token that ends an answer, so generation ends only at max_tokens; set " in (
+        capsys.readouterr().err
+    )
+    assert not Bundle.open(tmp_path / "two").manifest.tokens.stop_ids
+
+
+def test_weights_that_are_a_directory_are_named(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").mkdir()
+    assert main(["export", str(source), "-o", str(tmp_path / "out")]) == 2
+    message = f"error: {source / 'model.safetensors'} is not a file; download or copy the file again"
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_existing_bundle_is_replaced_only_when_told_and_anything_else_never(

@@ -225,3 +225,22 @@ def test_the_real_model_chats_with_a_third_of_its_head(
             answers.append(llm.complete(Request(messages=messages, sampling=sampling)))
     assert answers[1].text == answers[0].text and answers[1].token_ids == answers[0].token_ids
     assert "France" in answers[1].text and len(answers[1].token_ids) > 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("map.json", "{path} is a directory; name a file in it"),
+        ("file/map.json", "{path} cannot be written ({path.parent} is not a directory); name another file"),
+    ],
+)
+def test_an_output_that_cannot_be_a_file_is_refused_before_the_corpus_is_read(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "map.json").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    read: list[object] = []
+    monkeypatch.setattr("edgellm_ros.toolchain.reduce_vocab.reduce_vocab", lambda *args: read.append(args))
+    assert main(["reduce-vocab", "checkpoint", "--tokens", "t", "-o", str(path), "--force"]) == 2
+    assert capsys.readouterr().err == f"error: {message.format(path=path)}\n" and not read

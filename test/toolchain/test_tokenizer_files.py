@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,33 @@ def test_a_token_that_only_the_settings_add_is_refused_where_the_template_writes
 
 def test_ids_that_the_model_does_not_have_are_none(directory: Path) -> None:
     _change(directory / "tokenizer_config.json", bos_token=None, pad_token=None)
-    config = {"vocab_size": 320, "eos_token_id": [-1, 7, 320], "bos_token_id": 400, "pad_token_id": -1}
+    config = {"vocab_size": 320, "eos_token_id": None, "bos_token_id": None, "pad_token_id": -1}
     spec = HfTokenizerFiles(directory).token_spec(config)
-    assert (spec.stop_ids, spec.bos_id, spec.pad_id) == ((7, 2), None, None)
+    assert (spec.stop_ids, spec.bos_id, spec.pad_id) == ((2,), None, None)
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["x", {"a": 1}, float("nan"), -1, 320, 10**30, True, [7, -1], [[7]], 2.5])
+def test_an_id_that_no_vocabulary_has_is_an_error(directory: Path, key: str, name: str, value: Any) -> None:
+    config = {"vocab_size": 320, "eos_token_id": 2, "bos_token_id": 1}
+    if name == "config.json":
+        config[key] = value
+    else:
+        _change(directory / name, **{key: value})
+    shown = re.escape(f"{directory / name}: {key} is {value!r}; it must be a whole number from 0 to 319, a list of them")
+    with pytest.raises(CheckpointError, match=shown):
+        HfTokenizerFiles(directory).token_spec(config)
+
+
+def test_ids_of_the_embeddings_padding_and_whole_floats_are_taken(directory: Path) -> None:
+    size = len(tiny.make_tokenizer().get_vocab())
+    config = {"vocab_size": size + 64, "eos_token_id": [size + 63, 7.0], "bos_token_id": [size]}
+    _change(directory / "tokenizer_config.json", bos_token=None)
+    spec = HfTokenizerFiles(directory).token_spec(config)
+    assert (spec.stop_ids, spec.bos_id) == ((size + 63, 7, 2), size)
+    with pytest.raises(CheckpointError, match="from 0 to 2147483647"):  # the family has the size
+        HfTokenizerFiles(directory).token_spec({"eos_token_id": 10**30})
 
 
 def test_an_end_of_turn_token_stops_only_if_the_template_writes_it(directory: Path) -> None:
@@ -348,6 +373,7 @@ def test_stop_ids_are_eos_eot_and_the_templates_end_of_turn(tmp_path: Path) -> N
         ({"ggml__token_type": [1, 2]}, "320 tokens and 2 token types"),
         ({"ggml__merges": None}, "no tokenizer.ggml.merges"),
         ({"ggml__eos_token_id": 5000}, "eos_token_id is 5000; the vocabulary has 320"),
+        ({"ggml__eos_token_id": "x"}, "eos_token_id is 'x'; the vocabulary has 320 tokens, so it must be 0 to 319"),
         ({"ggml__model": "llama"}, "without a score"),
     ],
 )

@@ -393,15 +393,20 @@ def test_figures_are_shown_also_where_they_cannot_be_stored(
 
 def test_a_cache_needs_an_original_and_a_place(
     tiny_bundle: TinyBundle, tiny_checkpoint: TinyCheckpoint, text: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     bundle, file = str(tiny_bundle("llama", "fp16").path), tmp_path / "file"
     file.write_text("no directory")
     assert main(["verify", bundle, "--cache", str(tmp_path)]) == 2
     assert "name it with --against" in capsys.readouterr().err
-    options = ["--against", str(tiny_checkpoint("llama")), "--text", str(text), "--cache", str(file)]
-    assert main(["verify", bundle, *options]) == 2
-    assert "give another --cache, or none" in capsys.readouterr().err
+    opened: list[object] = []
+    monkeypatch.setattr("edgellm_ros.toolchain.verify.reading.open_checkpoint", opened.append)
+    for place in (file, file / "sub"):
+        options = ["--against", str(tiny_checkpoint("llama")), "--text", str(text), "--cache", str(place)]
+        assert main(["verify", bundle, *options]) == 2
+        message = f"states in {place}: {file} is not a directory; give another --cache, or none"
+        assert message in capsys.readouterr().err
+    assert not opened, "the original is read for minutes"
 
 
 def test_the_real_model_is_measured_as_transformers_measures_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,38 @@ def test_overrides_replace_the_files_own_values(tmp_path: Path) -> None:
     path.write_text('{"batch_size": 2, "requests": [{"messages": [{"role": "user", "content": "x"}]}]}')
     batch = read_batch_file(path, {"batch_size": 5, "max_generate_length": 3})
     assert batch.batch_size == 5 and batch.requests[0].sampling.max_tokens == 3
+
+
+def test_a_byte_order_mark_of_utf8_is_no_part_of_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({"requests": [{"messages": [{"role": "user", "content": "é"}]}]}), encoding="utf-8-sig")
+    assert read_batch_file(path).requests[0].messages[0].content == "é"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", "is UTF-16; save it as UTF-8: iconv -f utf-16 -t utf-8"),
+        ("utf-16-le", "is UTF-16-LE; save it as UTF-8: iconv"),
+        ("latin-1", r"is not UTF-8 \(invalid continuation byte at byte \d+\); save it as UTF-8"),
+    ],
+)
+def test_another_encoding_is_named_with_the_remedy(tmp_path: Path, encoding: str, message: str) -> None:
+    path = tmp_path / "in.json"
+    path.write_text('{"requests": [{"messages": [{"role": "user", "content": "é!"}]}]}', encoding=encoding)
+    with pytest.raises(RequestError, match=f"{path} {message}"):
+        read_batch_file(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"default_system_prompt": "\udfff"}, r"default_system_prompt has \\udfff"),
+        ({"requests": [{"messages": [USER], "stop": ["a", "b\ud800"]}]}, r"requests\[0\]\.stop\[1\] has \\ud800"),
+        ({"\ud800": 1}, r"the field '\\ud800' has \\ud800"),
+    ],
+)
+def test_half_of_a_utf16_pair_is_refused_by_its_place(fields: dict[str, Any], place: str) -> None:
+    with pytest.raises(RequestError, match=f"^{place}, half of a UTF-16 pair; write the other half too"):
+        parse_batch({"requests": [{"messages": [USER]}], **fields})
+    assert json.loads('"\\ud83e\\udd16"') == "🤖"  # both halves are one character before anything is looked at

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from edgellm_ros.cli.main import VERBS, build_parser, main
+from edgellm_ros.cli.main import build_parser, main, verbs
 from edgellm_ros.cli.options import add_settings, settings_from, was_given
 from edgellm_ros.config import EngineConfig, NodeConfig
 from edgellm_ros.core import SamplingParams
@@ -92,7 +92,7 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", VERBS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", verbs(), ids=lambda module: module.__name__.rpartition(".")[2])
 def test_every_verb_teaches_with_an_example_that_parses(module: ModuleType) -> None:
     verb = module.__name__.rpartition(".")[2].replace("_", "-")
     lines = [line.strip() for line in module.EXAMPLES.splitlines() if line.strip().startswith(f"edgellm {verb}")]
@@ -103,6 +103,31 @@ def test_every_verb_teaches_with_an_example_that_parses(module: ModuleType) -> N
         arguments = [part for i, w in enumerate(words) for part in ([w] if i % 2 else w.split())]
         args = build_parser().parse_args([a for a in arguments[1:] if a])
         assert args.verb == verb
+
+
+@pytest.mark.parametrize("loaded", ["argparse", "edgellm_ros.cli.bench", "edgellm_ros.errors"])
+def test_ctrl_c_while_the_command_is_still_loaded_is_no_traceback(loaded: str) -> None:
+    code = f"""
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == {loaded!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+from edgellm_ros.cli.main import main
+sys.exit(main(["inspect", "x"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_closed_standard_output_is_said_in_one_line() -> None:
+    command = [sys.executable, "-m", "edgellm_ros.cli.main", "--version"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True)
+    expected = "error: standard output is closed; send it to a file or to /dev/null\n"
+    assert (done.returncode, done.stderr) == (2, expected)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,6 +111,88 @@ def test_an_output_that_cannot_be_written_is_noticed_before_the_work(run: Run, m
     made = serve_with_fakes(monkeypatch)
     assert run(ask("a"), "--profile-output-file", str(run.root / "nowhere" / "p.json")) == 2
     assert not made
+
+
+def test_half_of_a_utf16_pair_is_refused_before_anything_is_loaded_or_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = serve_with_fakes(monkeypatch)
+    (run.root / "out.json").write_text("precious")
+    assert run(ask("good", "\ud800 hi")) == 2
+    assert capsys.readouterr().err.startswith("error: requests[1].messages[0].content has \\ud800, half of a UTF-16 pair;")
+    assert not made and (run.root / "out.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--output-file", "--profile-output-file"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "{path} is a directory; name a file in it"),
+        ("in.json", "{path} is the --input-file too; name another file"),
+        ("link.json", "{path} is the --input-file too; name another file"),
+        ("in.json/out.json", "{path}: {path.parent} is not a directory; make it first"),
+        ("dangling.json", "{path} cannot be written (No such file or directory); name another file"),
+    ],
+)
+def test_an_output_that_could_not_be_written_or_replaces_the_requests_is_refused_before_loading(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, name: str, message: str
+) -> None:
+    made = serve_with_fakes(monkeypatch)
+    source, path = run.root / "in.json", run.root / name
+    source.write_text(json.dumps(ask("a")))
+    (run.root / "link.json").symlink_to(source)
+    (run.root / "dangling.json").symlink_to(run.root / "nowhere" / "out.json")
+    assert main(["run", "--bundle", str(run.bundle), "--input-file", str(source), option, str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {option} {message.format(path=path)}\n"
+    assert not made and source.read_text() == json.dumps(ask("a"))
+
+
+def test_answers_and_profile_in_one_file_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, path = serve_with_fakes(monkeypatch), run.root / "out.json"
+    assert run(ask("a"), "--profile-output-file", str(path)) == 2
+    assert f"--profile-output-file {path} is the --output-file too" in capsys.readouterr().err
+    assert not made and not path.exists()
+
+
+def test_an_output_that_fails_is_named_and_leaves_the_file_as_it_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_with_fakes(monkeypatch)
+    out = run.root / "out.json"
+    assert run(ask("a"), "--output-file", "/dev/full") == 2
+    message = "cannot write /dev/full: No space left on device; make room there, or name another file"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    out.write_text("precious")
+
+    def full(path: Path, content: bytes) -> int:
+        with open(path, "wb") as file:
+            file.write(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert run(ask("a")) == 2
+    assert f"cannot write {out}: No space left on device" in capsys.readouterr().err
+    assert out.read_text() == "precious" and {p.name for p in run.root.iterdir()} == {"bundle", "in.json", "out.json"}
+
+
+def test_the_file_behind_a_link_is_replaced_and_keeps_its_mode(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with_fakes(monkeypatch)
+    target = run.root / "target.json"
+    target.touch(0o640)
+    (run.root / "out.json").symlink_to(target)
+    assert run(ask("a")) == 0
+    assert (run.root / "out.json").is_symlink() and json.loads(target.read_text())["responses"]
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_input_file_whose_name_is_no_utf8_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_with_fakes(monkeypatch)
+    source, out = run.root / os.fsdecode(b"in\xff.json"), run.root / "out.json"
+    source.write_text(json.dumps(ask("a")))
+    assert main(["run", "--bundle", str(run.bundle), "--input-file", str(source), "--output-file", str(out)]) == 0
+    assert json.loads(out.read_text())["input_file"] == str(source)
 
 
 def test_a_failed_device_ends_the_run(

@@ -58,7 +58,7 @@ def build_engine(
     says that memory is short.
     """
     here = targets.current_target()
-    target = targets.resolve_target(target, here)
+    target = targets.resolve_target(target, here, bundle)
     targets.check_formats(bundle, target)
     options = (options or BuildOptions()).resolved(bundle)
     flavour, trt = targets.load_builder(builder, target, here)

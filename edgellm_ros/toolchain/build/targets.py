@@ -41,16 +41,32 @@ def current_target() -> str | None:
     return f"sm{number[0].value}{number[1].value}"
 
 
-def resolve_target(target: str, here: str | None) -> str:
-    """`current` as the GPU that is here; raises ToolchainError for a target that nobody knows."""
+def resolve_target(target: str, here: str | None, bundle: Bundle) -> str:
+    """`current` as the GPU that is here; raises ToolchainError for a target that nobody knows, or none to take."""
     if target == "current":
         if here is None:
-            raise ToolchainError("target current needs an NVIDIA GPU, and there is none here; name the robot's, "
-                                 f"one of {', '.join(BUILD_TARGETS)}")  # fmt: skip
+            raise ToolchainError(f"target current needs an NVIDIA GPU, and there is none here; {_without_gpu(bundle)}")
         return here
     if target not in BUILD_TARGETS:
         raise ToolchainError(f"target is {target!r}; allowed are current, {', '.join(BUILD_TARGETS)}")
     return target
+
+
+def _without_gpu(bundle: Bundle) -> str:
+    """What a machine without a GPU can do: TensorRT-RTX builds there, not for every GPU nor every format."""
+    elsewhere = "for a Jetson, build on it"
+    try:
+        import tensorrt_rtx
+    except ImportError:
+        return f"{elsewhere}; for an RTX GPU, pip install 'edgellm_ros[rtx]' and name it with --target"
+    lowest = max(LOWEST.get(scheme, 0) for scheme in _schemes(bundle))
+    known = (name for name in _rtx_targets(tensorrt_rtx) if name in BUILD_TARGETS)
+    names = ", ".join(name for name in known if int(name[2:]) >= lowest)
+    return f"name the robot's with --target, one of {names}; {elsewhere}"
+
+
+def _rtx_targets(trt: Any) -> list[str]:
+    return sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
 
 
 def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
@@ -63,7 +79,7 @@ def load_builder(wanted: str, target: str, here: str | None) -> tuple[str, Any]:
     at_home = here == target and wanted == "auto"  # TensorRT itself would be the one to take
     none_here = f"nor is tensorrt here: {TENSORRT_REMEDY}"
     trt = _import("tensorrt_rtx", none_here if at_home else "pip install 'edgellm_ros[rtx]', or build on the robot with TensorRT")
-    known = sorted((n.lower() for n in trt.ComputeCapability.__members__ if n[:2] == "SM"), key=lambda n: int(n[2:]))
+    known = _rtx_targets(trt)
     if target not in known:
         remedy = none_here if at_home else "build on that machine with its TensorRT: edgellm build --target current"
         raise ToolchainError(
@@ -104,14 +120,18 @@ def check_cache(options: BuildOptions) -> None:
 
 def check_formats(bundle: Bundle, target: str) -> None:
     """Raise ToolchainError for a weight format that `target` cannot compute with."""
-    quant = bundle.manifest.quantization
-    for scheme in {quant.weights, quant.lm_head or quant.weights, *(form.scheme for form in quant.formats.values())}:
+    for scheme in _schemes(bundle):
         if scheme not in LOWEST:
             raise ToolchainError(f"weights are {scheme}; engines have fused attention in 16 bit only; export with one "
                                  f"of --weights {', '.join(LOWEST)}")  # fmt: skip
         if int(target[2:]) < LOWEST[scheme]:
             raise ToolchainError(f"{target} has no {scheme} (it needs sm{LOWEST[scheme]} or newer); "
                                  "export with --weights int8 or fp16")  # fmt: skip
+
+
+def _schemes(bundle: Bundle) -> set[str]:
+    quant = bundle.manifest.quantization
+    return {quant.weights, quant.lm_head or quant.weights, *(form.scheme for form in quant.formats.values())}
 
 
 def check_resources(bundle: Bundle, available: int | None) -> None:

@@ -16,8 +16,15 @@ import numpy as np
 from edgellm_ros import __version__
 from edgellm_ros.errors import ToolchainError
 from edgellm_ros.toolchain.reference import FloatArray
+from edgellm_ros.toolchain.whole_output import why_not_writable
 
 _BLOCK = 1 << 20
+
+
+def check_cache(directory: Path) -> None:
+    """Raise ToolchainError for a place where nothing can be kept."""
+    if why := why_not_writable(directory):
+        raise _not_kept(directory, why)
 
 
 class KeptStates:
@@ -51,11 +58,14 @@ class KeptStates:
                 np.save(file, np.concatenate(states))
             partial.replace(self.path)
         except OSError as error:
-            raise ToolchainError(f"cannot keep the original's states in {self.path.parent}: {error}; give another "
-                                 "--cache, or none") from error  # fmt: skip
+            raise _not_kept(self.path.parent, error) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def _not_kept(directory: Path, why: object) -> ToolchainError:
+    return ToolchainError(f"cannot keep the original's states in {directory}: {why}; give another --cache, or none")
 
 
 def _hash_of(path: Path) -> bytes:

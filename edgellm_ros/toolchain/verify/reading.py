@@ -23,7 +23,7 @@ from edgellm_ros.toolchain.detect import check_tensors, load_spec
 from edgellm_ros.toolchain.layers import EMBEDDING, FINAL_NORM, HEAD, read_layer, read_norm
 from edgellm_ros.toolchain.reference import FloatArray, ReferenceDecoder
 from edgellm_ros.toolchain.rope import rope_tables
-from edgellm_ros.toolchain.verify.kept import KeptStates
+from edgellm_ros.toolchain.verify.kept import KeptStates, check_cache
 from edgellm_ros.toolchain.verify.passages import Ids, Passage
 from edgellm_ros.toolchain.verify.rounding import RoundedDecoder, activation_scales
 from edgellm_ros.toolchain.weights import Progress
@@ -37,7 +37,9 @@ class CheckpointReading:
     """What a checkpoint says of some passages, in fp32; with `rounded`, activations are rounded where it says how."""
 
     def __init__(self, path: Path, rounded: bool = False, cache: Path | None = None) -> None:
-        """Open `path`; raises CheckpointError and its kinds. cache: a directory where what was read is kept."""
+        """Open `path`; raises ToolchainError and its kinds. cache: a directory where what was read is kept."""
+        if cache is not None:  # not after minutes of reading
+            check_cache(cache)
         self.source: Checkpoint = open_checkpoint(path)
         self.name = self.source.path.name
         family, self.model = load_spec(self.source)
