@@ -40,7 +40,8 @@ class Bundle:
     def open(cls, path: str | Path, *, verify: bool = True) -> Bundle:
         """Read and check the bundle at `path`; `verify` compares every file's sha256.
 
-        Raises BundleError that names the file which is missing, truncated or changed.
+        Raises BundleError that names the file which is missing, truncated or changed, or the manifest's field that is
+        not as it must be.
         """
         root = Path(path)
         if not root.is_dir():
@@ -59,6 +60,11 @@ class Bundle:
             manifest = Manifest.from_json(text)
         except BundleError as error:
             raise BundleError(f"{root}: {error}") from error
+        if WEIGHTS in manifest.files and not manifest.self_test.cases:  # nothing could say that they are loaded right
+            raise BundleError(
+                f"{root}: {MANIFEST}: self_test: cases is []; it must have one or more, which the loaded model is "
+                "compared with; export the model again"
+            )
         for name, entry in manifest.files.items():
             _check_file(root, name, entry)
         bundle = cls(root, manifest)

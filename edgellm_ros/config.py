@@ -54,7 +54,12 @@ class EngineConfig:
         unit="tokens",
     )
     max_queue: int = setting(16, "Requests that may wait for a slot; one more is rejected.", minimum=0, maximum=4096)
-    num_threads: int = setting(0, "CPU threads that compute; 0 is one for each physical core.", minimum=0, maximum=1024)
+    num_threads: int = setting(
+        0,
+        "CPU threads that compute, at most the logical CPUs of this process; 0 is one for each physical core.",
+        minimum=0,
+        maximum=1024,
+    )
     loras: tuple[str, ...] = setting(
         (), "Adapters of the bundle (`edgellm lora pack`) to load with it, by name; requests choose among them."
     )

@@ -1,12 +1,14 @@
 """How a setting is declared once: a dataclass field that carries its help, range and unit.
 
 The command line, the YAML files and the ROS parameters are derived from these fields and never written out again.
+What a bundle's files may hold is declared beside the type in the same way, with `Allowed`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -29,6 +31,32 @@ class Setting:
     unit: str
     dynamic: bool  # may change while the node runs
     optional: bool  # None is a value
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What a field of type `Annotated[…, Allowed(…)]` may hold beyond its type; numbers are finite."""
+
+    minimum: float | None = None  # inclusive, as maximum is
+    maximum: float | None = None
+    above: float | None = None  # exclusive
+    choices: tuple[str, ...] = ()
+    pattern: str = ""  # of the whole text
+    words: str = ""  # what the pattern says, for people
+
+    def demand(self, value: Any) -> str:
+        """What `value` would have to be; empty where it is."""
+        if self.choices and value not in self.choices:
+            return f"allowed are {', '.join(map(repr, self.choices))}"
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            return f"it must be {self.words}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "it must be a finite number"
+        if self.above is not None and value <= self.above:
+            return f"it must be above {_number(self.above)}"
+        if (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum):
+            return f"allowed is {_bounds(self.minimum, self.maximum)}"
+        return ""
 
 
 def setting(
@@ -105,10 +133,14 @@ def from_mapping(cls: type, values: typing.Mapping[str, Any], error: type[EdgeLL
 
 
 def _range(item: Setting) -> str:
-    low = "-∞" if item.minimum is None else _number(item.minimum)
-    high = "∞" if item.maximum is None else _number(item.maximum)
     unit = f" {item.unit}" if item.unit else ""
-    return f" {low} to {high}{unit}"
+    return f" {_bounds(item.minimum, item.maximum)}{unit}"
+
+
+def _bounds(minimum: float | None, maximum: float | None) -> str:
+    low = "-∞" if minimum is None else _number(minimum)
+    high = "∞" if maximum is None else _number(maximum)
+    return f"{low} to {high}"
 
 
 def _number(bound: float) -> str:

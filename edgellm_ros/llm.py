@@ -17,7 +17,7 @@ from edgellm_ros import executors
 from edgellm_ros.bundle import CHAT_TEMPLATE, TOKENIZER, WEIGHTS, Bundle
 from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, Delta, Request
-from edgellm_ros.errors import BundleError, ConfigError, RequestError, UnsupportedError
+from edgellm_ros.errors import BundleError, ConfigError, ContextOverflowError, RequestError, UnsupportedError
 from edgellm_ros.executors.base import Executor, ExecutorInfo
 from edgellm_ros.executors.lora_layout import open_packed
 from edgellm_ros.runtime.engine import Engine
@@ -87,6 +87,11 @@ class LLM:
         try:
             if not isinstance(bundle, Bundle):
                 bundle = Bundle.open(bundle, verify=False)
+            capacity = config.max_context if executor is None else executor.info.capacity
+            if config.self_test and capacity:  # 0 is the bundle's own, which is long enough
+                from edgellm_ros.executors.selftest import check_room
+
+                check_room(bundle.manifest, capacity)
             config = _with_loras(config, bundle, loras)
             # Hashing takes as long as loading, on another core; nothing is served before it is done, and what it finds
             # explains whatever loading stumbles over.
@@ -213,6 +218,7 @@ class LLM:
         pin_length = 0
         if request.messages:
             text = self.render(request)
+            self._check_length(text)
             ids = tuple(self.tokenize(text))
             splitter = self._splitter(text)
             if request.pin_system_prompt:
@@ -221,6 +227,7 @@ class LLM:
             for name in ("tools", "enable_thinking", "pin_system_prompt"):
                 if getattr(request, name):
                     raise RequestError(f"{name} needs messages; a raw prompt is taken as it is")
+            self._check_length(request.prompt)
             ids = request.prompt_ids or tuple(self.tokenize(request.prompt, add_special=True))
         return Job(
             ids,
@@ -235,6 +242,15 @@ class LLM:
             submitted_at,
             request.lora,
         )
+
+    def _check_length(self, prompt: str) -> None:
+        """Refuse what cannot fit before it is encoded: megabytes take seconds, in which no stream goes on."""
+        fewest, capacity = self._tokenizer.min_tokens(prompt), self._info.capacity
+        if fewest + 1 > capacity:
+            raise ContextOverflowError(
+                f"the prompt has {len(prompt)} characters, which are at least {fewest} tokens, and at least 1 must be "
+                f"generated, but the context holds {capacity}; shorten the prompt or load with a larger max_context"
+            )
 
     def _unknown_lora(self, name: str) -> str:
         loaded = self.loras

@@ -8,12 +8,16 @@ removes such strings before it renders them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tokenizers
 
 from edgellm_ros.errors import BundleError, RequestError
+
+# Characters that NFC makes one of at most: the longest canonical decomposition, which a test looks for
+_NFC_SHRINKS = 4
 
 
 class Tokenizer:
@@ -40,13 +44,27 @@ class Tokenizer:
         self._special_texts = frozenset(token.content for token in added.values() if token.special)
         self.byte_level: bool = (raw.get("decoder") or {}).get("type") == "ByteLevel"
         self.vocab_size: int = self._inner.get_vocab_size(with_added_tokens=True)
+        self._longest_token, self._dropped = _longest_token(raw)
+        self._strips = any(entry.get("lstrip") or entry.get("rstrip") for entry in raw.get("added_tokens") or [])
+
+    def min_tokens(self, text: str) -> int:
+        """Tokens that `text` has at least, without encoding it; 0 where this tokenizer allows no such bound."""
+        if not self._longest_token:
+            return 0
+        # An added token may take all white space beside it; what Python splits at includes all that Rust calls so.
+        length = sum(map(len, text.split())) if self._strips else len(text)
+        length -= sum(map(text.count, self._dropped))
+        return max(-(-length // self._longest_token), 0)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of `text`; `add_special_tokens` lets the tokenizer's own post-processor add BOS and the like."""
+        """Token ids of `text`; `add_special_tokens` lets the tokenizer's own post-processor add BOS and the like.
+
+        Raises RequestError for a text with a lone surrogate.
+        """
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate has no UTF-8
-            raise RequestError(f"the text is not valid Unicode: {error}") from error
+        except (UnicodeEncodeError, TypeError) as error:
+            raise _refusal(text) from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -56,7 +74,10 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Id of the token written exactly so in the vocabulary, or None."""
-        found: int | None = self._inner.token_to_id(token)
+        try:
+            found: int | None = self._inner.token_to_id(token)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise _refusal(token) from error
         return found
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -91,6 +112,70 @@ class Tokenizer:
                 return token.encode()
         value = self.byte_value(token_id)
         return token.replace("\u2581", " ").encode() if value is None else bytes([value])
+
+
+def _refusal(text: str) -> RequestError:
+    """Of a text that the library cannot take, since UTF-8 has no surrogates."""
+    place = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return RequestError(
+        f"the text has the lone surrogate {text[place]!r} at character {place}, counted from 0; allowed is text that "
+        "UTF-8 can encode; replace it, for example with errors='replace' where the text is decoded"
+    )
+
+
+def _longest_token(raw: dict[str, Any]) -> tuple[int, str]:
+    """Characters of a text that a token of this tokenizer.json covers at most, and those that are dropped from a text.
+
+    The first is 0 where it is not known: where more than single characters may be dropped, or be one token together.
+    """
+    model, unknown = raw["model"], (0, "")
+    normalizer, pre_tokenizer = raw.get("normalizer"), raw.get("pre_tokenizer")
+    shrinks = _shrinking(normalizer)
+    affixes = any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+    if model.get("type") != "BPE" or affixes or not shrinks or not _keeps_text(pre_tokenizer):
+        return unknown
+    vocab: dict[str, int] = model["vocab"]
+    dropped = ""
+    if _is_byte_level(pre_tokenizer):
+        # Bytes that training never saw have no token. A character beyond ASCII is more than its first byte.
+        missing = [byte for char, byte in _BYTE_OF_CHAR.items() if char not in vocab]
+        dropped = "".join(chr(byte) for byte in missing if byte < 0x80)
+        if any(0x80 <= byte < 0xC0 for byte in missing) or (dropped and normalizer):
+            return unknown
+    elif not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in vocab for byte in range(256)):
+        return unknown
+    added = [entry["content"] for entry in raw.get("added_tokens") or []]
+    return shrinks * max(map(len, (*vocab, *added)), default=1), dropped
+
+
+def _shrinking(normalizer: dict[str, Any] | None) -> int:
+    """Into how many times fewer characters a normalizer turns a text at most; 0 where that is not known."""
+    if not normalizer:
+        return 1
+    kind = normalizer["type"]
+    if kind == "Sequence":
+        return math.prod(_shrinking(part) for part in normalizer["normalizers"])
+    if kind == "Replace":
+        pattern = normalizer["pattern"].get("String", "")
+        return int(0 < len(pattern) <= len(normalizer["content"]))
+    return {"Prepend": 1, "NFC": _NFC_SHRINKS}.get(kind, 0)
+
+
+def _keeps_text(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether cutting a text into words drops nothing of it, as white space."""
+    if not pre_tokenizer:
+        return True
+    kind = pre_tokenizer["type"]
+    if kind == "Sequence":
+        return all(map(_keeps_text, pre_tokenizer["pretokenizers"]))
+    return kind in ("ByteLevel", "Digits", "Metaspace") or (
+        kind == "Split" and pre_tokenizer["behavior"] != "Removed"
+    )
+
+
+def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    return any(part is not None and part["type"] == "ByteLevel" for part in parts)
 
 
 def _byte_alphabet() -> dict[str, int]:

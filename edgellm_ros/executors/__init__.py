@@ -60,11 +60,15 @@ def _tensorrt(bundle: Bundle, config: EngineConfig) -> tuple[Executor | None, st
     engine, reasons = choose_engine(bundle, config, probe_machine())
     if engine is None:
         return None, "; ".join(reasons)
-    from edgellm_ros.executors.selftest import run_self_test
+    from edgellm_ros.executors.engine_settings import usable_context
+    from edgellm_ros.executors.selftest import check_room, run_self_test
     from edgellm_ros.executors.tensorrt import TensorRTExecutor
 
     executor: Executor | None = None
     try:
+        if config.self_test:
+            capacity = usable_context(engine.options, config)
+            check_room(bundle.manifest, capacity, "build the engine again with --max-context above")
         executor = TensorRTExecutor(bundle, config, engine)
         if config.executor == "auto" and config.self_test and bundle.manifest.self_test.cases:
             run_self_test(executor, bundle.manifest)

@@ -13,7 +13,10 @@ Runtime 1.32, AMD EPYC): what several slots get is compared when a bundle is loa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,10 @@ from edgellm_ros.executors.huge_pages import anonymous_regions, collapse_new_reg
 from edgellm_ros.executors.lora import LoraAdapter
 from edgellm_ros.executors.lora_layout import PackedLora
 from edgellm_ros.executors.onnxruntime_lora import OrtAdapters, planned_bytes
-from edgellm_ros.manifest import LinearFormat, QuantSpec
+from edgellm_ros.manifest import MANIFEST, GraphSpec, LinearFormat, ModelSpec, QuantSpec
 from edgellm_ros.memory import available_memory, physical_cores
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 4096  # when neither the user nor the model says less: bounds the KV cache
 _SETTLE_S = 0.5  # huge pages come after loading is done: collapsing competes with it for memory bandwidth
@@ -48,7 +53,7 @@ class OnnxRuntimeExecutor(Executor):
 
         Raises ConfigError when the settings ask for more context than the bundle has, more memory than there is or
         another KV cache than fp32, UnsupportedError for adapters where the bundle has no decoder that takes them, and
-        BundleError when ONNX Runtime refuses the graph.
+        BundleError when ONNX Runtime refuses the graph or it is not the manifest's.
         """
         if config.kv_cache not in ("auto", "fp32"):
             raise ConfigError(
@@ -63,15 +68,19 @@ class OnnxRuntimeExecutor(Executor):
                 f"export again with --max-context {capacity}, if the model allows it"
             )
         if config.max_loras and not bundle.has(DECODER_ORT_LORA):
+            asked, without = f"max_loras is {config.max_loras}", "set max_loras to 0"
+            if config.loras:
+                asked, without = f"adapters are asked for ({', '.join(config.loras)})", "load it without them"
             raise UnsupportedError(
-                f"max_loras is {config.max_loras}, but {bundle.path} has no decoder that takes adapters; export it "
-                "again with --max-lora-rank 16 (or up to 64), or set max_loras to 0"
+                f"{asked}, but {bundle.path} has no decoder that takes adapters; export it again with "
+                f"--max-lora-rank 16 (or up to 64), or {without}"
             )
         self._model = model
         self._layers = model.num_layers
         vocab_map = bundle.vocab_map()
-        threads = config.num_threads or physical_cores()
+        threads = _usable_threads(config.num_threads)
         kv_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+        bundle.file(WEIGHTS)  # which says what is there, where it is not
         weight_bytes = bundle.manifest.files[WEIGHTS].size
         lora_bytes = planned_bytes(model, config.max_loras, config.max_lora_rank)
         planned = weight_bytes + config.max_slots * capacity * kv_per_token + _WORKSPACE + lora_bytes
@@ -170,9 +179,13 @@ class OnnxRuntimeExecutor(Executor):
             graph = ort_windows.narrowed(bundle.file(decoder).read_bytes())
             options.add_session_config_entry(ort_windows.FOLDER_OPTION, str(bundle.path))
         try:
-            return ort.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(graph, sess_options=options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a family of its own that derives from Exception alone
             raise BundleError(f"ONNX Runtime cannot load {bundle.path / decoder}: {error}") from error
+        fault = _graph_fault(session, self._model, self._graph) or _weights_fault(bundle, self._model)
+        if fault:
+            raise BundleError(f"{bundle.path}: {MANIFEST}: {fault}; export the model again")
+        return session
 
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """See Executor.step. One decoding sequence costs one run; n in neighbouring slots cost one run as well."""
@@ -289,6 +302,58 @@ class OnnxRuntimeExecutor(Executor):
         self._bindings.clear()
         self._cache.clear()
         self._session = None
+
+
+def _usable_threads(asked: int) -> int:
+    """Threads to compute with: beyond one for each logical CPU they wait for each other, for minutes where many do."""
+    available = len(os.sched_getaffinity(0))
+    if asked > available:
+        _log.warning(
+            "num_threads is %d, but this process has %d logical CPUs: %d threads compute", asked, available, available
+        )
+    return min(asked, available) or physical_cores()
+
+
+def _graph_fault(session: Any, model: ModelSpec, graph: GraphSpec) -> str:
+    """The manifest's first field that does not fit the loaded graph, its value and the graph's; empty without any."""
+    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    outputs = {tensor.name: tensor.shape for tensor in session.get_outputs()}
+    for role in ("embeds", "seqlens_k", "total_length", "logit_indices", "past_key", "past_value"):
+        if getattr(graph, role).format(layer=0) not in inputs:
+            return f"graph: {role} is {getattr(graph, role)!r}; the graph's inputs are {_listed(inputs)}"
+    for role in ("logits", "present_key", "present_value"):
+        if getattr(graph, role).format(layer=0) not in outputs:
+            return f"graph: {role} is {getattr(graph, role)!r}; the graph's outputs are {_listed(outputs)}"
+    layers = next(i for i in itertools.count() if graph.past_key.format(layer=i) not in inputs)
+    cache = inputs[graph.past_key.format(layer=0)]
+    sizes = {
+        "num_layers": (model.num_layers, layers),
+        "hidden_size": (model.hidden_size, inputs[graph.embeds][-1]),
+        "num_kv_heads": (model.num_kv_heads, cache[1]),
+        "head_dim": (model.head_dim, cache[3]),
+        "head_rows" if model.head_rows else "vocab_size": (model.num_rows, outputs[graph.logits][-1]),
+    }
+    for name, (said, found) in sizes.items():
+        if isinstance(found, int) and said != found:  # a name where the graph leaves a size open
+            return f"model: {name} is {said}; the graph has {found}"
+    return ""
+
+
+def _weights_fault(bundle: Bundle, model: ModelSpec) -> str:
+    """The same for what the graph does not show and the shapes of the weights do."""
+    weights = bundle.weights()
+    rows, positions = len(weights["embed.weight"]), len(weights["rope.cos"])
+    if model.vocab_size != rows:
+        return f"model: vocab_size is {model.vocab_size}; the embedding has {rows} rows"
+    if model.max_context > positions:
+        return f"model: max_context is {model.max_context}; the position table has {positions} rows"
+    return ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few, which are those that do not belong to a layer."""
+    shown = list(itertools.islice(names, 8))
+    return ", ".join(shown) + (", …" if len(shown) == 8 else "")
 
 
 def _rounds_single_rows_apart(quant: QuantSpec) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgellm_ros.errors import BundleError
+from edgellm_ros.errors import BundleError, ConfigError
 from edgellm_ros.executors.base import Executor, SequenceStep
 from edgellm_ros.manifest import Manifest
 from edgellm_ros.vocab_map import VocabMap
@@ -27,6 +27,19 @@ class SelfTestResult:
     def passed(self) -> bool:
         """NaN does not pass."""
         return self.error <= self.max_error
+
+
+def check_room(manifest: Manifest, capacity: int, remedy: str = "set it to at least") -> None:
+    """Raise ConfigError when slots of `capacity` tokens are too short for the self-test; the remedy ends with how long.
+
+    Before anything is loaded: executors only assert that a step fits.
+    """
+    needed = manifest.self_test.num_tokens
+    if capacity < needed:
+        raise ConfigError(
+            f"max_context is {capacity} tokens, but the bundle's self-test needs {needed} or more; {remedy} {needed}, "
+            "or load with self_test off"
+        )
 
 
 def measure_self_test(executor: Executor, manifest: Manifest) -> SelfTestResult:

@@ -287,6 +287,9 @@ def test_a_bundle_without_lora_inputs_or_memory_says_what_to_do(
     config = EngineConfig(executor="onnxruntime", max_loras=2, max_lora_rank=64)
     with pytest.raises(UnsupportedError, match="max_loras is 2, but .* no decoder that takes adapters.*--max-lora-rank"):
         create_executor(tiny_bundle("llama"), config)
+    named = EngineConfig(executor="onnxruntime", max_loras=1, loras=("pick", "place"))
+    with pytest.raises(UnsupportedError, match=r"asked for \(pick, place\), but .*--max-lora-rank 16 .*load it without them"):
+        create_executor(tiny_bundle("llama"), named)
     plain = create_executor(tiny_bundle("llama", "fp32", 64), EngineConfig(executor="onnxruntime"))
     with pytest.raises(UnsupportedError, match="loaded with max_loras 0"):
         plain.load_adapter("a", tmp_path)

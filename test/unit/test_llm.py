@@ -28,6 +28,7 @@ from edgellm_ros.manifest import (
     SelfTestCase,
     TokenSpec,
 )
+from edgellm_ros.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% if messages[0].role == 'system' and messages | length == 1 %}{{ raise_exception('a user is needed') }}{% endif %}"
@@ -170,7 +171,7 @@ def test_a_prefix_saved_in_one_cache_format_is_not_loaded_into_another(tmp_path:
         (Request(messages=(ChatMessage("user", "a", images=(b"x",)),)), UnsupportedError, "images"),
         (say("x" * 300), ContextOverflowError, "holds 256"),
         (Request(prompt_ids=(5000,)), RequestError, "token id"),
-        (Request(prompt="a\ud800"), RequestError, "Unicode"),
+        (Request(prompt="a\ud800"), RequestError, "lone surrogate"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(
@@ -219,6 +220,66 @@ def test_an_executor_that_fails_the_self_test_is_refused_and_closed(tmp_path: Pa
         LLM.open(bad, executor=executor)
     assert executor.closed
     LLM.open(bad, EngineConfig(self_test=False), FakeExecutor()).close()
+
+
+SHORT = r"max_context is {} tokens, but the bundle's self-test needs 4 or more; set it to at least 4, or load .*self_test off"
+
+
+def case_of(prompt: bytes) -> SelfTestCase:
+    right = fake_logits(prompt, BYTE_VOCAB)
+    return SelfTestCase(tuple(prompt), (int(right.argmax()),), (7, 9), (float(right[7]), float(right[9])))
+
+
+@pytest.mark.parametrize("max_context", [1, 3])
+def test_a_context_too_short_for_the_self_test_is_refused_before_anything_is_loaded(
+    max_context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_bundle(tmp_path / "bundle", tests=(case_of(b"be"), case_of(b"self")))
+    made: list[FakeExecutor] = []
+
+    def create(bundle: Bundle, config: EngineConfig) -> FakeExecutor:
+        made.append(FakeExecutor(capacity=config.max_context))
+        return made[-1]
+
+    monkeypatch.setattr("edgellm_ros.executors.create_executor", create)
+    with pytest.raises(ConfigError, match=SHORT.format(max_context)):
+        LLM.open(path, EngineConfig(max_context=max_context))
+    assert not made
+    LLM.open(path, EngineConfig(max_context=4)).close()
+    LLM.open(path, EngineConfig(max_context=max_context, self_test=False)).close()
+
+
+def test_a_slot_too_short_for_the_self_test_is_refused_whatever_made_it_short(tmp_path: Path) -> None:
+    executor = FakeExecutor(capacity=3)
+    with pytest.raises(ConfigError, match=SHORT.format(3)):
+        LLM.open(write_bundle(tmp_path / "bundle", tests=(case_of(b"self"),)), executor=executor)
+    assert executor.closed and not executor.calls
+
+
+def test_a_prompt_that_cannot_fit_is_refused_without_being_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = len("<assistant>")
+    encoded: list[str] = []
+    encode = Tokenizer.encode
+
+    def spy(self: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    for request in (Request(prompt="x" * longest * 256), say("x" * longest * 256)):
+        with pytest.raises(ContextOverflowError, match=r"at least 25\d tokens, and at least 1 must be .* holds 256; shorten"):
+            llm.submit(request)
+    assert not encoded
+    with pytest.raises(ContextOverflowError, match="holds 256"):  # not by its length alone
+        llm.submit(Request(prompt="x" * longest * 255))
+    assert encoded
+    assert llm.complete(Request(prompt="<assistant>" * 255, sampling=SamplingParams(max_tokens=1))).usage.prompt_tokens == 255
+
+
+def test_half_a_surrogate_pair_is_named_wherever_it_is(llm: LLM) -> None:
+    for request in (say("Hi \ud800"), Request(prompt="\udfff"), say("Hi", sampling=SamplingParams(stop=("\ud800",)))):
+        with pytest.raises(RequestError, match=r"lone surrogate '\\ud\w+' at character \d+, .* UTF-8 .* replace it"):
+            llm.submit(request)
 
 
 def test_a_changed_file_is_named_and_the_given_executor_closed(tmp_path: Path) -> None:
