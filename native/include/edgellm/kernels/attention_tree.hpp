@@ -35,7 +35,7 @@ struct TreeAttentionArgs {
   // Parts of a sequence that work side by side, each a cluster of eight blocks where the GPU has them, else one block.
   // 1 to kMaxTreeSplits, or 0: as many as fill the GPU. A short sequence uses fewer.
   int splits = 0;
-  int most_rows = 0;  // queries of a block, 32 or 64; 0: what it has shared memory for
+  int most_rows = 0;          // queries of a block, 32 or 64; 0: what it has shared memory for
   void* workspace = nullptr;  // tree_attention_workspace_bytes, zeroed once at load
 };
 
