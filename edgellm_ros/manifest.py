@@ -297,9 +297,6 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         if count not in (0, model.num_layers):
             yield f"model: {name} has {count} entries; allowed are 0, or num_layers, which is {model.num_layers}"
     ids = f"allowed is 0 to {model.vocab_size - 1}, the ids of the vocabulary"
-    for i, token in enumerate(tokens.stop_ids):
-        if token >= model.vocab_size:
-            yield f"tokens: stop_ids[{i}] is {token}; {ids}"
     if tokens.add_bos and (tokens.bos_id is None or tokens.bos_id >= model.vocab_size):
         yield f"tokens: bos_id is {tokens.bos_id} with add_bos; {ids}"
     forms = {f"formats: {stem}: group_size": form for stem, form in quant.formats.items()}

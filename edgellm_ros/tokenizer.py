@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:
+        except (UnicodeEncodeError, TypeError) as error:  # which of them depends on the library's version
             raise _refusal(text) from error
         return ids
 
@@ -114,8 +115,10 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode() if value is None else bytes([value])
 
 
-def _refusal(text: str) -> RequestError:
-    """Of a text that the library cannot take, since UTF-8 has no surrogates."""
+def _refusal(text: object) -> RequestError:
+    """Of what the library cannot take: no text, or one with surrogates, which UTF-8 does not have."""
+    if not isinstance(text, str):
+        return RequestError(f"the text is {reprlib.repr(text)}; it must be of type str")
     place = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
     return RequestError(
         f"the text has the lone surrogate {text[place]!r} at character {place}, counted from 0; allowed is text that "
@@ -145,7 +148,16 @@ def _longest_token(raw: dict[str, Any]) -> tuple[int, str]:
     elif not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in vocab for byte in range(256)):
         return unknown
     added = [entry["content"] for entry in raw.get("added_tokens") or []]
-    return shrinks * max(map(len, (*vocab, *added)), default=1), dropped
+    longest = max(map(len, (*vocab, *added)), default=1) + _prepended(normalizer)  # to added tokens, too
+    return shrinks * longest, dropped
+
+
+def _prepended(normalizer: dict[str, Any] | None) -> int:
+    """Characters that a normalizer puts before a text."""
+    if not normalizer:
+        return 0
+    parts = normalizer.get("normalizers", [normalizer])
+    return sum(len(part["prepend"]) for part in parts if part["type"] == "Prepend")
 
 
 def _shrinking(normalizer: dict[str, Any] | None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from edgellm_ros.core import ChatMessage, Request, SamplingParams
 from edgellm_ros.errors import RequestError, UnsupportedError
 
+_HALF = re.compile("[\ud800-\udfff]")
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -143,9 +145,8 @@ def _check_characters(data: Any) -> None:
     while waiting:
         where, value = waiting.pop()
         if isinstance(value, str):
-            half = next((character for character in value if "\ud800" <= character <= "\udfff"), None)
-            if half is not None:
-                raise RequestError(f"{where or 'the request file'} has \\u{ord(half):04x}, half of a UTF-16 pair; "
+            if half := _HALF.search(value):
+                raise RequestError(f"{where or 'the request file'} has \\u{ord(half[0]):04x}, half of a UTF-16 pair; "
                                    "write the other half too, or the character itself")  # fmt: skip
         elif isinstance(value, dict):
             waiting += [(f"the field {name!r}", name) for name in value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from edgellm_ros.core import Completion, Request
     from edgellm_ros.llm import LLM
     from edgellm_ros.runtime.generation import Generation
+
+# Where a file cannot be made beside the old one or take its place, as one that is mounted alone (docker -v FILE:FILE).
+_NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 
 HELP = "answer a file of requests (TensorRT-Edge-LLM's format)"
 EXAMPLES = """\
@@ -195,8 +199,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
         try:
             if path.exists():
                 path.open("ab").close()
-            with tempfile.TemporaryFile(dir=path.resolve().parent):
-                pass
+            else:
+                with tempfile.TemporaryFile(dir=path.resolve().parent):
+                    pass
         except OSError as error:
             raise RequestError(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
         taken[option] = path
@@ -210,15 +215,20 @@ def _write(path: Path | None, data: dict[str, Any], indent: int) -> None:
         sys.stdout.write(content.decode("utf-8"))
         return
     final = path.resolve()  # of a link the file that it points to is replaced
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    partial = final.with_name(f".{os.getpid()}.partial")
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return
-        partial.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, partial)
-        partial.replace(final)
+        try:
+            partial.write_bytes(content)
+            if path.exists():
+                shutil.copymode(path, partial)
+            partial.replace(final)
+        except OSError as error:
+            if error.errno not in _NO_RENAME or not path.exists():
+                raise
+            path.write_bytes(content)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}; make room there, or name another file") from error
     finally:

@@ -147,6 +147,9 @@ class Executor(abc.ABC):
         """The loaded LoRA adapters by name; none where an executor cannot load any."""
         return {}
 
+    def enter_thread(self) -> None:  # noqa: B027  what needs nothing has nothing to do
+        """Called first by the thread that makes all further calls, where it is not the constructor's."""
+
     def load_adapter(self, name: str, source: str | Path | LoraAdapter | PackedLora) -> LoadedAdapter:
         """Load a LoRA adapter, a bundle's or a PEFT directory, between steps; it stays in memory until unloaded.
 

@@ -30,6 +30,10 @@ class NativeExecutor(Executor):
         """See Executor.unload_adapter."""
         self._open().unload_adapter(self._adapters.remove(name))
 
+    def enter_thread(self) -> None:
+        """See Executor.enter_thread. A thread begins with the first GPU, which need not be the constructor's."""
+        self._open().make_current()
+
     def step(self, batch: Sequence[SequenceStep]) -> npt.NDArray[np.float32]:
         """See Executor.step. Single tokens cost one graph for every eight; longer steps one pass each, or more."""
         for item in batch:

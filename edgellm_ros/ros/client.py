@@ -104,16 +104,14 @@ class ChatStream:
         sender.send(_guard(lambda: self._send(goal), self._fail))
 
     def __iter__(self) -> Iterator[str]:
-        while True:
+        while not (self._done.is_set() and self._items.empty()):  # at once where another has read to the end
             try:
-                text = self._items.get(timeout=None if self._done.is_set() else 1.0)
+                text = self._items.get(timeout=1.0)
             except queue.Empty:
                 self._check_node()
                 continue
             if text:
                 yield text
-            if self._done.is_set() and self._items.empty():
-                break
         if self._error is not None:
             raise self._error
 

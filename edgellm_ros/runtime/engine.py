@@ -176,6 +176,7 @@ class Engine:
 
     def _serve(self) -> None:
         try:
+            self._executor.enter_thread()
             while self._wait():
                 self._turn()
         except Exception as error:

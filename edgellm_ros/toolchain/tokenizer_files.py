@@ -102,8 +102,8 @@ class HfTokenizerFiles:
             files = (("generation_config.json", generation), ("config.json", config))
             return [i for name, values in files for i in _checked_ids(self.path / name, values, key, size)]
 
-        bos_ids = checked("bos_token_id")
-        bos_id = ids[bos] if bos in ids else next(iter(bos_ids), None)
+        named = known(ids.get(bos))
+        bos_id = next(iter(named or checked("bos_token_id")), None)
         pads = known(generation.get("pad_token_id"), config.get("pad_token_id"))
         pad_id = ids[pad] if pad in ids else next(iter(pads), None)
         add_bos = settings.get("add_bos_token")
@@ -114,7 +114,7 @@ class HfTokenizerFiles:
         think_start, think_end = think_marks(ids, template)
         stops = [*checked("eos_token_id"), *known(ids.get(eos))]
         return TokenSpec(
-            stop_ids=unique([*stops, *end_of_turn_ids(ids, template)]),
+            stop_ids=unique([*stops, *known(end_of_turn_ids(ids, template))]),
             bos_id=bos_id,
             pad_id=pad_id,
             add_bos=add_bos and bos_id is not None,

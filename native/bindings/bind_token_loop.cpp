@@ -92,6 +92,8 @@ void bind_token_loop(py::module_& module) {
             decoder.accept_path(slot, position, span_of(nodes));
           },
           py::arg("slot"), py::arg("position"), py::arg("nodes"))
+      .def("make_current", &TokenLoop::make_current,
+           "Makes the decoder's GPU the thread's own, for as long as it lives.")
       .def("use_graphs", &TokenLoop::use_graphs, py::arg("use"));
 }
 

@@ -18,9 +18,10 @@ extern template void launch_tree_head_dim<256>(const TreeAttentionArgs&, const T
 namespace {
 
 // Counters first, and of a fixed size: a call must not write its sums where another call has counters. A head has a
-// chunk of rows for each 32 of a sequence's 64 tokens, or fewer where a block has 64 rows.
-std::size_t tree_counter_bytes(int num_heads) {
-  const std::size_t chunks = static_cast<std::size_t>(kMaxTreeSequences) * num_heads * 2;
+// chunk of rows for each 64 of a sequence's tokens, or for each 32 of those of a wide head. Engines that were built
+// with the plugin have this size in them.
+std::size_t tree_counter_bytes(int num_heads, int head_dim) {
+  const std::size_t chunks = static_cast<std::size_t>(kMaxTreeSequences) * num_heads * (head_dim > 128 ? 2 : 1);
   return (chunks * kTreeCluster * sizeof(unsigned int) + 255) / 256 * 256;
 }
 
@@ -28,7 +29,7 @@ std::size_t tree_counter_bytes(int num_heads) {
 
 std::size_t tree_attention_workspace_bytes(int max_tokens, int num_heads, int head_dim) {
   const std::size_t rows = static_cast<std::size_t>(max_tokens) * num_heads * kMaxTreeSplits;
-  return tree_counter_bytes(num_heads) + rows * (head_dim + 2) * sizeof(float);
+  return tree_counter_bytes(num_heads, head_dim) + rows * (head_dim + 2) * sizeof(float);
 }
 
 void tree_attention_async(const TreeAttentionArgs& args, cudaStream_t stream, bool pdl) {
@@ -49,7 +50,8 @@ void tree_attention_async(const TreeAttentionArgs& args, cudaStream_t stream, bo
   p.masks = args.masks;
   p.out = args.out;
   p.num_done = static_cast<unsigned int*>(args.workspace);
-  p.partial_out = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + tree_counter_bytes(args.num_heads));
+  p.partial_out = reinterpret_cast<float*>(static_cast<char*>(args.workspace) +
+                                           tree_counter_bytes(args.num_heads, args.kv.head_dim));
   p.num_heads = args.num_heads;
   p.num_kv_heads = args.kv.num_kv_heads;
   p.capacity = args.kv.capacity;

@@ -8,6 +8,9 @@
 // finishes last.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "attention_tree_rows.cuh"
 #include "launch.hpp"
 
@@ -322,6 +325,13 @@ void launch_tree_attention(const TreeAttentionArgs& args, const TreeAttentionPar
   TreeAttentionParams p = params;
   p.cluster_size = clusters ? kTreeCluster : 1;
   const int blocks = args.kv.num_kv_heads * chunks;
+  const int most_blocks = kMaxTreeSequences * args.num_heads * (HD > 128 ? 2 : 1);
+  if (args.num_sequences * blocks > most_blocks) {  // with half as many rows a block, counters end at half of the calls
+    throw std::invalid_argument("trees of up to " + std::to_string(args.max_tokens) + " tokens in " +
+                                std::to_string(args.num_sequences) + " sequences are more than this GPU's blocks of " +
+                                std::to_string(kRows) + " rows have counters for: at most " +
+                                std::to_string(most_blocks / blocks) + " sequences");
+  }
   if (p.splits == 0) {
     const int wanted = ceil_div(2 * device_traits().num_sms, blocks * args.num_sequences * p.cluster_size);
     p.splits = wanted < kMaxTreeSplits ? wanted : kMaxTreeSplits;

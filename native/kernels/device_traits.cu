@@ -40,17 +40,15 @@ bool runs_in_clusters(const void* kernel, int num_blocks, int num_threads, std::
   const DeviceTraits& traits = device_traits();
   if (!traits.has_dependent_launch) return false;
   thread_local std::map<std::tuple<int, const void*, int, int, std::size_t>, bool> known;
-  const auto [entry, is_new] = known.try_emplace({traits.device, kernel, num_blocks, num_threads, shared_bytes}, false);
-  if (is_new) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(num_blocks));
-    config.blockDim = dim3(static_cast<unsigned>(num_threads));
-    config.dynamicSmemBytes = shared_bytes;
-    int most = 1;
-    EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config));
-    entry->second = most >= num_blocks;
-  }
-  return entry->second;
+  const auto key = std::make_tuple(traits.device, kernel, num_blocks, num_threads, shared_bytes);
+  if (const auto entry = known.find(key); entry != known.end()) return entry->second;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = shared_bytes;
+  int most = 1;
+  EDGELLM_CUDA_TRY(cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config));
+  return known[key] = most >= num_blocks;
 }
 
 }  // namespace edgellm::kernels

@@ -15,7 +15,7 @@ namespace edgellm {
 
 TokenLoop::TokenLoop(DecoderConfig config, MemoryPlan plan)
     : config_(std::move(config)),
-      pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),
+      pdl_(config_.pdl && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9),  // a launch asks the code, too
       arena_(std::move(plan)) {
   // Pinned inputs of one step: a full prefill chunk beside decode groups of all slots.
   host_inputs_ = PinnedBuffer((static_cast<std::size_t>(3 * config_.max_tokens + 64) * 2 +
@@ -70,8 +70,9 @@ int TokenLoop::step(std::span<const SequenceStep> batch) {
       num_rows += item.num_logits;
       if (length == 1) singles.push_back(static_cast<int>(i));
     }
+    wait_for_run();
+    reserve_logits_of_call(num_rows);
     end_run();
-    reserve_logits(num_rows);
     inputs_used_ = 0;
     for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {
       const std::size_t count = std::min(singles.size() - start, std::size_t{kMaxBatch});
@@ -150,16 +151,19 @@ std::int32_t* TokenLoop::take_inputs(std::size_t count) {
 
 void TokenLoop::reserve_logits(int num_rows) {
   if (num_rows <= num_logit_rows_) return;
-  const std::size_t num_bytes =
-      static_cast<std::size_t>(num_rows) * static_cast<std::size_t>(config_.num_rows()) * sizeof(float);
+  host_logits_ = std::make_shared<PinnedBuffer>(static_cast<std::size_t>(num_rows) *
+                                                static_cast<std::size_t>(config_.num_rows()) * sizeof(float));
+  num_logit_rows_ = num_rows;
+}
+
+void TokenLoop::reserve_logits_of_call(int num_rows) {
   try {
-    host_logits_ = std::make_shared<PinnedBuffer>(num_bytes);
+    reserve_logits(num_rows);
   } catch (const CudaError& error) {
     if (error.code() != cudaErrorMemoryAllocation) throw;
-    throw std::invalid_argument(std::to_string(num_rows) + " rows of logits take " + std::to_string(num_bytes) +
-                                " bytes of pinned memory, which the host does not have; ask for fewer at once");
+    throw std::invalid_argument("the host has no pinned memory for " + std::to_string(num_rows) +
+                                " rows of logits; ask for fewer at once");
   }
-  num_logit_rows_ = num_rows;
 }
 
 void TokenLoop::check_prefix(int slot, int length) const {

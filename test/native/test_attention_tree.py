@@ -194,13 +194,15 @@ def test_an_fp8_cache_is_read_as_it_was_written(head_dim: int, count: int) -> No
     Case(head_dim, 8, 2, [(0, random_tree(count, 6)), (777, random_tree(count, 7))], form="fp8").check()
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("form", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_blocks_of_half_as_many_rows_give_the_same_where_shared_memory_is_small(head_dim: int, form: str) -> None:
     """As compute capability 8.6, 8.9 and 12.0 have it with heads of 128 and FP8."""
-    sequences = [(2100 + i, random_tree(n, i)) for i, n in enumerate([64, 1, 33, *[2] * 60, 64])]
+    sequences = [(2100 + i, random_tree(n, i)) for i, n in enumerate([64, 1, 33, *[2] * 28, 64])]
     for splits in (0, 2):
         Case(head_dim, 8, 2, sequences, form=form).check(splits, most_rows=32)
+    with pytest.raises(ValueError, match="33 sequences are more than .* blocks of 32 rows have counters for: at most 32"):
+        Case(head_dim, 8, 2, [*sequences, (9, chain(1))], form=form).run(most_rows=32)
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])  # beside fp16 the two round queries differently

@@ -65,6 +65,7 @@ def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path
     for *_, wrong, compared, contexts, graphs in found:
         assert wrong == "0" and int(compared) > 3000
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128
+    assert "the thread's GPU is" not in done.stdout
     assert "values refused: 6 of 6; the caller's GPU: 0\n" in done.stdout
     assert "rows outlive their buffer: 1; refused after an error: 5 of 5\n" in done.stdout
     # Of the hundreds of events, graphs and buffers that cannot be freed then, one line.

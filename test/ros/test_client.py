@@ -66,8 +66,9 @@ def test_any_other_exception_of_sending_a_goal_reaches_its_stream_and_not_the_th
         failed = client.chat("x")
         with pytest.raises(SystemError, match="rclpy's own"):
             failed.result(5)
-        with pytest.raises(SystemError, match="rclpy's own"):
-            list(failed)
+        for _ in range(2):  # reading again ends at once, too
+            with pytest.raises(SystemError, match="rclpy's own"):
+                list(failed)
     assert not running.done
     assert works(client)
 

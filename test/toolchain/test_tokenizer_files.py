@@ -183,6 +183,7 @@ def test_ids_that_the_model_does_not_have_are_none(directory: Path) -> None:
 @pytest.mark.parametrize("value", ["x", {"a": 1}, float("nan"), -1, 320, 10**30, True, [7, -1], [[7]], 2.5])
 def test_an_id_that_no_vocabulary_has_is_an_error(directory: Path, key: str, name: str, value: Any) -> None:
     config = {"vocab_size": 320, "eos_token_id": 2, "bos_token_id": 1}
+    _change(directory / "tokenizer_config.json", bos_token=None)  # else its name says which it is
     if name == "config.json":
         config[key] = value
     else:
@@ -190,6 +191,23 @@ def test_an_id_that_no_vocabulary_has_is_an_error(directory: Path, key: str, nam
     shown = re.escape(f"{directory / name}: {key} is {value!r}; it must be a whole number from 0 to 319, a list of them")
     with pytest.raises(CheckpointError, match=shown):
         HfTokenizerFiles(directory).token_spec(config)
+
+
+def test_tokens_beyond_the_embedding_are_neither_stop_tokens_nor_first_ones(directory: Path) -> None:
+    """As where tokens were added and the embedding was not made larger: no step can give or take them."""
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": 320, "content": "<|eot_id|>"})
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    (directory / "chat_template.jinja").write_text("<|eot_id|>")
+    _change(directory / "tokenizer_config.json", bos_token="<|eot_id|>")
+    spec = HfTokenizerFiles(directory).token_spec({"vocab_size": 320, "eos_token_id": 2, "bos_token_id": None})
+    assert (spec.stop_ids, spec.bos_id, spec.add_bos) == ((2,), None, False)
+    assert 320 in HfTokenizerFiles(directory).token_spec({"vocab_size": 384, "eos_token_id": 2}).stop_ids
+
+
+def test_a_bos_id_is_not_looked_at_where_the_tokens_name_says_which_it_is(directory: Path) -> None:
+    config = {"vocab_size": 320, "eos_token_id": 2, "bos_token_id": -1}
+    assert HfTokenizerFiles(directory).token_spec(config).bos_id == 1
 
 
 def test_ids_of_the_embeddings_padding_and_whole_floats_are_taken(directory: Path) -> None:

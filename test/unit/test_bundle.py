@@ -113,7 +113,6 @@ def model(**fields: object) -> Callable[[dict], None]:
             "quantization: formats: attn.o: group_size is 0; allowed is 1 or more with int8",
         ),
         (lambda m: m["tokens"].update(stop_ids=[2, -1]), r"tokens: stop_ids\[1\] is -1; allowed is 0 to"),
-        (lambda m: m["tokens"].update(stop_ids=[320]), r"tokens: stop_ids\[0\] is 320; allowed is 0 to 319"),
         (lambda m: m["tokens"].update(bos_id=320, add_bos=True), "tokens: bos_id is 320 with add_bos; allowed is 0 to 319"),
         (lambda m: m["graph"].update(logits=""), "graph: logits is ''; it must be a tensor's name"),
         (lambda m: m["graph"].update(past_key="past"), "graph: past_key is 'past'; it must be a name with {layer} in it"),

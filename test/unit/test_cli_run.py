@@ -177,6 +177,21 @@ def test_an_output_that_fails_is_named_and_leaves_the_file_as_it_was(
     assert out.read_text() == "precious" and {p.name for p in run.root.iterdir()} == {"bundle", "in.json", "out.json"}
 
 
+def test_a_file_that_nothing_can_take_the_place_of_is_written_in_place(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is mounted alone into a container."""
+    serve_with_fakes(monkeypatch)
+    out = run.root / "out.json"
+    out.write_text("old, and longer than nothing")
+
+    def busy(path: Path, target: Path) -> Path:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(target))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    assert run(ask("a")) == 0
+    assert json.loads(out.read_text())["responses"]
+    assert {p.name for p in run.root.iterdir()} == {"bundle", "in.json", "out.json"}
+
+
 def test_the_file_behind_a_link_is_replaced_and_keeps_its_mode(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_with_fakes(monkeypatch)
     target = run.root / "target.json"

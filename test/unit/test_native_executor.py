@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from doubles import byte_tokenizer
 
+from edgellm_ros.config import EngineConfig
 from edgellm_ros.errors import DeviceError, RequestError
 from edgellm_ros.executors import ExecutorInfo, SequenceStep
 from edgellm_ros.executors.adapter_table import AdapterTable
 from edgellm_ros.executors.base import LoadedAdapter
 from edgellm_ros.executors.native_executor import NativeExecutor
+from edgellm_ros.runtime.engine import Engine
 
 
 class Decoder:
@@ -21,6 +25,7 @@ class Decoder:
     def __init__(self) -> None:
         self.steps: list[list[tuple[Any, ...]]] = []
         self.unloaded: list[int] = []
+        self.threads: list[int] = []
 
     def step(self, rows: list[tuple[Any, ...]]) -> np.ndarray:
         self.steps.append(rows)
@@ -28,6 +33,10 @@ class Decoder:
 
     def unload_adapter(self, index: int) -> None:
         self.unloaded.append(index)
+
+
+    def make_current(self) -> None:
+        self.threads.append(threading.get_ident())
 
 
 class Executor(NativeExecutor):
@@ -46,6 +55,14 @@ def test_a_step_hands_over_every_sequence_with_its_own_adapter() -> None:
     prompt, token = np.array([5, 6, 7], np.int32), np.array([8], np.int32)
     rows = Executor(decoder).step([SequenceStep(1, prompt, 3, 2, 2), SequenceStep(0, token, 9)])
     assert decoder.steps == [[(1, prompt, 3, 2, 2), (0, token, 9, 1, 0)]] and rows.shape == (3, 99)
+
+
+def test_the_thread_that_serves_takes_the_decoders_gpu_before_all_else() -> None:
+    decoder = Decoder()
+    engine = Engine(Executor(decoder), byte_tokenizer(), EngineConfig())
+    engine.close()
+    (thread,) = decoder.threads
+    assert thread != threading.get_ident() and not decoder.steps
 
 
 def test_an_adapter_leaves_the_decoder_as_well_as_the_list() -> None:

@@ -110,6 +110,22 @@ def test_a_text_never_has_fewer_tokens_than_its_length_says(kind: str, data: st.
     assert tokenizer.min_tokens(text) <= len(tokenizer.encode(text))
 
 
+def test_an_added_token_that_is_normalized_too_covers_what_is_put_before_it() -> None:
+    raw = json.loads(sentencepiece_tokenizer_json())
+    content = "f" + "o" * 40
+    raw["added_tokens"].append({
+        "id": len(raw["model"]["vocab"]), "content": content, "normalized": True, "single_word": False, "lstrip": False,
+        "rstrip": False, "special": False,
+    })  # fmt: skip
+    tokenizer, text = Tokenizer(json.dumps(raw)), f" {content}" * 2000
+    assert 0 < tokenizer.min_tokens(text) <= len(tokenizer.encode(text)) < 2010
+
+
+def test_what_is_no_text_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match=r"the text is \['a'\]; it must be of type str"):
+        byte_tokenizer().encode(["a"])  # type: ignore[arg-type]
+
+
 def test_nfc_makes_one_character_of_four_at_most() -> None:
     decomposed = (unicodedata.normalize("NFD", chr(point)) for point in range(0x110000))
     assert max(map(len, decomposed)) == _NFC_SHRINKS

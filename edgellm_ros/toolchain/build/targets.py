@@ -62,7 +62,7 @@ def _without_gpu(bundle: Bundle) -> str:
     lowest = max(LOWEST.get(scheme, 0) for scheme in _schemes(bundle))
     known = (name for name in _rtx_targets(tensorrt_rtx) if name in BUILD_TARGETS)
     names = ", ".join(name for name in known if int(name[2:]) >= lowest)
-    return f"name the robot's with --target, one of {names}; {elsewhere}"
+    return f"name the robot's with --target, one of {names}; {elsewhere}" if names else elsewhere
 
 
 def _rtx_targets(trt: Any) -> list[str]:

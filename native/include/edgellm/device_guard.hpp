@@ -14,7 +14,8 @@ inline int current_device() {
 }
 
 // Makes `device` the thread's current one, and then the former one again: a thread starts with device 0, whichever
-// its starter had, and a caller's choice is not ours to change.
+// its starter had, and a caller's choice is not ours to change. Giving it back makes CUDA use the former one, where it
+// did not yet; so a thread that works for one decoder alone calls TokenLoop::make_current once.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : former_(current_device()), changed_(former_ != device) {

@@ -116,6 +116,8 @@ class TokenLoop {
 
   // Replays graphs (true) or launches the kernels one by one (false); for measuring.
   void use_graphs(bool use) noexcept { use_graphs_ = use; }
+  // Makes the decoder's GPU the calling thread's for good.
+  void make_current() const { EDGELLM_CUDA_TRY(cudaSetDevice(device_)); }
 
  protected:
   // Takes all device memory, as planned; the plan has what plan_token_loop adds.
@@ -158,8 +160,9 @@ class TokenLoop {
   void record_sampling_async(const StepKey& key, bool pdl);
   // Room for `count` ints in the pinned inputs; waits for the stream when it is full.
   std::int32_t* take_inputs(std::size_t count);
-  // Throws std::invalid_argument where the host has no memory for so many; nothing has changed then.
   void reserve_logits(int num_rows);
+  // For a call: throws std::invalid_argument where the host has no memory for so many, and then nothing has changed.
+  void reserve_logits_of_call(int num_rows);
   // Until what a run was started with, and launched, has read its inputs.
   void wait_for_run();
   // A step ends the run: what was launched can still be read, and no more be launched.

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -37,6 +38,8 @@ class Walk {
     decoder_.load_embedding(host, nullptr);
     decoder_.finish_load();
   }
+
+  void make_current() const { decoder_.make_current(); }
 
   void round() {
     change_adapters();
@@ -70,7 +73,13 @@ class Walk {
         ++refused;
       }
     };
-    decoder_.step(std::vector<SequenceStep>{{0, token, 0}});
+    const auto next = [&](std::span<const std::int32_t> tokens) {
+      const auto size = static_cast<int>(tokens.size());
+      decoder_.step(std::vector<SequenceStep>{{0, tokens, 0, size}});
+      const float* last = decoder_.logits() + (size - 1) * toy::kVocab;
+      return static_cast<int>(std::max_element(last, last + toy::kVocab) - last);
+    };
+    const int first = next(token);
     count([&] { decoder_.step(std::vector<SequenceStep>{{0, token, kLargest}}); });
     count([&] { decoder_.verify_tree(0, kLargest, token, {}); });
     count([&] { decoder_.accept_path(0, kLargest, moves); });
@@ -79,8 +88,8 @@ class Walk {
     stand_in::fill_host_memory(true);
     count([&] { decoder_.step(std::vector<SequenceStep>{{0, many, 0, 40}}); });
     stand_in::fill_host_memory(false);
-    decoder_.step(std::vector<SequenceStep>{{0, many, 0, 40}});
-    return refused;
+    const bool unchanged = next(token) == first && next(many) == toy::expected({many.begin(), many.end()}, 0);
+    return unchanged ? refused : -refused;
   }
 
   // How many of five calls are refused after a device error, in the words of the first.
@@ -311,7 +320,13 @@ int main() {
         cudaSetDevice(1);
         Walk walk(batched, together, trees, batched ? 1 : 2);
         cudaSetDevice(0);  // as in a thread that began later
-        for (int i = 0; i < 250; ++i) walk.round();
+        int device = -1;
+        for (const bool own : {false, true}) {  // and as in one that took the decoder's for good
+          if (own) walk.make_current();
+          for (int i = 0; i < 125; ++i) walk.round();
+          cudaGetDevice(&device);
+          if (device != (own ? 1 : 0)) std::printf("the thread's GPU is %d\n", device);
+        }
         const auto [contexts, graphs] = walk.made();
         std::printf("batched %d together %d trees %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together,
                     trees, walk.wrong(), walk.compared(), contexts, graphs);
@@ -319,7 +334,9 @@ int main() {
       }
     }
   }
+  cudaSetDevice(1);
   Walk last(true, true, true, 3);
+  cudaSetDevice(0);
   const bool outlive = last.rows_outlive_their_buffer();
   const int values = last.refused_values();
   int device = -1;
