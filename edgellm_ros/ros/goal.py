@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -123,29 +123,36 @@ def _show(value: Any) -> str:
 
 
 def _messages(prompt: Any) -> Iterator[Any]:
-    allowed = "a text, or ChatMessage messages and (role, content) pairs"
-    if not isinstance(prompt, Iterable):
-        raise RequestError(f"prompt is {_show(prompt)}; allowed is {allowed}")
-    for index, item in enumerate(prompt):
+    def message(item: Any, where: str) -> Any:
         if isinstance(item, ChatMessage):
-            yield item
-        elif isinstance(item, (tuple, list)) and len(item) == 2:
-            yield make_message(ChatMessage, f"messages[{index}].", role=item[0], content=item[1])
-        else:
-            raise RequestError(f"messages[{index}] is {_show(item)}; allowed is {allowed}")
+            return item
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            return make_message(ChatMessage, where, role=item[0], content=item[1])
+        return None
+
+    return _each(prompt, "prompt", "messages", "a text, or ChatMessage messages and (role, content) pairs", message)
 
 
 def _tools(values: Any) -> Iterator[Any]:
-    allowed = "a list of Tool messages or of dicts with a Tool's fields"
-    if not isinstance(values, Iterable):
-        raise RequestError(f"tools is {_show(values)}; allowed is {allowed}")
-    for index, item in enumerate(values):
+    def tool(item: Any, where: str) -> Any:
         if isinstance(item, Tool):
-            yield item
-        elif isinstance(item, Mapping) and all(isinstance(name, str) for name in item):
-            yield make_message(Tool, f"tools[{index}].", **item)
-        else:
-            raise RequestError(f"tools[{index}] is {_show(item)}; allowed is {allowed}")
+            return item
+        if isinstance(item, Mapping) and all(isinstance(name, str) for name in item):
+            return make_message(Tool, where, **item)
+        return None
+
+    return _each(values, "tools", "tools", "a list of Tool messages or of dicts with a Tool's fields", tool)
+
+
+def _each(values: Any, option: str, field: str, allowed: str, make: Callable[[Any, str], Any]) -> Iterator[Any]:
+    """The message that `make` makes of every item and of its place; None is for what is not `allowed`."""
+    if not isinstance(values, Iterable):
+        raise RequestError(f"{option} is {_show(values)}; allowed is {allowed}")
+    for index, item in enumerate(values):
+        made = make(item, f"{field}[{index}].")
+        if made is None:
+            raise RequestError(f"{field}[{index}] is {_show(item)}; allowed is {allowed}")
+        yield made
 
 
 def _deadline(seconds: float) -> Duration:

@@ -17,11 +17,9 @@ extern template void launch_tree_head_dim<256>(const TreeAttentionArgs&, const T
 
 namespace {
 
-// Counters first, and of a fixed size: a call must not write its sums where another call has counters. A head has a
-// chunk of rows for each 64 of a sequence's tokens, or for each 32 of those of a wide head. Engines that were built
-// with the plugin have this size in them.
+// Counters first, and of a fixed size: a call must not write its sums where another call has counters.
 std::size_t tree_counter_bytes(int num_heads, int head_dim) {
-  const std::size_t chunks = static_cast<std::size_t>(kMaxTreeSequences) * num_heads * (head_dim > 128 ? 2 : 1);
+  const auto chunks = static_cast<std::size_t>(most_tree_chunks(num_heads, head_dim));
   return (chunks * kTreeCluster * sizeof(unsigned int) + 255) / 256 * 256;
 }
 

@@ -325,8 +325,8 @@ void launch_tree_attention(const TreeAttentionArgs& args, const TreeAttentionPar
   TreeAttentionParams p = params;
   p.cluster_size = clusters ? kTreeCluster : 1;
   const int blocks = args.kv.num_kv_heads * chunks;
-  const int most_blocks = kMaxTreeSequences * args.num_heads * (HD > 128 ? 2 : 1);
-  if (args.num_sequences * blocks > most_blocks) {  // with half as many rows a block, counters end at half of the calls
+  const int most_blocks = most_tree_chunks(args.num_heads, HD);
+  if (args.num_sequences * blocks > most_blocks) {  // blocks of half as many rows need twice the counters
     throw std::invalid_argument("trees of up to " + std::to_string(args.max_tokens) + " tokens in " +
                                 std::to_string(args.num_sequences) + " sequences are more than this GPU's blocks of " +
                                 std::to_string(kRows) + " rows have counters for: at most " +

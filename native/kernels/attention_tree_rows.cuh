@@ -17,6 +17,12 @@ constexpr int kTreeTilesToSplit = 2;            // tiles a block, below which on
 constexpr std::size_t kTreeStaticBytes = 2048;  // at most, beside TreeShared: masks, depths, sums
 constexpr float kTreeNoScore = -1e30f;          // finite, so that a row without scores yet gives no NaN
 
+// Chunks of rows that the workspace has counters for: a head has one for each 64 of a sequence's tokens, or for each 32
+// of those of a wide head. Engines that were built with the plugin have that size in them.
+constexpr int most_tree_chunks(int num_heads, int head_dim) {
+  return kMaxTreeSequences * num_heads * (head_dim > 128 ? 2 : 1);
+}
+
 struct TreeAttentionParams {
   const float* qkv;
   void* cache;

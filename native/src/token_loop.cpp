@@ -70,8 +70,7 @@ int TokenLoop::step(std::span<const SequenceStep> batch) {
       num_rows += item.num_logits;
       if (length == 1) singles.push_back(static_cast<int>(i));
     }
-    wait_for_run();
-    reserve_logits_of_call(num_rows);
+    reserve_logits_of_call(num_rows);  // first: a call that is refused ends no run
     end_run();
     inputs_used_ = 0;
     for (std::size_t start = 0; start < singles.size(); start += kMaxBatch) {

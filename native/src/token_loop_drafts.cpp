@@ -72,8 +72,7 @@ int TokenLoop::verify_tree(int slot, int position, std::span<const std::int32_t>
   }
   check_adapter(adapter);
   return guarded([&] {
-    wait_for_run();
-    reserve_logits_of_call(count);
+    reserve_logits_of_call(count);  // first: a call that is refused ends no run
     end_run();
     inputs_used_ = 0;
     verify_async(slot, position, token_ids, parents, 0, adapter);

@@ -3,16 +3,13 @@
 #include <array>
 #include <stdexcept>
 
+#include "config_check.hpp"
 #include "edgellm/trt_decoder.hpp"
 
 namespace edgellm {
 namespace {
 
 constexpr std::size_t kEngineGraphBytes = std::size_t{64} << 20;  // of captured engines, which nothing has measured
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 }  // namespace
 

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "token_loop", "token_loop_drafts", "token_loop_run", "token_loop_sampling", "trt_decoder", "trt_contexts", "trt_adapters", "trt_plan", "kv_cache", "arena", "memory", "tensor",
-    "cuda_try", "decoder_config",
+    "cuda_try", "decoder_check", "decoder_config",
 )  # fmt: skip
 FLAGS = ["-std=c++20", "-O1", "-ffunction-sections", "-Wall", "-Wextra"]
 CHECKED = "-fsanitize=address,undefined"

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from doubles import BYTE_VOCAB, FakeExecutor, reference_greedy
 from run_double import RunFakeExecutor
 from runtime_steps import WAIT_S, Valve, until
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, SamplingParams
 from edgellm_ros.errors import DeviceError, EdgeLLMError, RequestError, ShuttingDownError
 from edgellm_ros.runtime import engine as engine_module
-from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.sequence import Job
 
 RED, BLUE = 7, 9  # what tells the adapters' contents apart
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(executor: FakeExecutor, **settings: Any) -> Engine:
-        engines.append(Engine(executor, byte_tokenizer(), EngineConfig(**settings)))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
 
 
 def job(prompt: str, lora: str = "", max_tokens: int = 8) -> Job:

@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer, reference_gre
 from run_double import RunFakeExecutor
 from runtime_steps import WAIT_S, FakeClock, Valve, job, until
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, FinishReason, SamplingParams
 from edgellm_ros.errors import DeviceError
 from edgellm_ros.runtime import engine as engine_module
@@ -27,16 +26,9 @@ TOKENIZER = byte_tokenizer()
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(executor: FakeExecutor, **settings: Any) -> Engine:
-        engines.append(Engine(executor, TOKENIZER, EngineConfig(**{"max_queue": 100, **settings})))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
+def start(start: Callable[..., Engine]) -> Callable[..., Engine]:
+    """With room for all that these tests ask at once."""
+    return lambda executor, **settings: start(executor, **{"max_queue": 100, **settings})
 
 
 def mixed_jobs(seed: int, count: int) -> list[Job]:

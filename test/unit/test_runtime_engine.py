@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 from doubles import BYTE_VOCAB, EOS, FakeExecutor, byte_tokenizer, reference_greedy
 from runtime_steps import WAIT_S, Gate, job, until
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Delta, FinishReason, Phase
 from edgellm_ros.errors import (
     ContextOverflowError,
@@ -23,28 +22,10 @@ from edgellm_ros.errors import (
     ShuttingDownError,
 )
 from edgellm_ros.executors.base import SequenceStep
-from edgellm_ros.runtime.engine import Engine
 from edgellm_ros.runtime.kv_cache import ROW_ALIGN
 from edgellm_ros.runtime.sequence import Job
 
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    engines: list[tuple[Engine, FakeExecutor]] = []
-
-    def make(executor: FakeExecutor | None = None, **settings: Any) -> Engine:
-        executor = executor or FakeExecutor(allowed=128)
-        engine = Engine(executor, TOKENIZER, EngineConfig(**settings))
-        engines.append((engine, executor))
-        return engine
-
-    yield make
-    for engine, executor in engines:
-        if isinstance(executor.before_step, Gate):
-            executor.before_step.open()
-        engine.close()
 
 
 def text_of(deltas: Sequence[Delta]) -> str:

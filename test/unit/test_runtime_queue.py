@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from doubles import BYTE_VOCAB, FakeExecutor, reference_greedy
 from runtime_steps import WAIT_S, Gate, job
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import FinishReason, Phase
 from edgellm_ros.errors import QueueFullError
-from edgellm_ros.runtime.engine import Engine
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    engines: list[tuple[Engine, FakeExecutor]] = []
-
-    def make(executor: FakeExecutor, **settings: Any) -> Engine:
-        engines.append((Engine(executor, byte_tokenizer(), EngineConfig(**settings)), executor))
-        return engines[-1][0]
-
-    yield make
-    for engine, executor in engines:
-        if isinstance(executor.before_step, Gate):
-            executor.before_step.open()
-        engine.close()
 
 
 def test_a_full_queue_rejects_and_the_rest_is_served(start: Any) -> None:

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from doubles import BYTE_VOCAB, FakeExecutor, byte_tokenizer, reference_greedy
+from doubles import BYTE_VOCAB, FakeExecutor, reference_greedy
 from run_double import RunFakeExecutor
 from runtime_steps import WAIT_S, FakeClock, Gate, job
 
-from edgellm_ros.config import EngineConfig
 from edgellm_ros.core import Completion, FinishReason
 from edgellm_ros.runtime import engine as engine_module
 from edgellm_ros.runtime import sequence as sequence_module
-from edgellm_ros.runtime.engine import Engine
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
-    engines: list[tuple[Engine, FakeExecutor]] = []
-
-    def make(executor: FakeExecutor, **settings: Any) -> Engine:
-        engines.append((Engine(executor, byte_tokenizer(), EngineConfig(**settings)), executor))
-        return engines[-1][0]
-
-    yield make
-    for engine, executor in engines:
-        if isinstance(executor.before_step, Gate):
-            executor.before_step.open()
-        engine.close()
 
 
 @pytest.fixture
