@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from kernel_case import K, assert_untouched, needs_gpu, poisoned, random_bf16, stream, torch
+from rounding_ties import attended_alike
 from test_attention_decode import EPS, FORMATS, WRITTEN, plain, rotate, stored
 
 pytestmark = needs_gpu
@@ -74,10 +75,14 @@ class Case:
         self.tables = tables(head_dim)
         self.out = poisoned(self.tokens, heads * head_dim, dtype=torch.bfloat16)
 
-    def rotated(self, q: Any, position: int) -> Any:
-        """Queries as tensor cores take them: rounded to fp16 beside that cache, else to bf16, which scores make visible."""
-        rounded = torch.float16 if self.form == "fp16" else torch.bfloat16
-        return rotate(q, position, *self.tables, self.gains[0]).to(rounded).double()
+    def attended_alike(self, got: Any, q: Any, position: int, seen: Any) -> bool:
+        """Whether `got` is the attention of queries q (heads, head_dim) over the keys and values `seen`.
+
+        Tensor cores take queries rounded to fp16 beside that cache, else to bf16, which scores make visible."""
+        rounded_to = torch.float16 if self.form == "fp16" else torch.bfloat16
+        turned = rotate(q, position, *self.tables, self.gains[0])
+        got = got.view(-1, self.head_dim)
+        return attended_alike(got, turned, rounded_to, lambda x: attend(x, seen, self.head_dim), rtol=2**-6, atol=8e-3)
 
     def run(self, splits: int = 0, repeats: int = 1, masks: list[int] | None = None, most_rows: int = 0) -> Any:
         longest = max(len(parents) for _, parents in self.sequences)
@@ -121,10 +126,7 @@ class Case:
                 before[slot, :, :, at] = self.kv[slot, :, :, at]
                 seen = [*range(prefix), *(prefix + j for j in path)]
                 seen = seen[-self.window :] if self.window else seen
-                wanted = attend(self.rotated(q, position), cache[slot][:, :, seen], self.head_dim)
-                got = rows[i].view(q_heads, self.head_dim).double()
-                error = float((got - wanted).abs().max())
-                assert torch.allclose(got, wanted, rtol=2**-6, atol=8e-3), (s, i, path, error)
+                assert self.attended_alike(rows[i], q, position, cache[slot][:, :, seen]), (s, i, path)
         same = (self.kv == before) | (torch.isnan(self.kv.float()) & torch.isnan(before.float()))
         assert bool(same.all())  # nothing else was written
         assert_untouched(out)
@@ -227,8 +229,7 @@ def test_a_bit_of_the_mask_is_one_key_and_no_other() -> None:
     case.run(masks=[0b001, 0b001, 0b101])
     cache = plain(case.kv)[1]
     q = case.qkv[1].double()[:4]
-    wanted = attend(case.rotated(q, 71), cache[:, :, :71], 64)
-    assert torch.allclose(case.out[1].view(4, 64).double(), wanted, rtol=2**-6, atol=8e-3)
+    assert case.attended_alike(case.out[1], q, 71, cache[:, :, :71])
 
 
 def test_tokens_of_a_call_that_fills_the_slot_fit_and_more_are_left_alone() -> None:
