@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm_ros.benchmark.figures import Ratios
 from edgellm_ros.core import SamplingParams
@@ -67,7 +68,7 @@ def time_host_draws(executor: Executor, batch: int, context: int, num_steps: int
     """Milliseconds a step whose logits come to the host, which draws the tokens of the next."""
     info = executor.info
     samplers = [Sampler(replace(sampling, seed=slot), info.vocab_size, (), info.vocab_map) for slot in range(batch)]
-    tokens = np.full(batch, _FIRST, np.int32)
+    tokens: npt.NDArray[np.int32] = np.full(batch, _FIRST, np.int32)
     started = time.perf_counter()
     for i in range(num_steps):
         rows = executor.step([SequenceStep(slot, tokens[slot : slot + 1], context + i) for slot in range(batch)])

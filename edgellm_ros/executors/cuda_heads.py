@@ -33,7 +33,8 @@ def head_order(model: ModelSpec) -> npt.NDArray[np.intp] | None:
         return None
     half, rest = turned // 2, (model.head_dim - turned) // 2
     first, others = np.arange(half), turned + np.arange(rest)
-    return np.concatenate([first, others, first + half, others + rest])
+    order: npt.NDArray[np.intp] = np.concatenate([first, others, first + half, others + rest])
+    return order
 
 
 def order_stacked(model: ModelSpec, rows: Array) -> Array:

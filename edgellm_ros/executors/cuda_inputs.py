@@ -139,7 +139,8 @@ class LayerInputs:
             return None
         # q, k, v of as many heads each; or gate, up.
         ones = np.ones(len(factor) * (2 if reader == "attn.o" else 1), np.float32)
-        return np.concatenate([ones, factor])
+        joined: Array = np.concatenate([ones, factor])
+        return joined
 
     def _row_order(self, layer: str, reader: str) -> Array | None:
         """(out,) of the stacked gate and up: which of their rows lies where."""

@@ -76,7 +76,7 @@ def _signed(packed: Array) -> npt.NDArray[np.int8]:
 def _zero_points(offset: Array, scale: Array, stem: str) -> npt.NDArray[np.int8]:
     """(out, in / group): what to add to the values."""
     wide = scale.astype(np.float32)
-    zeros = np.rint(np.divide(offset, wide, out=np.zeros_like(wide), where=wide != 0))
+    zeros: FloatArray = np.rint(np.divide(offset, wide, out=np.zeros_like(wide), where=wide != 0))
     # Scales may have been rounded to fp16 after the offset was made of them.
     if np.abs(zeros).max(initial=0) > 15 or (np.abs(offset - zeros * wide) > 2e-3 * np.abs(offset)).any():
         raise BundleError(f"{stem}.offset is not a zero point for each group, as the manifest says; export again")

@@ -167,9 +167,9 @@ class _SeenTokens:
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         prompt = np.unique(np.asarray(prompt_ids, np.int64))
         self._size = len(prompt)
-        self._ids = np.zeros(self._size + 256, np.int64)
+        self._ids: npt.NDArray[np.int64] = np.zeros(self._size + 256, np.int64)
         self._ids[: self._size] = prompt
-        self._counts = np.zeros(self._size + 256, np.float32)
+        self._counts: npt.NDArray[np.float32] = np.zeros(self._size + 256, np.float32)
         self._place = {int(token): i for i, token in enumerate(prompt)}
 
     def add(self, token: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import edgellm_ros
 from edgellm_ros import bundle as names
@@ -200,7 +201,7 @@ def _write_weights(
     path: Path,
     model: ModelSpec,
     quant: QuantSpec,
-    prompts: list[np.ndarray],
+    prompts: list[npt.NDArray[np.int64]],
     progress: Progress,
     vocab: VocabMap | None,
     kept: KeptWeights | None,
@@ -260,7 +261,7 @@ def _tables(
     stem: str,
     quant: QuantSpec,
     kept: KeptWeights | None,
-    chosen: np.ndarray | None = None,
+    chosen: npt.NDArray[np.int32] | None = None,
 ) -> Iterator[tuple[int, FloatArray]]:
     """The rows of the embedding or the head, or the `chosen` ones (ascending), a part of them at a time.
 
@@ -323,7 +324,7 @@ def _write_linear(
         writer.write(f"{stem}.{name}", tensor)
 
 
-def _stored(weight: FloatArray, form: LinearFormat) -> dict[str, np.ndarray]:
+def _stored(weight: FloatArray, form: LinearFormat) -> dict[str, npt.NDArray[Any]]:
     """What is stored for fp32 rows, by the name after the stem."""
     if form.scheme in ("int4", "int8"):
         quantize = quantize_int4 if form.scheme == "int4" else quantize_int8

@@ -46,8 +46,8 @@ def quantize_int4(weight: FloatArray, group: int) -> tuple[npt.NDArray[np.uint8]
 def dequantize_int4(packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16], group: int) -> FloatArray:
     """Undo `quantize_int4`: (out, in) fp32."""
     rows = packed.shape[0]
-    nibbles = np.stack([packed & 0xF, packed >> 4], -1).reshape(rows, -1).astype(np.int8)
-    nibbles = np.where(nibbles > 7, nibbles - 16, nibbles)
+    unsigned = np.stack([packed & 0xF, packed >> 4], -1).reshape(rows, -1).astype(np.int8)
+    nibbles = np.where(unsigned > 7, unsigned - 16, unsigned)
     return (nibbles.reshape(rows, -1, group) * scales.astype(np.float32)[..., None]).reshape(rows, -1)
 
 
@@ -82,8 +82,8 @@ _SMALLEST = np.float32(6e-8)  # the smallest fp16 above zero: an all-zero group 
 def _best_int4(groups: FloatArray) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
     """Nibbles (n, group) and scales (n,) of least squared error among the candidate scales."""
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[:, None], -1)[:, 0]
-    best_error = np.full(len(groups), np.inf, np.float32)
-    best_scale = np.zeros(len(groups), np.float16)
+    best_error: FloatArray = np.full(len(groups), np.inf, np.float32)
+    best_scale: npt.NDArray[np.float16] = np.zeros(len(groups), np.float16)
     best = np.zeros(groups.shape, np.float32)
     nibbles, difference = np.empty_like(groups), np.empty_like(groups)
     for factor in _INT4_FACTORS:

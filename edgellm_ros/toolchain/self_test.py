@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from edgellm_ros.bundle import Bundle
@@ -33,7 +34,7 @@ _MARGIN = 1.5  # an executor on other hardware rounds differently from the one t
 _FLOOR = {"fp32": 1e-3, "fp16": 2e-2, "fp8": 2e-2, "int8": 5e-2, "nvfp4": 5e-2, "int4": 0.1}
 
 
-def encode_prompts(tokenizer_json: str, vocab_size: int) -> list[np.ndarray]:
+def encode_prompts(tokenizer_json: str, vocab_size: int) -> list[npt.NDArray[np.int64]]:
     """The texts as token ids."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     prompts = [np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in _TEXTS]
@@ -47,7 +48,7 @@ def encode_prompts(tokenizer_json: str, vocab_size: int) -> list[np.ndarray]:
 
 
 def make_cases(
-    prompts: list[np.ndarray], logits: list[FloatArray], vocab: VocabMap | None = None
+    prompts: list[npt.NDArray[np.int64]], logits: list[FloatArray], vocab: VocabMap | None = None
 ) -> tuple[SelfTestCase, ...]:
     """One case a prompt; logits are (last positions, vocab), or have the columns of a vocabulary map."""
     cases = []

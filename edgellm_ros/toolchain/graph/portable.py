@@ -41,7 +41,8 @@ class PortableDecoder:
         self.model, self.quant, self.graph, self.weights = model, quant, graph, weights
         self.lora = lora
         half = graph.activation_dtype == "float16"
-        self.dtype, self.np_dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+        self.dtype: int = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        self.np_dtype: type[np.float16] | type[np.float32] = np.float16 if half else np.float32
         self.g = GraphBuilder(weights)
         self._declare()
         self._masks = {window: self._mask(window) for window in mask_windows(model)}

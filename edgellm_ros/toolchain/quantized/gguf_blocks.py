@@ -50,7 +50,8 @@ def _half(blocks: Bytes, start: int) -> FloatArray:
 
 def _halves(pairs: Bytes) -> npt.NDArray[np.int8]:
     """16 bytes to 32 numbers: all low nibbles, then all high ones."""
-    return np.concatenate([pairs & 15, pairs >> 4], -1).view(np.int8)
+    nibbles: Bytes = np.concatenate([pairs & 15, pairs >> 4], -1)
+    return nibbles.view(np.int8)
 
 
 def _fifth_bits(blocks: Bytes, start: int) -> npt.NDArray[np.int8]:

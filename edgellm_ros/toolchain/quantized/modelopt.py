@@ -115,21 +115,21 @@ class ModelOpt(QuantReader):
         factor = f"{module}.pre_quant_scale"
         input_factor = self.tensors.floats(factor).reshape(columns) if factor in self.parts else None
         if kind == "nvfp4":
-            scale = e4m3(self.tensors.raw(scale_name, of_rows)).reshape(rows, -1)
+            eighths = e4m3(self.tensors.raw(scale_name, of_rows)).reshape(rows, -1)
             total = np.full(rows, float(self.tensors.floats(f"{module}.weight_scale_2").reshape(())), np.float32)
-            return PackedWeight("nvfp4", NVFP4_GROUP, values, scale, None, input_factor, total)
+            return PackedWeight("nvfp4", NVFP4_GROUP, values, eighths, None, input_factor, total)
         scale = self.tensors.floats(scale_name, of_rows)
         if kind == "int4":
             low, high = values & 15, values >> 4
-            nibbles = np.stack([low, high], 1).reshape(rows, columns).astype(np.int8)
-            nibbles = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.int8)
+            unsigned = np.stack([low, high], 1).reshape(rows, columns).astype(np.int8)
+            nibbles = np.where(unsigned > 7, unsigned - 16, unsigned).astype(np.int8)
             return PackedWeight("int4", info.scheme.group, nibbles, scale, None, input_factor)
         if kind == "fp8 blocks":
             blocks = scale.reshape(-(-rows // _BLOCK), -1)
             wide = spread_blocks(blocks, info.shape, (_BLOCK, _BLOCK))
             return PackedWeight("fp8", info.scheme.group, values, wide, None, input_factor)
-        scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1)).copy()
-        return PackedWeight(kind, 0, values, scale, None, input_factor)
+        of_each = np.broadcast_to(scale.reshape(-1, 1), (rows, 1)).copy()
+        return PackedWeight(kind, 0, values, of_each, None, input_factor)
 
     def activation_scale(self, module: str) -> ActivationScale | None:
         """See QuantReader.activation_scale: int8 with int8 weights, else FP8; NVFP4's are not known beforehand."""

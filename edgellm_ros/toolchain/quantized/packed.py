@@ -100,7 +100,7 @@ class PackedWeight:
             grouped *= self.global_scale[:, None, None]
         if self.offset is not None:
             grouped += self.offset[..., None]
-        weight = grouped.reshape(rows, columns)
+        weight: FloatArray = grouped.reshape(rows, columns)
         if self.order is not None:
             weight = weight[:, np.argsort(self.order)]
         if self.input_factor is not None:
