@@ -8,6 +8,7 @@
 #include "bindings.hpp"
 #include "edgellm/cublaslt.hpp"
 #include "edgellm/cuda_try.hpp"
+#include "edgellm/kernels/device_traits.hpp"
 #include "edgellm/kernels/gemv.hpp"
 #include "edgellm/memory.hpp"
 #include "edgellm/read_bandwidth.hpp"
@@ -112,6 +113,8 @@ void bind_device(py::module_& module) {
   module.attr("PTX_ARCHITECTURE") = EDGELLM_PTX;   // "120": PTX, which newer GPUs compile when they load it; "" is none
   module.attr("FAST_COMPILE") = EDGELLM_FAST_COMPILE != 0;  // built for checking, without optimisation
   module.def("count_devices", &count_devices, "(number of GPUs, why there is none).");
+  module.def("has_clusters", &kernels::has_clusters,
+             "Whether kernels run in thread block clusters, and launch dependents early, on the current GPU.");
   module.def("device_info", &device_info, "Name, compute capability, memory and versions of the current GPU.");
   module.def("products_reason", &MatrixProducts::unavailable_reason, "Why cuBLASLt is not there; empty when it is.");
   module.def(

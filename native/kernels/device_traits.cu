@@ -1,7 +1,10 @@
 // What the current GPU can do, and the code that the driver has taken or made for it.
+#include <cstdlib>
 #include <map>
+#include <string_view>
 #include <tuple>
 
+#include "edgellm/kernels/device_traits.hpp"
 #include "launch.hpp"
 
 namespace edgellm::kernels {
@@ -9,6 +12,12 @@ namespace edgellm::kernels {
 namespace {
 
 __global__ void probe_kernel() {}
+
+// What older GPUs run can be compared, and tested, on a newer one.
+bool clusters_are_wanted() {
+  const char* setting = std::getenv("EDGELLM_CUDA_CLUSTERS");
+  return setting == nullptr || std::string_view(setting) != "0";
+}
 
 }  // namespace
 
@@ -27,7 +36,7 @@ const DeviceTraits& device_traits() {
     traits.shared_bytes_of_sm = static_cast<std::size_t>(shared_bytes);
     cudaFuncAttributes code = {};
     EDGELLM_CUDA_TRY(cudaFuncGetAttributes(&code, probe_kernel));
-    traits.has_dependent_launch = major >= 9 && code.ptxVersion >= 90;
+    traits.has_dependent_launch = major >= 9 && code.ptxVersion >= 90 && clusters_are_wanted();
     int driver = 0;
     EDGELLM_CUDA_TRY(cudaDriverGetVersion(&driver));
     traits.has_launch_carveout = driver >= 12050;
@@ -35,6 +44,8 @@ const DeviceTraits& device_traits() {
   }
   return traits;
 }
+
+bool has_clusters() { return device_traits().has_dependent_launch; }
 
 bool runs_in_clusters(const void* kernel, int num_blocks, int num_threads, std::size_t shared_bytes) {
   const DeviceTraits& traits = device_traits();
