@@ -52,9 +52,9 @@ clean:  ## remove everything that was made, .venv and .cache too
 	rm -rf .venv .cache build install log dist *.egg-info edgellm_ros/_native*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 setup-demo:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 to 3.13 (newer where ROS 2 is sourced)" >&2; exit 1; }
 	$(PYTHON) tools/setup_env.py demo
 
 setup-test:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 to 3.13 (newer where ROS 2 is sourced)" >&2; exit 1; }
 	$(PYTHON) tools/setup_env.py test

@@ -75,7 +75,7 @@ class EngineConfig:
     decode_batching: str = setting(
         "exact",
         "exact: an answer never depends on what else is decoding; fast: decode together even where that changes the "
-        "rounding (more tokens/s in total on a CPU with int4 groups of 64 or more).",
+        "rounding (more tokens/s in total on a CPU with int4 groups of 64 or more, or int8 groups of 128 or more).",
         choices=("exact", "fast"),
     )
     fp8_prefill: bool = setting(
@@ -178,9 +178,13 @@ class BuildOptions:
         if self.max_verify > context:
             raise ToolchainError(f"max-verify {self.max_verify} exceeds max-context {context}; lower it")
         prefill = max(min(self.max_input, context), self.max_verify)
-        needed = "bf16" if bundle.manifest.model.wide_activations else "fp16"
-        activations = needed if self.activations == "auto" else self.activations
+        activations = needed_activations(bundle) if self.activations == "auto" else self.activations
         return dataclasses.replace(self, max_context=context, max_input=prefill, activations=activations)
+
+
+def needed_activations(bundle: Bundle) -> str:
+    """What an engine of `bundle` computes in where nobody asks for another: `activations` auto."""
+    return "bf16" if bundle.manifest.model.wide_activations else "fp16"
 
 
 # weights, activations: the algorithms that ModelOpt has for them and its checkpoint format can hold

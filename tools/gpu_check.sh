@@ -3,9 +3,9 @@
 #   tools/gpu_check.sh [build|test|sanitize|bench|kernels|figures ...]     build, test and bench when nothing is named
 # The double of libnvinfer, and the plugins with their test driver, are built too where NvInfer.h is: in TENSORRT_ROOT, or
 # in a kernel-lens wheel that PYTHONPATH has.
-# EDGELLM_CUDA_ARCHS (default 90a), EDGELLM_LINEINFO (ON: what the sanitizer finds has source lines), PYTHON, BENCH_ARGS
-# (default --torch), PYTEST_ARGS and SANITIZE_ARGS change what runs; TOTAL_S (470) bounds all parts together, so that a run
-# ends with its table before whoever lent the machine ends it.
+# EDGELLM_CUDA_ARCHS (default native: the GPU that is here), EDGELLM_LINEINFO (ON: what the sanitizer finds has source
+# lines), PYTHON, BENCH_ARGS (default --torch), PYTEST_ARGS and SANITIZE_ARGS change what runs; TOTAL_S (470) bounds all
+# parts together, so that a run ends with its table before whoever lent the machine ends it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -38,7 +38,7 @@ for part in "${parts[@]}"; do
 done
 
 if [ "${1:-}" = build-only ]; then
-  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-90a}" \
+  cmake -S native -B build/native -G Ninja -DEDGELLM_CUDA_ARCHS="${EDGELLM_CUDA_ARCHS:-native}" \
     -DEDGELLM_NVINFER_DOUBLE=ON -DEDGELLM_TEST_DRIVERS=ON -DEDGELLM_LINEINFO="${EDGELLM_LINEINFO:-OFF}" \
     -DPython3_EXECUTABLE="$($python -c 'import sys; print(sys.executable)')" &&
     cmake --build build/native --target _native && cmake --build build/native  # the module first: the rest may fail

@@ -39,6 +39,7 @@ _COMPARABLE = ("onnxruntime", "cuda", "tensorrt")
 _ENGINE_SKIPPED = ("max_slots", "max_queue", "prefix_cache", "pinned_tokens", "loras")  # given by what is measured
 _BUNDLES_ONLY = ("verify_files", "self_test")  # random weights have neither files nor logits to compare with
 _SAMPLING_USED = ("temperature", "top_k", "top_p", "min_p")
+_CONTEXT = "Tokens a slot can hold, prompt and answer together; 0, the default, is as many as what is measured needs."
 _DEFAULT_PROMPT = 512
 _DEFAULT_LIMIT = 4096  # of a plot's contexts, when neither --context nor --max-context says more
 
@@ -73,7 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context: .svg or .png")
     unused = [name for name in SamplingParams.__dataclass_fields__ if name not in _SAMPLING_USED]
     add_settings(parser, SamplingParams, "sampling (through the engine)", skip=unused)
-    add_settings(parser, EngineConfig, "engine", skip=_ENGINE_SKIPPED)
+    add_settings(parser, EngineConfig, "engine", skip=_ENGINE_SKIPPED, helps={"max_context": _CONTEXT})
 
 
 def execute(args: argparse.Namespace) -> int:

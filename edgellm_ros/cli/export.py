@@ -21,7 +21,7 @@ examples:
   edgellm export Qwen3-0.6B-AWQ -o qwen3 --verify --against Qwen3-0.6B    refused if it lost too much
   edgellm export SmolLM2-135M-Instruct -o smollm2 --vocab-map map.json    a smaller head, by edgellm reduce-vocab
   edgellm export SmolLM2-135M-Instruct -o smollm2 --max-lora-rank 16      adapters can be packed into it
-  edgellm export SmolLM2-135M-Instruct -o smollm2 --dialect plugin         also for TensorRT of JetPack 6
+  edgellm export SmolLM2-135M-Instruct -o smollm2 --dialect plugin         also for TensorRT of JetPack 6 and 7.1
 
 No network is used; download the checkpoint first. The model family is detected from config.json or GGUF metadata.
 """
@@ -63,7 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dialect",
         choices=("standard", "plugin"),
         default="standard",
-        help="plugin also writes what TensorRT before 10.15 (JetPack 6) builds from, with this project's plugins",
+        help="plugin also writes what TensorRT before 10.15 (JetPack 6 and 7.1) builds from, with this project's "
+        "plugins",
     )
     parser.add_argument("--name", default="", help="the model's name for people (default: the checkpoint's)")
     parser.add_argument(

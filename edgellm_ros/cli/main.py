@@ -24,8 +24,8 @@ from a checkpoint to an answer:
   edgellm plan --bundle smollm2 --device orin-nano           does it fit the robot?
   ros2 launch edgellm_ros llm.launch.py bundle:=smollm2      serve it over ROS 2
 
-exit codes: 0 done, 1 an unexpected failure (or, verify: a mark not reached), 2 a mistake that the message explains,
-            130 interrupted
+exit codes: 0 done, 1 no (verify, export --verify: a mark not reached; plan: does not fit; doctor: something is wrong)
+            or an unexpected failure, 2 a mistake that the message explains, 130 interrupted
 `edgellm VERB --help` shows the options of a verb; `edgellm doctor` says what this machine lacks.
 """
 

@@ -21,10 +21,12 @@ def add_settings(
     skip: Sequence[str] = (),
     defaults: bool = True,
     aliases: Mapping[str, str] | None = None,
+    helps: Mapping[str, str] | None = None,
 ) -> None:
     """Add an option for each setting of the dataclass `cls` under the heading `title`; `defaults` are in its help.
 
-    `aliases` gives settings a second, shorter option: {"max_context": "--context"}.
+    `aliases` gives settings a second, shorter option: {"max_context": "--context"}. `helps` replaces the help and the
+    default of settings that a verb chooses itself where the option is not given; their range is still shown.
     """
     group = parser.add_argument_group(title)
     for item in settings_of(cls):
@@ -33,7 +35,7 @@ def add_settings(
         options: dict[str, Any] = {
             "dest": _dest(cls, item.name),
             "default": argparse.SUPPRESS,
-            "help": _help(item, defaults),
+            "help": _help(item, defaults, (helps or {}).get(item.name, "")),
         }
         if item.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -68,8 +70,8 @@ def _dest(cls: type, name: str) -> str:
     return f"{cls.__name__}.{name}"
 
 
-def _help(item: Setting, defaults: bool) -> str:
-    notes = []
+def _help(item: Setting, defaults: bool, instead: str) -> str:
+    text, notes = instead or item.help, []
     low, high = (None if bound is None else item.type(bound) for bound in (item.minimum, item.maximum))
     if low is not None and high is not None and high < 2**31 - 1:
         notes.append(f"{low} to {high}")
@@ -77,7 +79,7 @@ def _help(item: Setting, defaults: bool) -> str:
         notes.append(f"at least {low}")
     if item.type is tuple:
         notes.append("may be repeated")
-    elif defaults and item.default is not None and item.default != "":
+    elif defaults and not instead and item.default is not None and item.default != "":
         default = {True: "on", False: "off"}[item.default] if item.type is bool else item.default
         notes.append(f"default {default}")
-    return (f"{item.help} ({'; '.join(notes)})" if notes else item.help).replace("%", "%%")
+    return (f"{text} ({'; '.join(notes)})" if notes else text).replace("%", "%%")

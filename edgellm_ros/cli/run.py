@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 # Where a file cannot be made beside the old one or take its place, as one that is mounted alone (docker -v FILE:FILE).
 _NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 
+_SLOTS = (
+    "Sequences that decode together; on a GPU eight at a time, and more take turns. Without it as many as batch_size "
+    "says and there are requests, at most 64."
+)
+
 HELP = "answer a file of requests (TensorRT-Edge-LLM's format)"
 EXAMPLES = """\
 examples:
@@ -57,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump-profile", action="store_true", help="show tokens/s, percentiles and memory at the end")
     parser.add_argument("--profile-output-file", type=Path, metavar="JSON", help="write the same as JSON")
     parser.add_argument("--lora", default="", metavar="NAME", help="adapter of requests that have no lora_name")
-    add_settings(parser, EngineConfig, "engine", skip=("loras",))
+    add_settings(parser, EngineConfig, "engine", skip=("loras",), helps={"max_slots": _SLOTS})
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -27,7 +27,8 @@ examples:
 
 Compared over one text: perplexity, KL divergence, most likely tokens, logits; and 96 tasks with one right answer. The
 verdict goes into the bundle's manifest: `edgellm inspect` shows it, and loading a bundle that failed logs a warning.
-Of a quantised checkpoint nothing is stored; its activations are rounded as its scales say, which no executor does yet.
+Of a quantised checkpoint nothing is stored; its activations are rounded as its scales say, which of all executors only
+an engine of an fp8 checkpoint does.
 exit codes: 0 passed (or nothing to judge), 1 a mark was not reached, now or in a verdict of the manifest that stays,
 2 a mistake that the message explains
 """

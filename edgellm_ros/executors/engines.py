@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_ros.bundle import DECODER, DECODER_LORA, DECODER_PLUGIN, DECODER_PLUGIN_LORA, WEIGHTS, Bundle, hash_file
-from edgellm_ros.config import BuildOptions
+from edgellm_ros.config import BuildOptions, needed_activations
 from edgellm_ros.errors import BundleError, ToolchainError
 from edgellm_ros.executors.contract import TensorContract, decoder_contract
+from edgellm_ros.fields import settings_of
 from edgellm_ros.manifest import GraphSpec, Manifest
 
 CACHE_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # as the setting kv_cache has them
@@ -161,14 +162,13 @@ def list_engines(bundle: Bundle) -> list[Path]:
 
 
 def build_command(bundle: Bundle, options: BuildOptions, **changed: Any) -> str:
-    """The `edgellm build` that makes an engine of these options with some of them changed."""
+    """The `edgellm build` that makes an engine of these options, which are resolved, with some of them changed."""
     wanted = dataclasses.replace(options, **changed)
+    usual = dataclasses.replace(BuildOptions(), activations=needed_activations(bundle), dialect="standard")
     parts = ["edgellm build", str(bundle.path)]
-    for field in ("max_batch", "max_input", "max_context", "max_verify"):
-        if getattr(wanted, field) != getattr(BuildOptions(), field):
-            parts.append(f"--{field.replace('_', '-')} {getattr(wanted, field)}")
-    parts += ["--lora"] if wanted.lora else []
-    parts += ["--trees"] if wanted.trees else []
-    parts += [f"--kv-cache {wanted.kv_cache}"] if wanted.kv_cache != "auto" else []
-    parts += ["--dialect plugin"] if wanted.dialect == "plugin" else []
+    for item in settings_of(BuildOptions):
+        value = getattr(wanted, item.name)
+        if value not in ("auto", getattr(usual, item.name)):
+            option = f"--{item.name.replace('_', '-')}"
+            parts.append(option if value is True else f"{option} {value}")
     return " ".join(parts)

@@ -38,6 +38,22 @@ def test_every_setting_is_an_option_with_its_help_and_default(cls: type, capsys:
             assert choice in shown
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "does", "does_not"),
+    [
+        ("run", "max-slots", "Without it as many as batch_size says and there are requests, at most 64. (1 to 64)", "default 4"),
+        ("bench", "max-context", "0, the default, is as many as what is measured needs. (0 to 1048576)", "at most 4096"),
+    ],
+)
+def test_help_says_what_the_verb_does_without_the_option(
+    verb: str, option: str, does: str, does_not: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = " ".join(capsys.readouterr().out.split()).rpartition(f"--{option} ")[2].partition(" --")[0]
+    assert does in shown and does_not not in shown
+
+
 @pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
 def test_options_that_are_not_given_leave_the_base_as_it_is(cls: type) -> None:
     assert settings_from(parse(cls), cls()) == cls()

@@ -15,6 +15,8 @@ from engines import MODEL, OPTIONS, ORIN, bindings_of, make_bundle, write_engine
 
 from edgellm_ros import native
 from edgellm_ros.bundle import Bundle
+from edgellm_ros.cli.main import build_parser
+from edgellm_ros.cli.options import settings_from
 from edgellm_ros.config import BuildOptions, EngineConfig
 from edgellm_ros.errors import BundleError
 from edgellm_ros.executors.engine_preflight import (
@@ -25,7 +27,7 @@ from edgellm_ros.executors.engine_preflight import (
     memory_needed,
     probe_machine,
 )
-from edgellm_ros.executors.engines import ENGINE, REPORT, check_engine
+from edgellm_ros.executors.engines import ENGINE, REPORT, build_command, check_engine
 
 DEFAULT = EngineConfig()
 
@@ -105,6 +107,31 @@ def test_settings_that_an_engine_cannot_have_are_refused_with_the_build_that_has
     write_engine(bundle)
     chosen, reasons = choose_engine(bundle, EngineConfig(**config), ORIN)
     assert chosen is None and all(word in reasons[0] for word in words), reasons
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    "built",
+    [
+        {},
+        {"activations": "bf16"},
+        {"profile": "single", "memory_limit": 512},
+        {"dialect": "plugin", "kv_cache": "fp8", "trees": True},
+        {"lora": True, "max_batch": 4, "max_verify": 16},
+    ],
+)
+def test_the_command_that_is_named_builds_that_engine_but_for_what_did_not_fit(
+    built: dict[str, Any], wide: bool, tmp_path: Path
+) -> None:
+    """The command line is the oracle: what it makes of the command has the options of the engine's report."""
+    bundle = make_bundle(tmp_path / "bundle", replace(MODEL, wide_activations=wide))
+    options = replace(OPTIONS, **{"dialect": "standard", **built})
+    command = build_command(bundle, options, max_context=128)
+    args = build_parser().parse_args(command.split()[1:])
+    asked = settings_from(args, BuildOptions()).resolved(bundle)
+    dialect = "standard" if asked.dialect == "auto" else asked.dialect  # as the TensorRT that is here
+    assert replace(asked, dialect=dialect) == replace(options, max_context=128), command
+    assert ("--activations" in command) == (options.activations != ("bf16" if wide else "fp16"))
 
 
 def test_slots_that_would_not_be_aligned_are_refused_before_the_engine_is_loaded(bundle: Bundle) -> None:

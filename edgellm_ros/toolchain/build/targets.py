@@ -14,7 +14,8 @@ from edgellm_ros.executors.engines import graph_file
 from edgellm_ros.memory import meminfo
 from edgellm_ros.trt_plugins import DOMAIN
 
-# By what each architecture is said to have; only int4, failing on sm75 and building on sm80, was tried.
+# Tried with TensorRT-RTX 1.7: int4 fails for sm75 and builds for sm80, int8 and fp16 build for sm75, fp8 fails for sm86 and
+# builds for sm89, nvfp4 fails for sm89 and builds for sm120. sm100 is by what the architecture is said to have.
 LOWEST = {"int4": 80, "int8": 75, "fp16": 75, "fp8": 89, "nvfp4": 100}  # the first architecture with the format
 ATTENTION_SINCE = (10, 15)  # of TensorRT: layers for attention, rope and updates of a KV cache, all three
 PLUGINS_SINCE = (10, 3)  # IPluginV3OneBuildV2 and aliased plugin tensors

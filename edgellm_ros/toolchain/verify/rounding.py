@@ -1,6 +1,8 @@
 """Rounds a layer's input as a quantised checkpoint's activation scales say, in the reference decoder.
 
-The executors keep activations in floating point; this is what a checkpoint gives where they are rounded (W8A8, FP8).
+This is what a checkpoint gives where its inputs are rounded as it says (W8A8, FP8). Of the executors only an engine of
+an fp8 checkpoint uses these scales. ONNX Runtime rounds to int8 inside its int4 and int8 products (accuracy_level 4),
+and `cuda` to FP8 in prompts with fp8 weights, both by scales of their own.
 """
 
 from __future__ import annotations
