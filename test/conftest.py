@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 
 import edgellm_ros
 from edgellm_ros.bundle import Bundle
+
+_TESTS = Path(__file__).resolve().parent
 
 # `make test` compiles every architecture without optimisation; `make native`, where it ran, is what robots get.
 edgellm_ros.__path__.append(str(Path(__file__).resolve().parents[1] / "build" / "native-check"))
@@ -70,12 +72,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
 
 
+def _shared_generators() -> Iterator[tuple[Any, int]]:
+    """The generators named RNG of the modules below test/ that are loaded by now, each with a number for its file.
+
+    No fixture of a module or of the session draws from one: what it draws would depend on which test comes first.
+    """
+    numpy = sys.modules.get("numpy")
+    for module in list(sys.modules.values()) if numpy is not None else []:
+        generator = getattr(module, "__dict__", {}).get("RNG")  # and no getattr, at which lazy packages load what they have
+        file = Path(getattr(module, "__file__", None) or "/") if isinstance(generator, numpy.random.Generator) else None
+        if file is not None and _TESTS in file.parents:
+            yield generator, zlib.crc32(str(file.relative_to(_TESTS)).encode())
+
+
 @pytest.fixture(autouse=True)
 def _repeatable_draws(request: pytest.FixtureRequest) -> None:
-    """What a test draws with torch, on any device, depends on its name alone: one that fails fails again."""
+    """What a test draws, with torch on any device or from a module's RNG, depends on its name alone: one that fails fails again."""
+    seed = zlib.crc32(request.node.nodeid.encode())
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+        torch.manual_seed(seed)
+    for generator, number in _shared_generators():  # in place, for others may have imported it
+        generator.bit_generator.state = type(generator.bit_generator)([seed, number]).state
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "pad_token_id": 0,
     }
     short = {**common, "num_hidden_layers": 2}  # what compute-sanitizer runs: every kernel, as seldom as can be
+    wide = {**short, "hidden_size": 1024, "intermediate_size": 1536}  # rows so long that a product's tiles cut them differently
     return {
         "short_llama": lambda: transformers.LlamaConfig(**short, head_dim=64),
         "short_llama_bias": lambda: transformers.LlamaConfig(**short, head_dim=80, attention_bias=True, mlp_bias=True),
@@ -64,6 +65,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
             **common, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
         ),
         "gpu_qwen3": lambda: transformers.Qwen3Config(**common, head_dim=128),
+        "gpu_wide": lambda: transformers.Qwen3Config(**wide, head_dim=128),
         "gpu_gemma3": lambda: transformers.Gemma3TextConfig(
             **{**common, "num_key_value_heads": 1}, head_dim=256, sliding_window=16, query_pre_attn_scalar=200,
             rope_parameters=tiny._GEMMA3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
@@ -92,7 +94,7 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     # About 1 / sqrt(hidden_size): larger ones amplify every rounding from layer to layer.
-                    parameter.mul_(1.0 if "norm" in name else 0.5)
+                    parameter.mul_(1.0 if "norm" in name else 8.0 / model.config.hidden_size**0.5)
                     if "norm" in name and "gemma3" in kind:
                         parameter.sub_(1.0)  # its gains are 1 + w
             model.save_pretrained(path)
@@ -144,8 +146,26 @@ def program() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """TensorRT's library is its double; all of a test delete contexts before engines, and engines before runtimes.
+def take_output(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """`take_output()` is what was printed since the last call, among which the double of TensorRT's library has no complaint.
+
+    It complains where an engine is deleted before its contexts, or a runtime before its engines.
+    """
+
+    def take() -> str:
+        gc.collect()
+        printed, complaints = capfd.readouterr()
+        assert "nvinfer double: " not in complaints, complaints
+        return printed
+
+    return take
+
+
+@pytest.fixture
+def use_the_double(monkeypatch: pytest.MonkeyPatch, take_output: Callable[[], str]) -> Iterator[None]:
+    """TensorRT's library is its double, and all of a test delete contexts before engines, and engines before runtimes.
+
+    A test that reads what was printed does so by `take_output`, which looks at what it takes away for that.
 
     The cuda executor's norms read 16 bits, as those of an engine do, so that bits can be compared.
     """
@@ -154,8 +174,7 @@ def use_the_double(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     monkeypatch.setattr(cuda, "_WIDE_NORM_INPUTS", False)
     monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
     yield
-    gc.collect()
-    assert "nvinfer double: " not in capfd.readouterr().err
+    take_output()
 
 
 @pytest.fixture

@@ -256,7 +256,13 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(
         a, b = np.ones((rank, cols), np.float32), np.ones((rows, rank), np.float32)
         return make_adapter((LoraTensors(layer, target, a, b, 1.0),))
 
-    before = executor.step([step(0, prompt(20), 0)]).copy()
+    ids = prompt(20)
+
+    def logits(adapter: int) -> np.ndarray:
+        """Of a prompt's last token, and of one more."""
+        return np.concatenate([executor.step([step(0, part, at, 1, adapter)]).copy() for part, at in ((ids, 0), ([9], 20))])
+
+    before = logits(0)
     cases = [
         (adapter("q_proj", 17, 256, 256), r"layers\.0\.q_proj has rank 17; at most 16 .*max_lora_rank"),
         (adapter("q_proj", 4, 128, 256), r"layers\.0\.q_proj\.lora_A is \[4, 128\]; it must be \[rank, 256\]"),
@@ -269,15 +275,20 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(
         with pytest.raises(RequestError, match=what):
             executor.load_adapter("wrong", wrong)
     assert executor.adapters == {}
+    assert np.array_equal(logits(0), before)
     path = write_adapter(tmp_path / "a", model, {"q_proj": 16}, 8)
-    executor.load_adapter("a", path)
+    index = executor.load_adapter("a", path).index
+    with_a = logits(index)
+    assert np.array_equal(logits(0), before) and not np.array_equal(with_a, before)
+    other = write_adapter(tmp_path / "b", model, {"q_proj": 16}, 9)
     with pytest.raises(RequestError, match="cannot be named 'a'"):
-        executor.load_adapter("a", path)
+        executor.load_adapter("a", other)
     with pytest.raises(RequestError, match="has no place: max_loras is 1, loaded are a"):
-        executor.load_adapter("b", path)
+        executor.load_adapter("b", other)
     with pytest.raises(RequestError, match="no adapter is named 'b'; loaded are a"):
         executor.unload_adapter("b")
-    assert before.shape == (1, 320)
+    assert list(executor.adapters) == ["a"]
+    assert np.array_equal(logits(index), with_a) and np.array_equal(logits(0), before)
 
 
 def test_the_plan_counts_adapters_and_without_them_there_is_none(

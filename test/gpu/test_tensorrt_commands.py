@@ -36,10 +36,10 @@ def test_verify_reads_by_the_engine_what_the_cuda_executor_reads(bundle: Bundle,
     assert found["auto"].perplexity == found["tensorrt"].perplexity
 
 
-def test_bench_compares_the_engine_with_the_cuda_executor(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_compares_the_engine_with_the_cuda_executor(bundle: Bundle, take_output: Callable[[], str]) -> None:
     options = ("--prompt-tokens", "32", "--context", "64", "--new-tokens", "32", "--rounds", "2", "--json", "-")
     assert main(["bench", "--bundle", str(bundle.path), "--compare", "cuda", "tensorrt", *options]) == 0
-    runs = json.loads(capfd.readouterr().out)["runs"]
+    runs = json.loads(take_output())["runs"]
     assert [run["executor"] for run in runs] == ["cuda", "tensorrt"]
     for run in runs:
         assert "kernel" in run["read_bandwidth"]["method"] and run["ratios"] is not None
@@ -47,11 +47,9 @@ def test_bench_compares_the_engine_with_the_cuda_executor(bundle: Bundle, capfd:
             assert row["executor"]["tokens_per_s"] > 0 and row["engine"]["tokens_per_s"] > 0
 
 
-def test_inspect_and_doctor_name_the_engine_that_would_be_loaded(
-    bundle: Bundle, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_and_doctor_name_the_engine_that_would_be_loaded(bundle: Bundle, take_output: Callable[[], str]) -> None:
     assert main(["inspect", str(bundle.path)]) == 0
-    assert "fits this machine" in capfd.readouterr().out
+    assert "fits this machine" in take_output()
     main(["doctor", "--bundle", str(bundle.path)])
-    shown = capfd.readouterr().out
+    shown = take_output()
     assert "used by the executor `tensorrt`" in shown and "fits this machine" in shown

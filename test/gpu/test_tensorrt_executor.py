@@ -42,14 +42,12 @@ __all__ = [
     "test_decoding_allocates_no_arrays",
     "test_prefill_and_decode_share_a_step",
 ]
-pytestmark = pytest.mark.skipif(bool(double_driver.NO_DOUBLE), reason=double_driver.NO_DOUBLE)
+pytestmark = [
+    pytest.mark.usefixtures("use_the_double"),
+    pytest.mark.skipif(bool(double_driver.NO_DOUBLE), reason=double_driver.NO_DOUBLE),
+]
 Open = Callable[..., TensorRTExecutor]
 VOCAB = 320
-
-
-@pytest.fixture(autouse=True)
-def use_the_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELLM_NVINFER", str(double_driver.LIBRARY))
 
 
 def make(source: Bundle, path: Path, build: dict[str, Any], **config: Any) -> TensorRTExecutor:

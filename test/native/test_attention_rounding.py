@@ -78,6 +78,22 @@ def test_a_query_in_the_middle_of_two_numbers_may_be_rounded_either_way_and_no_o
     assert compared(middle - 2 * slack, 4.0) and not compared(middle - 2 * slack, 4.0 + step)
 
 
+def test_of_many_ties_those_that_move_most_are_tried() -> None:
+    turned = torch.full((1, 64), 2.0**-6).double()
+    turned[0, :20] += 2.0**-14  # twenty small ones in the middle
+    turned[0, 40] = 4.0 + 2.0**-6
+    kernels = turned.bfloat16().double()
+    kernels[0, 40] = 4.0 + 2.0**-5
+    got = kernels.clone()
+
+    def plain(q: Any) -> Any:
+        return q
+
+    assert attended_alike(got, turned, torch.bfloat16, plain, rtol=0.0, atol=2.0**-7)
+    got[0, 41] += 2.0**-5
+    assert not attended_alike(got, turned, torch.bfloat16, plain, rtol=0.0, atol=2.0**-7)
+
+
 def test_queries_that_stay_fp32_are_compared_as_they_are() -> None:
     q, moved = torch.full((1, 64), 1.0).double(), torch.full((1, 64), 1.0 + 2.0**-9).double()
     assert attended_alike(q, q, None, lambda x: x, 0.0, 2.0**-10)

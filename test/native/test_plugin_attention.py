@@ -49,6 +49,10 @@ class Layer:
         eight = self.cache_kind in (FP8, INT8)
         self.kv = kv.to(torch.float8_e4m3fn).view(torch.int8) if eight else kv.to(torch_type(kind))
 
+    def bits(self) -> Any:
+        """The cache as integers, of which a NaN equals itself."""
+        return self.kv if self.kv.dtype == torch.int8 else self.kv.view(torch.int16)
+
     def plain(self) -> Any:
         """The cache in fp64."""
         return (self.kv.view(torch.float8_e4m3fn).float() if self.kv.dtype == torch.int8 else self.kv).double()
@@ -68,6 +72,7 @@ class Layer:
         self.workspace = torch.full((size + 4096,), 0xFF, dtype=torch.uint8, device="cuda")  # never zeros
         self.workspace_bytes = size
         self.plugin.shape_change(self.ins, self.outs)
+        self.before = self.bits().clone()
 
     def launch(self) -> None:
         tensors = [self.qkv, self.kv, self.ids, self.writes, *self.tables, *self.gains, *self.extra, self.out, self.kv]
@@ -121,20 +126,27 @@ class Layer:
         assert torch.allclose(got[0], self.rotate(key, position, self.gains[1] if self.gains else None), rtol=rtol, atol=atol)
         assert torch.allclose(got[1], value, rtol=rtol, atol=atol)
 
+    def check_left_alone(self, count: Sequence[int]) -> None:
+        """All of the cache but the count[b] places behind a sequence's prefix is what it was before the step."""
+        now, wanted = self.bits(), self.before.clone()
+        for b, prefix in enumerate(self.prefixes):
+            places = slice(prefix, prefix + count[b])
+            wanted[b, :, :, places] = now[b, :, :, places]
+        assert torch.equal(now, wanted)
+
     def check_causal(self, out: Any, tokens: int, count: Sequence[int] | None = None) -> None:
         """Each token of a decode step or a prompt; count[b] of them are there, the others' outputs are zeros."""
-        before = [tokens] * len(self.prefixes) if count is None else list(count)
+        there = [tokens] * len(self.prefixes) if count is None else list(count)
+        self.check_left_alone(there)
         for b, prefix in enumerate(self.prefixes):
             for s in range(tokens):
-                if s >= before[b]:
+                if s >= there[b]:
                     assert bool((out[b, s] == 0).all())
                     continue
                 at = prefix + s
                 self.check_written(b, s, at, at)
                 first = max(0, at + 1 - self.window) if self.window else 0
                 self.check_attended(out[b, s], b, s, at, range(first, at + 1))
-            places = self.after[b, :, :, prefix + before[b] :]
-            assert bool(torch.isnan(places).all()), "places behind the sequence stay as they were"
 
 
 KINDS = [(HALF, None), (BF16, None), (HALF, FP8), (BF16, FP8), (HALF, INT8)]
@@ -214,6 +226,7 @@ def check_tree(layer: Layer, count: int) -> None:
     words = [word - (1 << 64) if word >> 63 else word for word in words]
     ids = torch.tensor(layer.prefixes, device="cuda")[:, None] + depths[None]
     out = layer.run(count, ids=ids, masks=torch.tensor([words, words], device="cuda"))
+    layer.check_left_alone([count, count])
     for b, prefix in enumerate(layer.prefixes):
         for i, path in enumerate(paths):
             position = prefix + len(path) - 1
@@ -251,6 +264,7 @@ def test_a_captured_graph_reads_its_inputs_anew_each_time(tokens: int, tree: boo
         layer.ids.copy_(layer.writes[:, None] + torch.arange(tokens, device="cuda")[None])
         layer.qkv.copy_(torch.randn_like(layer.qkv))
         layer.out.fill_(float("nan"))
+        layer.before = layer.bits().clone()
         graph.replay()
         layer.check_causal(layer.result(tokens), tokens)
 

@@ -26,19 +26,19 @@ def test_rope_rotates_queries_and_writes_keys_and_values(
     gains = [random_bf16(head_dim) for _ in range(2)] if normed else [None, None]
     slots = torch.full((tokens,), 1, device="cuda", dtype=torch.int32)
     positions = torch.arange(17, 17 + tokens, device="cuda", dtype=torch.int32)
-    skipped = tokens // 2 if tokens > 1 else -1
-    if skipped >= 0:
-        positions[skipped] = -1
+    left_alone = {tokens // 2: -1, tokens // 4: CAPACITY} if tokens > 1 else {}
+    for i, position in left_alone.items():
+        positions[i] = position
     q_out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
     source = qkv.float() if as_f32 else qkv
     K.rope_kv_write(
         source, kv, slots, positions, cos, sin, q_out, heads, bias, *gains, EPS, stream=stream()
     )  # fmt: skip
     rows = (qkv.double() + bias.double()).view(tokens, -1, head_dim)
+    for i in left_alone:
+        assert bool(torch.isnan(q_out[i]).all())
     for i in sorted({0, 1, tokens // 3, tokens - 2, tokens - 1} & set(range(tokens))):
-        if i == skipped:
-            assert bool(torch.isnan(q_out[i]).all())
-            continue
+        assert i not in left_alone
         q, key, value = rows[i].split([heads, kv_heads, kv_heads])
         position = 17 + i
         wanted = rotate(q, position, cos, sin, gains[0])
@@ -48,7 +48,7 @@ def test_rope_rotates_queries_and_writes_keys_and_values(
             written = plain(kv[1, part, :, position])
             assert torch.allclose(written, expected, rtol=relative, atol=max(absolute, 1e-5))
     untouched = torch.ones(CAPACITY, dtype=torch.bool)
-    untouched[[17 + i for i in range(tokens) if i != skipped]] = False
+    untouched[[17 + i for i in range(tokens) if i not in left_alone]] = False
     assert torch.equal(kv[1][:, :, untouched], before[1][:, :, untouched])
     assert torch.equal(kv[[0, 2]], before[[0, 2]])
     assert_untouched(q_out)
@@ -63,15 +63,18 @@ def test_rope_applies_a_products_scales_before_the_bias(head_dim: int) -> None:
     bias = torch.randn(qkv.shape[1], device="cuda")
     row_scales = torch.rand(tokens, device="cuda") + 0.5
     column_scales = torch.rand(qkv.shape[1], device="cuda") + 0.1
-    scaled = qkv.float() * row_scales[:, None] * column_scales + bias
     slots = torch.zeros(tokens, device="cuda", dtype=torch.int32)
     positions = torch.arange(tokens, device="cuda", dtype=torch.int32)
-    q_out, q_wanted = (poisoned(tokens, heads * head_dim, dtype=torch.bfloat16) for _ in range(2))
+    q_out = poisoned(tokens, heads * head_dim, dtype=torch.bfloat16)
     K.rope_kv_write(
         qkv, kv, slots, positions, cos, sin, q_out, heads, bias, stream=stream(), row_scales=row_scales,
         column_scales=column_scales,
     )  # fmt: skip
-    written = kv[:, :, :, :tokens].clone()
-    K.rope_kv_write(scaled, kv, slots, positions, cos, sin, q_wanted, heads, stream=stream())
-    assert torch.allclose(q_out.double(), q_wanted.double(), rtol=2**-7, atol=1e-4)
-    assert torch.allclose(written.double(), kv[:, :, :, :tokens].double(), rtol=2**-7, atol=1e-4)
+    scaled = qkv.double() * row_scales.double()[:, None] * column_scales.double() + bias.double()
+    for i, row in enumerate(scaled.view(tokens, -1, head_dim)):
+        q, key, value = row.split([heads, kv_heads, kv_heads])
+        turned = [rotate(x, i, cos, sin, None) for x in (q, key)]
+        got = (q_out[i].view(heads, head_dim), *kv[0, :, :, i])
+        for rows, wanted in zip(got, (*turned, value), strict=True):
+            assert torch.allclose(rows.double(), wanted, rtol=2**-8, atol=1e-5)
+    assert_untouched(q_out)

@@ -1,6 +1,6 @@
 """The decode loop over an engine, run on the CPU: its own code over stand-ins of CUDA and of the engine (trt_loop/).
 
-Random steps, runs, trees of drafts, prefixes and adapters of six slots, from a thread whose GPU is another than the loop's; every token is
+Random steps, runs, trees of drafts, prefixes and adapters of ten slots, two more than a batch takes, from a thread whose GPU is another than the loop's; every token is
 compared with what a plain list of tokens says. It shows which slot, row, place, profile and adapter each enqueue is bound to; nothing of a GPU
 or of TensorRT.
 """
@@ -59,11 +59,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_token_is_the_one_that_its_sequence_and_adapter_give(program: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    counts = r"(\d+) of (\d+) wrong; (\d+) contexts, (\d+) graphs"
+    counts = r"(\d+) of (\d+) wrong; (\d+) contexts, (\d+) graphs; (\d+) steps of 9 or 10"
     found = re.findall(rf"batched (\d) together (\d) trees (\d): {counts}", done.stdout)
-    assert [tuple(map(int, kind)) for *kind, _, _, _, _ in found] == list(product((0, 1), repeat=3))
-    for *_, wrong, compared, contexts, graphs in found:
-        assert wrong == "0" and int(compared) > 3000
+    assert [tuple(map(int, kind)) for *kind, _, _, _, _, _ in found] == list(product((0, 1), repeat=3))
+    for *_, wrong, compared, contexts, graphs, over_batch in found:
+        assert wrong == "0" and int(compared) > 3000 and int(over_batch) > 9
         assert 0 < int(contexts) <= 64 and 0 < int(graphs) <= 128
     assert "the thread's GPU is" not in done.stdout
     assert "values refused: 6 of 6; the caller's GPU: 0\n" in done.stdout

@@ -21,7 +21,8 @@ namespace {
 using edgellm::RunSequence;
 using edgellm::SequenceStep;
 
-constexpr int kSlots = 6, kMostNodes = 5;
+constexpr int kSlots = 10, kMostNodes = 5;  // more slots than one batch has sequences
+static_assert(kSlots > edgellm::kMaxBatch);
 
 class Walk {
  public:
@@ -121,6 +122,8 @@ class Walk {
 
   int compared() const { return compared_; }
   int wrong() const { return wrong_; }
+  // How many steps had more single tokens than one batch has sequences.
+  int over_batch() const { return over_batch_; }
   std::pair<std::size_t, std::size_t> made() const { return decoder_.num_contexts_and_graphs(); }
 
  private:
@@ -196,6 +199,7 @@ class Walk {
 
   void step(const std::vector<int>& slots) {
     std::vector<std::vector<std::int32_t>> fed;
+    const bool one_each = below(3) == 0;  // or there are seldom more than a batch has
     for (const int slot : slots) {
       Sequence& sequence = at(slot);
       if (sequence.tokens.size() > 40 || below(8) == 0) sequence = {};
@@ -203,7 +207,8 @@ class Walk {
         const int adapter = below(3);
         sequence.adapter = adapters_[static_cast<std::size_t>(adapter)] != 0 ? adapter : 0;
       }
-      const int length = sequence.tokens.empty() || below(3) == 0 ? below(18) + 1 : 1;
+      const bool several = !one_each && (sequence.tokens.empty() || below(3) == 0);
+      const int length = several ? below(18) + 1 : 1;
       std::vector<std::int32_t> tokens;
       for (int i = 0; i < length; ++i) tokens.push_back(below(toy::kVocab));
       fed.push_back(std::move(tokens));
@@ -214,6 +219,8 @@ class Walk {
       const int wanted = below(4) == 0 ? 0 : below(static_cast<int>(fed[i].size())) + 1;
       batch.push_back({slots[i], fed[i], static_cast<int>(sequence.tokens.size()), wanted, sequence.adapter});
     }
+    const auto is_single = [](const auto& tokens) { return tokens.size() == 1; };
+    over_batch_ += std::count_if(fed.begin(), fed.end(), is_single) > edgellm::kMaxBatch ? 1 : 0;
     decoder_.step(batch);
     const float* row = decoder_.logits();
     for (std::size_t i = 0; i < slots.size(); ++i) {
@@ -230,6 +237,7 @@ class Walk {
   void run(std::vector<int> slots) {
     std::shuffle(slots.begin(), slots.end(), random_);
     std::erase_if(slots, [this](int slot) { return at(slot).tokens.empty() || at(slot).tokens.size() > 45; });
+    if (slots.size() > edgellm::kMaxBatch) slots.resize(edgellm::kMaxBatch);
     if (slots.empty()) return;
     std::vector<RunSequence> sequences;
     for (const int slot : slots) {
@@ -308,6 +316,7 @@ class Walk {
   std::array<int, 3> adapters_{};  // what each adds; 0: not loaded
   int compared_ = 0;
   int wrong_ = 0;
+  int over_batch_ = 0;
 };
 
 }  // namespace
@@ -328,8 +337,8 @@ int main() {
           if (device != (own ? 1 : 0)) std::printf("the thread's GPU is %d\n", device);
         }
         const auto [contexts, graphs] = walk.made();
-        std::printf("batched %d together %d trees %d: %d of %d wrong; %zu contexts, %zu graphs\n", batched, together,
-                    trees, walk.wrong(), walk.compared(), contexts, graphs);
+        std::printf("batched %d together %d trees %d: %d of %d wrong; %zu contexts, %zu graphs; %d steps of 9 or 10\n",
+                    batched, together, trees, walk.wrong(), walk.compared(), contexts, graphs, walk.over_batch());
         wrong += walk.wrong();
       }
     }
