@@ -6,7 +6,6 @@ Another failed once in many runs, by one query that fp32 rounds up and fp64 down
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import pytest
@@ -125,8 +124,3 @@ def test_heads_with_ties_agree_with_fp64_whichever_way_these_are_rounded() -> No
     kernels[:, 0] *= 1.25  # what no rounding makes of it
     got = attend(kernels, torch.bfloat16).half()
     assert not attended_alike(got, turned, torch.bfloat16, attend, rtol=2**-6, atol=8e-3)
-
-
-def test_what_a_test_draws_depends_on_its_name(request: pytest.FixtureRequest) -> None:
-    expected = torch.randn(3, generator=torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode())))
-    assert torch.equal(torch.randn(3), expected)
