@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -135,14 +136,19 @@ class Probe:
 
         # on the executor's thread: rclpy loses a response that comes before call_async has noted the request
         self._executor.create_task(lambda: client.call_async(request).add_done_callback(answer))
-        assert done.wait(timeout_s), f"no response from {name} within {timeout_s} s"
+        if not done.wait(timeout_s):
+            raise TimeoutError(f"no response from {name} within {timeout_s} s")
         return responses[0]
 
     def state(self) -> str:
         """Label of the lifecycle state."""
         from lifecycle_msgs.srv import GetState
 
-        return self.call(GetState, "get_state", GetState.Request()).current_state.label
+        for _ in range(3):
+            # A node that has not discovered this one's reader within 0.1 s drops the answer (rmw_fastrtps).
+            with contextlib.suppress(TimeoutError):
+                return self.call(GetState, "get_state", GetState.Request(), 10.0).current_state.label
+        raise AssertionError("the node did not say its state in 30 s")
 
     def change(self, label: str) -> bool:
         """Make a lifecycle transition."""
