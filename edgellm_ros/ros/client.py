@@ -31,10 +31,6 @@ from edgellm_ros.ros.goal import make_goal, make_message
 from edgellm_ros.srv import LoadLora, ResetSession, Tokenize
 
 _LOST_AFTER_S = 3.0
-# A node accepts a goal at once. Where it has not discovered the client's reader of answers within 0.1 s, rmw_fastrtps
-# drops the answer, and rclpy's action server then never executes the goal.
-_ANSWERED_WITHIN_S = 5.0
-_MOST_SENT = 3  # times a goal
 _QOS = QoSProfile(depth=100)  # the default keeps 10 responses
 _SHUT_DOWN = "ROS was shut down in this process"
 _counter = itertools.count()
@@ -94,9 +90,6 @@ class ChatStream:
     def __init__(self, client: ActionClient, sender: _Sender, context: Context, goal: Any) -> None:
         """Send the goal."""
         self._client, self._sender, self._context = client, sender, context
-        self._goal = goal
-        self._num_sent = 0
-        self._is_heard = False  # feedback shows that the goal runs, should the answer be late
         self._items: queue.SimpleQueue[str] = queue.SimpleQueue()  # an empty text only wakes the reader
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -105,10 +98,10 @@ class ChatStream:
         self._num_received = 0  # characters
         self._result: ChatResult | None = None
         self._error: Exception | None = None
-        self.sent_at = self._last_sent_at = time.monotonic()
+        self.sent_at = time.monotonic()
         self.first_delta_s: float | None = None  # from sending the goal to its first text
         self.state = Chat.Feedback.STATE_QUEUED
-        sender.send(_guard(self._send, self._fail))
+        sender.send(_guard(lambda: self._send(goal), self._fail))
 
     def __iter__(self) -> Iterator[str]:
         while not (self._done.is_set() and self._items.empty()):  # at once where another has read to the end
@@ -153,19 +146,11 @@ class ChatStream:
     def __exit__(self, *_: object) -> None:
         self.cancel()
 
-    def _send(self) -> None:
-        if self._handle is not None or self._done.is_set():  # the answer came after all
-            return
-        self._num_sent += 1
-        number = self._num_sent
-        on_feedback = _guard(lambda message: self._on_feedback(message, number), self._fail)
-        accepted = self._client.send_goal_async(self._goal, on_feedback)
-        accepted.add_done_callback(_guard(lambda future: self._on_accepted(future, number), self._fail))
+    def _send(self, goal: Any) -> None:
+        accepted = self._client.send_goal_async(goal, _guard(self._on_feedback, self._fail))
+        accepted.add_done_callback(_guard(self._on_accepted, self._fail))
 
-    def _on_feedback(self, message: Any, number: int) -> None:
-        if number != self._num_sent:  # of a goal that was given up
-            return
-        self._is_heard = True
+    def _on_feedback(self, message: Any) -> None:
         feedback = message.feedback
         self.state = feedback.state
         if feedback.delta and feedback.offset == self._num_received:
@@ -177,12 +162,8 @@ class ChatStream:
         self._num_received += len(text)
         self._items.put(text)
 
-    def _on_accepted(self, future: Any, number: int) -> None:
+    def _on_accepted(self, future: Any) -> None:
         handle = future.result()
-        if number != self._num_sent or self._done.is_set():  # it was given up
-            if handle is not None and handle.accepted:
-                handle.cancel_goal_async()
-            return
         if handle is None or not handle.accepted:
             self._end(error=UnavailableError("the node rejected the goal"))
             return
@@ -220,26 +201,9 @@ class ChatStream:
     def _check_node(self) -> None:
         """End the goal when its node has been gone for a while, or ROS in this process: a signal shuts it down."""
         with _until_shutdown(self._context):
-            if self._done.is_set():
-                return
-            if self._context.ok() and self._client.wait_for_server(_LOST_AFTER_S):
-                self._check_answer()
+            if self._done.is_set() or (self._context.ok() and self._client.wait_for_server(_LOST_AFTER_S)):
                 return
         self._end(error=UnavailableError("the node is gone" if self._context.ok() else _SHUT_DOWN))
-
-    def _check_answer(self) -> None:
-        """Send the goal again where a node that is there has not answered it."""
-        now = time.monotonic()
-        with self._lock:
-            if self._handle is not None or self._is_heard or now - self._last_sent_at < _ANSWERED_WITHIN_S:
-                return
-            self._last_sent_at = now
-            again = self._num_sent < _MOST_SENT and not self._cancel
-        if again:
-            self._sender.send(_guard(self._send, self._fail))
-        else:
-            times = "once" if self._num_sent == 1 else f"{self._num_sent} times"
-            self._end(error=UnavailableError(f"the node is there and did not answer the goal, which was sent {times}"))
 
 
 class LLMClient:

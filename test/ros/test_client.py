@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import rclpy
-from edgellm_ros.action import Chat
 from rclpy.context import Context
 
 from edgellm_ros import errors
@@ -90,94 +88,6 @@ def test_any_exception_of_cancelling_or_of_asking_for_the_result_reaches_the_str
                 failed.result(5)
         client._sender.send(failed._handle.cancel_goal_async)  # the node knows nothing of it
         assert works(client)
-
-
-class Unanswered:
-    """In the place of send_goal_async: the first goals are not sent, or sent and their answers held back."""
-
-    def __init__(self, client: LLMClient, count: int, sent: bool = False) -> None:
-        self.real, self.count, self.sent = client._chat.send_goal_async, count, sent
-        self.calls = 0
-        self.held: list[tuple[rclpy.task.Future, rclpy.task.Future]] = []
-        self.late = Chat.Impl.FeedbackMessage(feedback=Chat.Feedback(delta="of another goal"))
-
-    def __call__(self, goal: object, feedback: Callable[[object], None]) -> rclpy.task.Future:
-        self.calls += 1
-        if self.calls > self.count:
-            self.first_feedback(self.late)
-            return self.real(goal, feedback)
-        if self.calls == 1:
-            self.first_feedback = feedback
-        self.held.append((self.real(goal) if self.sent else rclpy.task.Future(), rclpy.task.Future()))
-        return self.held[-1][1]
-
-
-@pytest.fixture
-def soon(monkeypatch) -> None:
-    monkeypatch.setattr("edgellm_ros.ros.client._ANSWERED_WITHIN_S", 0.2)
-
-
-@pytest.mark.parametrize("read", [lambda stream: "".join(stream), lambda stream: stream.result(20).text])
-def test_a_goal_whose_answer_was_lost_is_sent_again(client, monkeypatch, soon, read):
-    expected = client.generate("Name a colour.", max_tokens=8, temperature=0.0).text
-    lost = Unanswered(client, 2)
-    monkeypatch.setattr(client._chat, "send_goal_async", lost)
-    stream = client.chat("Name a colour.", max_tokens=8, temperature=0.0)
-    assert read(stream) == expected and stream.result(5).text == expected
-    assert lost.calls == 3
-    assert works(client)
-
-
-def test_an_answer_that_comes_late_cancels_its_goal_and_its_text_is_not_mixed_in(client, monkeypatch, soon):
-    late = Unanswered(client, 1, sent=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(client._chat, "send_goal_async", late)
-        stream = client.chat("Tell me a story.", max_tokens=60, ignore_eos=True)
-        text = "".join(stream)
-    assert late.calls == 2 and text == stream.result(5).text
-    (answered, held), handles = late.held[0], []
-    cancelled: list[object] = []
-    monkeypatch.setattr("rclpy.action.client.ClientGoalHandle.cancel_goal_async", lambda handle: cancelled.append(handle))
-    client._sender.send(lambda: answered.add_done_callback(lambda future: handles.append(future.result())))
-    client._sender.send(lambda: held.set_result(answered.result()))
-    assert works(client)  # in the order in which they were sent
-    assert len(handles) == 1 and handles[0].accepted and cancelled == handles
-
-
-def test_a_goal_of_which_there_is_feedback_is_not_sent_again(client, monkeypatch, soon):
-    send = client._chat.send_goal_async
-    answers: list[rclpy.task.Future] = []
-
-    def hold(goal: object, feedback: Callable[[object], None]) -> rclpy.task.Future:
-        held = rclpy.task.Future()
-        answered = send(goal, feedback)
-        answered.add_done_callback(lambda future: client._executor.create_task(release, held, future))
-        answers.append(held)
-        return held
-
-    def release(held: rclpy.task.Future, answered: rclpy.task.Future) -> None:
-        if time.monotonic() < until:
-            client._executor.create_task(release, held, answered)
-        else:
-            held.set_result(answered.result())
-
-    until = time.monotonic() + 3
-    with monkeypatch.context() as patch:
-        patch.setattr(client._chat, "send_goal_async", hold)
-        assert client.chat("x", max_tokens=20, ignore_eos=True).result(20).usage.completion_tokens == 20
-    assert len(answers) == 1
-
-
-@pytest.mark.parametrize(("cancels", "words"), [(False, "which was sent 3 times"), (True, "which was sent once")])
-def test_a_node_that_is_there_and_never_answers_ends_the_wait(client, monkeypatch, soon, cancels, words):
-    with monkeypatch.context() as patch:
-        patch.setattr(client._chat, "send_goal_async", Unanswered(client, 9))
-        stream = client.chat("x")
-        if cancels:
-            stream.cancel()
-        with pytest.raises(errors.UnavailableError, match=f"^the node is there and did not answer the goal, {words}$"):
-            stream.result(20)
-    assert works(client)
 
 
 def test_any_other_exception_of_a_service_call_reaches_its_caller(client, monkeypatch):
