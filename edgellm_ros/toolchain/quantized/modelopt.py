@@ -115,9 +115,9 @@ class ModelOpt(QuantReader):
         factor = f"{module}.pre_quant_scale"
         input_factor = self.tensors.floats(factor).reshape(columns) if factor in self.parts else None
         if kind == "nvfp4":
-            eighths = e4m3(self.tensors.raw(scale_name, of_rows)).reshape(rows, -1)
+            block_scales = e4m3(self.tensors.raw(scale_name, of_rows)).reshape(rows, -1)
             total = np.full(rows, float(self.tensors.floats(f"{module}.weight_scale_2").reshape(())), np.float32)
-            return PackedWeight("nvfp4", NVFP4_GROUP, values, eighths, None, input_factor, total)
+            return PackedWeight("nvfp4", NVFP4_GROUP, values, block_scales, None, input_factor, total)
         scale = self.tensors.floats(scale_name, of_rows)
         if kind == "int4":
             low, high = values & 15, values >> 4
