@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,10 @@ def _measure(engine: str, model: str, args: argparse.Namespace, seed: int) -> di
     command = [sys.executable, str(_WORKER), engine, model, "--threads", str(args.threads), "--seed", str(seed)]
     command += ["--prompt", str(args.prompt), "--tokens", str(args.tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:  # it had no time for a line of its own
+        sys.stderr.write(done.stderr)
+        name = signal.Signals(-done.returncode).name
+        raise ToolchainError(f"{engine}'s process was ended by {name}; build it again, or another version of it")
     if done.returncode:
         sys.stderr.write(done.stderr)  # ends with the worker's own line
         raise SystemExit(done.returncode)

@@ -172,6 +172,16 @@ def test_a_gguf_file_that_is_none_is_named(
     assert only_error(capsys).startswith(f"--gguf {tmp_path / 'other.gguf'} is not a file; name the one")
 
 
+def test_a_worker_that_crashes_is_named_with_the_signal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    done = subprocess.CompletedProcess("worker", -11, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    assert compare(monkeypatch, tmp_path) == 2
+    assert only_error(capsys).startswith("edgellm's process was ended by SIGSEGV; build it again")
+
+
 def test_a_workers_own_line_and_status_are_the_comparisons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
